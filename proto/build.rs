@@ -1,0 +1,11 @@
+//! Compiles the .proto files. `protoc` comes from `PROTOC`, which `.cargo/config.toml` points at the copy that
+//! `cargo tools` lays out.
+
+fn main() -> std::io::Result<()> {
+    for path in ["etcd/disk.proto", "backup/backup.proto"] {
+        println!("cargo:rerun-if-changed={path}");
+    }
+    prost_build::Config::new()
+        .bytes([".steward.backup.v1"])
+        .compile_protos(&["etcd/disk.proto", "backup/backup.proto"], &["."])
+}

@@ -1,0 +1,512 @@
+//! Whether a data directory is sound, with evidence.
+
+use std::collections::{BTreeSet, HashSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use proto::Message;
+use proto::disk::{ConfState, Lease};
+
+use super::{Layout, Minor};
+use crate::bolt::{Db, Visited};
+use crate::membership::{self, ClusterId, MemberId};
+use crate::mvcc::{
+    self, ALARM_BUCKET, AUTH_BUCKET, AUTH_REVISION, CONSISTENT_INDEX, CheckRows, Compaction, Counted, HashRequest,
+    HashRules, HashedKv, KEY_BUCKET, LEASE_BUCKET, META_BUCKET, TERM,
+};
+use crate::snap::{self, SnapName};
+use crate::wal::{self, Log, Tail};
+use crate::{Error, ReadAt, Result};
+
+/// How bad a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Severity {
+    /// Worth knowing; etcd runs.
+    Remark,
+    /// A trace of a crash that etcd removes by itself when it starts.
+    Repairable,
+    /// etcd would not start, or would serve wrong data.
+    Corrupt,
+}
+
+impl std::fmt::Display for Severity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Remark => "remark",
+            Self::Repairable => "repairable",
+            Self::Corrupt => "corrupt",
+        })
+    }
+}
+
+/// One thing that was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// How bad it is.
+    pub severity: Severity,
+    /// What is wrong.
+    pub what: String,
+    /// In which file or directory.
+    pub path: PathBuf,
+    /// Where in that file, when there is a place.
+    pub offset: Option<u64>,
+}
+
+/// Numbers of a database that was walked to its end.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Summary {
+    /// Current revision.
+    pub revision: i64,
+    /// Compaction revision, 0 when never compacted.
+    pub compact_revision: i64,
+    /// Rows in the key bucket.
+    pub rows: u64,
+    /// Keys that exist.
+    pub live_keys: u64,
+    /// Lease records.
+    pub leases: u64,
+    /// Auth revision, 0 when auth was never touched.
+    pub auth_revision: u64,
+    /// Applied raft index.
+    pub consistent_index: u64,
+    /// Size of the database in bytes.
+    pub db_size: u64,
+    /// Of those, bytes in pages that are in use.
+    pub db_size_in_use: u64,
+    /// The oldest minor that has this schema.
+    pub schema: Option<Minor>,
+    /// HashKV, when it was asked for.
+    pub hash: Option<HashedKv>,
+}
+
+/// What [`verify`] makes of a directory.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Verdict {
+    /// Everything found, in the order of looking.
+    pub findings: Vec<Finding>,
+    /// The database's numbers; `None` when it could not be walked to its end.
+    pub summary: Option<Summary>,
+    /// Whose directory it is, as the log says.
+    pub member: Option<(MemberId, ClusterId)>,
+    /// Raft term and commit index, as the log says.
+    pub raft: Option<(u64, u64)>,
+}
+
+impl Verdict {
+    /// The worst finding's; `None` when there is none.
+    pub fn severity(&self) -> Option<Severity> {
+        self.findings.iter().map(|finding| finding.severity).max()
+    }
+
+    fn add(&mut self, severity: Severity, path: &Path, offset: Option<u64>, what: impl Into<String>) {
+        self.findings.push(Finding { severity, what: what.into(), path: path.to_owned(), offset });
+    }
+
+    /// Takes an error for a finding when the bytes are at fault, and passes others on.
+    fn take<T>(&mut self, path: &Path, result: Result<T>) -> Result<Option<T>> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if error.is_corruption() || matches!(error, Error::Unsupported { .. }) => {
+                let offset = match &error {
+                    Error::Corrupt { offset, .. }
+                    | Error::Truncated { offset, .. }
+                    | Error::Checksum { offset, .. } => Some(*offset),
+                    _ => None,
+                };
+                let what = match error {
+                    Error::Corrupt { what, .. } => what,
+                    other => other.to_string(),
+                };
+                self.add(Severity::Corrupt, path, offset, what);
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Which HashKV [`verify`] computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WantHash {
+    /// What a live etcd with these rows answers, by the rules of its version.
+    Current(HashRules),
+    /// At another revision or compaction.
+    At(HashRequest),
+}
+
+/// What [`verify`] is to do.
+#[derive(Debug, Clone, Default)]
+pub struct Verify {
+    /// Compute HashKV.
+    pub hash: Option<WantHash>,
+    /// How far the rows are compacted, when that is not what the meta bucket says.
+    pub compaction: Option<Compaction>,
+}
+
+/// Fails when a running etcd holds the database.
+pub(crate) fn check_not_in_use(layout: &Layout) -> Result<()> {
+    use rustix::fs::{FlockOperation, flock};
+    let path = layout.db();
+    let Ok(file) = File::open(&path) else { return Ok(()) };
+    match flock(&file, FlockOperation::NonBlockingLockShared) {
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::precondition(format!(
+            "{} is in use: an etcd runs on this data directory; stop it first",
+            path.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Checks everything in a data directory that can be checked without its etcd: log, raft snapshots, database pages, rows,
+/// leases, and that they agree. `None` when there is no member in it.
+///
+/// Fails only when it cannot read, or when an etcd runs on the directory; damage is in the verdict.
+pub fn verify(data_dir: &Path, options: &Verify) -> Result<Option<Verdict>> {
+    let layout = Layout::new(data_dir);
+    if !data_dir.is_dir() {
+        return Err(Error::precondition(format!("{} is not a directory", data_dir.display())));
+    }
+    if !layout.member().exists() {
+        return Ok(None);
+    }
+    check_not_in_use(&layout)?;
+    verify_member(&layout, options).map(Some)
+}
+
+impl Layout {
+    /// [`verify`] of a member directory that may not be in its place yet.
+    pub fn verify(&self, options: &Verify) -> Result<Verdict> {
+        verify_member(self, options)
+    }
+}
+
+fn verify_member(layout: &Layout, options: &Verify) -> Result<Verdict> {
+    let mut verdict = Verdict::default();
+    let log = verify_log(layout, &mut verdict)?;
+    let snapshots = verify_snapshots(layout, log.as_ref(), &mut verdict)?;
+    let path = layout.db();
+    if !path.exists() {
+        verdict.add(Severity::Corrupt, &path, None, "the database is missing");
+        return Ok(verdict);
+    }
+    let file = File::open(&path).map_err(Error::io("open", &path))?;
+    let opened = Db::open(file);
+    let Some(db) = verdict.take(&path, opened)? else { return Ok(verdict) };
+    let checked = verify_database(&db, options);
+    if let Some((summary, findings)) = verdict.take(&path, checked)? {
+        verdict.findings.extend(findings.into_iter().map(|finding| Finding { path: path.clone(), ..finding }));
+        if let Some(log) = &log {
+            let agreed = verify_agreement(&db, &summary, log, snapshots.as_ref(), &path, &mut verdict);
+            verdict.take(&path, agreed)?;
+        }
+        verdict.summary = Some(summary);
+    }
+    Ok(verdict)
+}
+
+fn verify_log(layout: &Layout, verdict: &mut Verdict) -> Result<Option<Log>> {
+    let dir = layout.wal();
+    if !dir.is_dir() {
+        verdict.add(Severity::Corrupt, &dir, None, "the log directory is missing");
+        return Ok(None);
+    }
+    let log = match wal::read(&dir) {
+        Ok(log) => log,
+        Err(damage) => return verdict.take(&damage.path, Err(damage.error)),
+    };
+    if let Tail::Torn { path, offset, what } = &log.tail {
+        let what = format!("the log ends in a record that a crash cut ({what}); etcd drops it when it starts");
+        verdict.add(Severity::Repairable, path, Some(*offset), what);
+    }
+    verdict.member = Some((MemberId(log.metadata.node_id()), ClusterId(log.metadata.cluster_id())));
+    verdict.raft = Some((log.state.term(), log.state.commit()));
+    Ok(Some(log))
+}
+
+/// Decodes the raft snapshots and returns the newest that the log knows.
+fn verify_snapshots(
+    layout: &Layout,
+    log: Option<&Log>,
+    verdict: &mut Verdict,
+) -> Result<Option<(SnapName, proto::disk::Snapshot)>> {
+    let dir = layout.snap();
+    let mut names = Vec::new();
+    let entries = match std::fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            verdict.add(
+                Severity::Corrupt,
+                &dir,
+                None,
+                "the snapshot directory, in which the database lies, is missing",
+            );
+            return Ok(None);
+        }
+        Err(error) => return Err(Error::io("list", &dir)(error)),
+    };
+    for entry in entries {
+        names.extend(entry.map_err(Error::io("list", &dir))?.file_name().to_str().and_then(SnapName::parse));
+    }
+    names.sort_unstable();
+    let mut broken: Option<PathBuf> = None;
+    for name in names.into_iter().rev() {
+        let path = dir.join(name.to_string());
+        let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        let known = log.is_none_or(|log| {
+            log.snapshots.iter().any(|record| (record.term(), record.index()) == (name.term, name.index))
+        });
+        match snap::decode(&bytes).and_then(|snapshot| snap::member_ids(&snapshot).map(|_| snapshot)) {
+            Ok(snapshot) if known => {
+                if let Some(path) = broken {
+                    verdict.add(
+                        Severity::Repairable,
+                        &path,
+                        None,
+                        "raft snapshot is damaged; etcd sets it aside and starts from an older one",
+                    );
+                }
+                let metadata = snapshot.metadata.as_ref();
+                if metadata.is_some_and(|metadata| (metadata.term(), metadata.index()) != (name.term, name.index)) {
+                    verdict.add(
+                        Severity::Corrupt,
+                        &path,
+                        None,
+                        "raft snapshot has another term or index than its name",
+                    );
+                }
+                return Ok(Some((name, snapshot)));
+            }
+            Ok(_) => verdict.add(Severity::Remark, &path, None, "raft snapshot is not in the log; etcd ignores it"),
+            Err(_) => broken = broken.or(Some(path)),
+        }
+    }
+    if let Some(path) = broken {
+        verdict.add(Severity::Corrupt, &path, None, "raft snapshot is damaged and there is no older one");
+    }
+    Ok(None)
+}
+
+/// Checks a database by itself: pages, rows, leases, meta bucket; and computes its HashKV when asked to.
+///
+/// The walk that checks and the one that hashes run side by side. Errors are structural damage that ends the walk.
+pub fn verify_database<R: ReadAt>(db: &Db<R>, options: &Verify) -> Result<(Summary, Vec<Finding>)> {
+    let (checked, hashed) = std::thread::scope(|scope| {
+        let hash = options.hash.map(|want| {
+            scope.spawn(move || {
+                let request = match want {
+                    WantHash::Current(rules) => HashRequest::current(db, rules)?,
+                    WantHash::At(request) => request,
+                };
+                mvcc::hash_kv(db, request).map(|hash| (request, hash))
+            })
+        });
+        let checked = check_database(db, options);
+        let hashed = hash
+            .map(|hash| hash.join().unwrap_or_else(|_| Err(Error::invalid("the hashing thread ended unexpectedly"))));
+        (checked, hashed)
+    });
+    let (mut summary, mut findings, counted) = checked?;
+    match hashed {
+        // Superseded rows below the compaction: the quick way to hash does not hold.
+        Some(Ok((request, _))) if counted.superseded_rows > 0 => {
+            summary.hash = Some(mvcc::hash_kv(db, HashRequest { clean_up_to: 0, ..request })?);
+        }
+        Some(Ok((_, hash))) => summary.hash = Some(hash),
+        // Rows that do not decode are findings already.
+        Some(Err(error)) if error.is_corruption() && !findings.is_empty() => {}
+        Some(Err(error)) => return Err(error),
+        None => {}
+    }
+    findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
+    Ok((summary, findings))
+}
+
+fn check_database<R: ReadAt>(db: &Db<R>, options: &Verify) -> Result<(Summary, Vec<Finding>, Counted)> {
+    let mut findings = Vec::new();
+    let mut find =
+        |severity, offset, what: String| findings.push(Finding { severity, what, path: PathBuf::new(), offset });
+    let visited = db.check_small_buckets(&[KEY_BUCKET], Visited::new(db.meta()))?;
+    let leases = read_leases(db)?;
+    let check = CheckRows { compaction: options.compaction, ..CheckRows::new(leases) };
+    let (counted, visited) = mvcc::check_rows(db, &check, visited)?;
+    visited.check_free_pages(db.meta())?;
+    for problem in &counted.problems {
+        find(Severity::Corrupt, Some(problem.offset), problem.what.clone());
+    }
+    if counted.problem_count > counted.problems.len() as u64 {
+        find(
+            Severity::Corrupt,
+            None,
+            format!("{} more problems with rows", counted.problem_count - counted.problems.len() as u64),
+        );
+    }
+    for lease in &counted.dangling_leases {
+        let what = format!(
+            "a live key is attached to lease {lease:x}, which has no record: the key never expires, and a put with ignore_lease on it panics etcd"
+        );
+        find(Severity::Corrupt, None, what);
+    }
+    if counted.superseded_rows > 0 {
+        let what = format!(
+            "{} rows at or below the finished compaction are superseded; the next compaction takes them",
+            counted.superseded_rows
+        );
+        find(Severity::Remark, None, what);
+    }
+    let consistent_index = mvcc::read_u64(db, META_BUCKET, CONSISTENT_INDEX)?.unwrap_or(0);
+    if consistent_index == 0 {
+        find(
+            Severity::Corrupt,
+            None,
+            "the database does not know its raft index (consistent_index is missing or 0)".into(),
+        );
+    }
+    for (alarm, _) in db.rows(ALARM_BUCKET)? {
+        let alarm = proto::disk::AlarmMember::decode(alarm.as_slice()).unwrap_or_default();
+        let kind = match alarm.alarm() {
+            1 => "NOSPACE",
+            2 => "CORRUPT",
+            _ => "unknown",
+        };
+        find(
+            Severity::Remark,
+            None,
+            format!(
+                "alarm {kind} of member {:x} is raised; etcd refuses writes until it is disarmed",
+                alarm.member_id()
+            ),
+        );
+    }
+    let summary = Summary {
+        revision: counted.revision,
+        compact_revision: counted.compaction.revision(),
+        rows: counted.rows,
+        live_keys: counted.live_keys,
+        leases: check.leases.len() as u64,
+        auth_revision: mvcc::read_u64(db, AUTH_BUCKET, AUTH_REVISION)?.unwrap_or(0),
+        consistent_index,
+        db_size: db.meta().file_size(),
+        db_size_in_use: (visited.count() + 2).saturating_mul(u64::from(db.meta().page_size)),
+        schema: Some(Minor::of_schema(db)?),
+        hash: None,
+    };
+    Ok((summary, findings, counted))
+}
+
+fn read_leases<R: ReadAt>(db: &Db<R>) -> Result<HashSet<i64>> {
+    let mut leases = HashSet::new();
+    let Some(root) = db.bucket(LEASE_BUCKET)? else { return Ok(leases) };
+    let mut cursor = db.cursor(&root);
+    while let Some(row) = cursor.next()? {
+        let id = row.key.try_into().map(i64::from_be_bytes).ok();
+        let lease = Lease::decode(row.value).ok();
+        match (id, lease) {
+            (Some(id), Some(lease)) if lease.id() == id && lease.ttl() > 0 => drop(leases.insert(id)),
+            _ => {
+                return Err(Error::corrupt(
+                    0,
+                    format!("lease record {} does not decode to a lease of that id", row.key.escape_ascii()),
+                ));
+            }
+        }
+    }
+    Ok(leases)
+}
+
+/// Log, raft snapshot and database must tell one story.
+fn verify_agreement<R: ReadAt>(
+    db: &Db<R>,
+    summary: &Summary,
+    log: &Log,
+    snapshot: Option<&(SnapName, proto::disk::Snapshot)>,
+    path: &Path,
+    verdict: &mut Verdict,
+) -> Result<()> {
+    let applied = summary.consistent_index;
+    let start = log.newest_snapshot().cloned().unwrap_or_default();
+    if start.index() > applied {
+        let what = format!(
+            "the database is at raft index {applied}, behind the snapshot at {} that the log starts from; etcd would panic",
+            start.index()
+        );
+        verdict.add(Severity::Corrupt, path, None, what);
+    }
+    if applied > log.last_index() {
+        let what = format!(
+            "the database is at raft index {applied}, past the end of the log at {}; etcd would skip entries",
+            log.last_index()
+        );
+        verdict.add(Severity::Corrupt, path, None, what);
+    }
+    let term = mvcc::read_u64(db, META_BUCKET, TERM)?;
+    if let Some(term) =
+        term.filter(|term| *term > log.state.term() || log.term_at(applied).is_some_and(|logged| logged != *term))
+    {
+        let what = format!("the database says term {term} for raft index {applied}, which the log contradicts");
+        verdict.add(Severity::Corrupt, path, None, what);
+    }
+    if summary.schema != Some(Minor::V3_7)
+        && start.index() > 0
+        && snapshot.is_none_or(|(name, _)| name.index < start.index())
+    {
+        let what = format!("raft snapshot {} is missing", SnapName { term: start.term(), index: start.index() });
+        verdict.add(Severity::Corrupt, path.parent().unwrap_or(path), None, what);
+    }
+    verify_members(db, summary, log, &start, snapshot, path, verdict)
+}
+
+fn verify_members<R: ReadAt>(
+    db: &Db<R>,
+    summary: &Summary,
+    log: &Log,
+    start: &proto::disk::WalSnapshot,
+    snapshot: Option<&(SnapName, proto::disk::Snapshot)>,
+    path: &Path,
+    verdict: &mut Verdict,
+) -> Result<()> {
+    let from_file = || snapshot.and_then(|(_, snapshot)| snapshot.metadata.clone()?.conf_state);
+    let conf_state = start.conf_state.clone().or_else(from_file).unwrap_or_default();
+    let expected = replay_members(&conf_state, log, start.index(), summary.consistent_index);
+    let local = log.metadata.node_id();
+    if !expected.is_empty() && !expected.contains(&local) {
+        verdict.add(
+            Severity::Corrupt,
+            path,
+            None,
+            format!("this member, {local:x}, is not a member of its cluster any more"),
+        );
+    }
+    // 3.4 keeps its members elsewhere and its own restore leaves this bucket stale.
+    if summary.schema == Some(Minor::V3_4) || expected.is_empty() {
+        return Ok(());
+    }
+    let recorded: BTreeSet<u64> = membership::read_members(db)?.iter().map(|member| member.id.0).collect();
+    for id in expected.difference(&recorded) {
+        verdict.add(
+            Severity::Corrupt,
+            path,
+            None,
+            format!("member {id:x} of the raft configuration has no record in the members bucket"),
+        );
+    }
+    for id in recorded.difference(&expected) {
+        let severity = if summary.schema == Some(Minor::V3_7) { Severity::Corrupt } else { Severity::Remark };
+        let what = format!(
+            "member {id:x} in the members bucket is not in the raft configuration; etcd 3.7 would take it for a voter"
+        );
+        verdict.add(severity, path, None, what);
+    }
+    Ok(())
+}
+
+fn replay_members(conf_state: &ConfState, log: &Log, after: u64, upto: u64) -> BTreeSet<u64> {
+    let mut members: BTreeSet<u64> = conf_state.voters.iter().chain(&conf_state.learners).copied().collect();
+    for change in log.member_changes.iter().filter(|change| change.index > after && change.index <= upto) {
+        let id = change.change.node_id();
+        match change.change.r#type() {
+            1 => drop(members.remove(&id)),
+            _ => drop(members.insert(id)),
+        }
+    }
+    members
+}

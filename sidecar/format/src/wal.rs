@@ -1,0 +1,546 @@
+//! The write-ahead log: reading and classifying all of it, and writing the first log of a restored member.
+//!
+//! A segment `SEQ-INDEX.wal` (both `%016x`) is a sequence of frames: a little-endian u64 whose low 56 bits are the length
+//! of the record and whose top byte, when it is not zero, is `0x80 |` the number of padding bytes; then the record; then
+//! the padding to a multiple of 8. A zero length, or the end of the file, ends the segment. Each record carries the
+//! CRC-32C over the data of all records since the log began; the first record of a segment restates that checksum.
+//!
+//! # Invariants
+//! - [`read`] never returns what a checksum does not cover.
+//! - A log is *torn*, which etcd repairs by itself, only when its last frame of all was cut by a crash; any other damage is
+//!   corruption.
+
+use std::fs::File;
+use std::io::{BufReader, Read};
+use std::path::{Path, PathBuf};
+
+use proto::Message;
+use proto::disk::{ConfChange, ConfState, Entry, HardState, Metadata, Record, WalSnapshot};
+
+use crate::{Error, Result};
+
+/// Record types.
+mod kind {
+    pub const METADATA: i64 = 1;
+    pub const ENTRY: i64 = 2;
+    pub const STATE: i64 = 3;
+    pub const CRC: i64 = 4;
+    pub const SNAPSHOT: i64 = 5;
+}
+
+/// Entry type of a change of members.
+pub const ENTRY_CONF_CHANGE: i32 = 1;
+/// Crash tears writes at these boundaries.
+const SECTOR: u64 = 512;
+/// No record is larger than the largest segment etcd can produce.
+const LARGEST_RECORD: u64 = 1 << 31;
+
+/// Name of a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SegmentName {
+    /// Position of the segment in the log, from 0.
+    pub seq: u64,
+    /// Index of the first entry that the segment may hold.
+    pub index: u64,
+}
+
+impl SegmentName {
+    /// `None` when the file name is not that of a segment.
+    pub fn parse(name: &str) -> Option<Self> {
+        let (seq, index) = name.strip_suffix(".wal")?.split_once('-')?;
+        let hex = |text: &str| (text.len() == 16).then(|| u64::from_str_radix(text, 16).ok()).flatten();
+        Some(Self { seq: hex(seq)?, index: hex(index)? })
+    }
+}
+
+impl std::fmt::Display for SegmentName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:016x}-{:016x}.wal", self.seq, self.index)
+    }
+}
+
+/// How a log ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Tail {
+    /// With its last record.
+    Clean,
+    /// In the middle of a record that a crash cut. etcd drops it at start.
+    Torn {
+        /// The last segment.
+        path: PathBuf,
+        /// Where the record that was cut begins.
+        offset: u64,
+        /// What shows that it was cut.
+        what: String,
+    },
+}
+
+/// A change of members found in the log.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MemberChange {
+    /// Index of the entry.
+    pub index: u64,
+    /// The change.
+    pub change: ConfChange,
+}
+
+/// What a log says.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Log {
+    /// Whose log it is.
+    pub metadata: Metadata,
+    /// The last hard state.
+    pub state: HardState,
+    /// Every snapshot record.
+    pub snapshots: Vec<WalSnapshot>,
+    /// Index and term of the entries that count, as runs of equal term: (first index, last index, term).
+    pub terms: Vec<(u64, u64, u64)>,
+    /// Changes of members among the entries that count.
+    pub member_changes: Vec<MemberChange>,
+    /// How the log ends.
+    pub tail: Tail,
+    /// Segments read.
+    pub segments: Vec<SegmentName>,
+}
+
+impl Log {
+    /// Index of the last entry, or of the last snapshot when there is no entry after it.
+    pub fn last_index(&self) -> u64 {
+        let entries = self.terms.last().map_or(0, |run| run.1);
+        self.snapshots.iter().map(proto::disk::WalSnapshot::index).max().unwrap_or(0).max(entries)
+    }
+
+    /// Term of the entry at `index`, when it is in the log.
+    pub fn term_at(&self, index: u64) -> Option<u64> {
+        self.terms.iter().find(|run| (run.0..=run.1).contains(&index)).map(|run| run.2)
+    }
+
+    /// The newest snapshot record that is committed; etcd starts from it.
+    pub fn newest_snapshot(&self) -> Option<&WalSnapshot> {
+        self.snapshots
+            .iter()
+            .filter(|snapshot| snapshot.index() <= self.state.commit())
+            .max_by_key(|snapshot| snapshot.index())
+    }
+}
+
+/// A [`read`] that failed: the error and the segment it is about.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {error}", path.display())]
+pub struct Damage {
+    /// The segment, or the directory.
+    pub path: PathBuf,
+    /// What is wrong; offsets count in that file.
+    #[source]
+    pub error: Error,
+}
+
+/// Reads all segments of a log and checks them against each other.
+///
+/// Memory is the size of the largest record; entries are not kept.
+pub fn read(dir: &Path) -> Result<Log, Damage> {
+    let damage = |error: Error| Damage { path: dir.to_owned(), error };
+    let mut segments = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(Error::io("list", dir)).map_err(damage)? {
+        let entry = entry.map_err(Error::io("list", dir)).map_err(damage)?;
+        segments.extend(entry.file_name().to_str().and_then(SegmentName::parse));
+    }
+    segments.sort_unstable();
+    if segments.is_empty() {
+        return Err(damage(Error::corrupt(0, "there is no .wal file in this directory")));
+    }
+    for (before, after) in segments.iter().zip(segments.iter().skip(1)) {
+        if after.seq != before.seq + 1 {
+            return Err(damage(Error::corrupt(
+                0,
+                format!("segment {after} does not follow {before}: a segment is missing"),
+            )));
+        }
+    }
+    let mut reader = Reader::default();
+    for (position, segment) in segments.iter().enumerate() {
+        let path = dir.join(segment.to_string());
+        let damage = |error| Damage { path: path.clone(), error };
+        let file = File::open(&path).map_err(Error::io("open", &path)).map_err(damage)?;
+        let size = file.metadata().map_err(Error::io("measure", &path)).map_err(damage)?.len();
+        let is_last = position + 1 == segments.len();
+        reader.segment(*segment, size, BufReader::with_capacity(256 << 10, file), is_last, &path).map_err(damage)?;
+    }
+    reader.finish(segments).map_err(damage)
+}
+
+/// Reads one segment from memory, for fuzzing and tests.
+#[doc(hidden)]
+pub fn read_segment(bytes: &[u8]) -> Result<Log> {
+    let name = SegmentName { seq: 0, index: 0 };
+    let mut reader = Reader::default();
+    reader.segment(name, bytes.len() as u64, std::io::Cursor::new(bytes), true, Path::new("segment"))?;
+    reader.finish(vec![name])
+}
+
+#[derive(Default)]
+struct Reader {
+    crc: u32,
+    metadata: Option<Metadata>,
+    state: HardState,
+    snapshots: Vec<WalSnapshot>,
+    terms: Vec<(u64, u64, u64)>,
+    member_changes: Vec<MemberChange>,
+    tail: Option<Tail>,
+    records: u64,
+}
+
+enum Frame {
+    End,
+    Record { end: u64, record: Record },
+    Torn(String),
+}
+
+impl Reader {
+    fn segment(&mut self, name: SegmentName, size: u64, mut file: impl Read, is_last: bool, path: &Path) -> Result<()> {
+        let mut offset = 0;
+        let mut first = true;
+        loop {
+            let frame = self.frame(&mut file, offset, size, is_last)?;
+            match frame {
+                Frame::End if first => return Err(Error::corrupt(0, "segment is empty")),
+                Frame::End => return Ok(()),
+                Frame::Torn(what) => {
+                    self.tail = Some(Tail::Torn { path: path.to_owned(), offset, what });
+                    return Ok(());
+                }
+                Frame::Record { end, record } => {
+                    if first && record.r#type() != kind::CRC {
+                        return Err(Error::corrupt(offset, "segment does not begin with a checksum record"));
+                    }
+                    self.record(&record, offset, name)?;
+                    first = false;
+                    self.records += 1;
+                    offset = end;
+                }
+            }
+        }
+    }
+
+    /// Reads the frame at `offset`; leaves `file` after it.
+    fn frame(&self, file: &mut impl Read, offset: u64, size: u64, is_last: bool) -> Result<Frame> {
+        let left = size.saturating_sub(offset);
+        if left == 0 {
+            return Ok(Frame::End);
+        }
+        let torn = |what: String| if is_last { Ok(Frame::Torn(what)) } else { Err(Error::corrupt(offset, what)) };
+        if left < 8 {
+            return torn(format!("{left} bytes are left where a frame of at least 8 begins"));
+        }
+        let mut field = [0; 8];
+        file.read_exact(&mut field).map_err(Error::io("read the log", ""))?;
+        let field = u64::from_le_bytes(field);
+        if field == 0 {
+            return Ok(Frame::End);
+        }
+        let length = field & 0x00ff_ffff_ffff_ffff;
+        let padding = if field >> 63 == 1 { field >> 56 & 0x7 } else { 0 };
+        let data_offset = offset + 8;
+        let have = left - 8;
+        if length > LARGEST_RECORD || length + padding > have {
+            return torn(format!("a record of {length} bytes begins where {have} bytes are left"));
+        }
+        let mut data = Vec::new();
+        file.by_ref().take(length + padding).read_to_end(&mut data).map_err(Error::io("read the log", ""))?;
+        if data.len() as u64 != length + padding {
+            return Err(Error::Truncated {
+                what: "log record",
+                offset: data_offset,
+                need: length + padding,
+                have: data.len() as u64,
+            });
+        }
+        let record = data.get(..length as usize).unwrap_or_default();
+        let failure = match Record::decode(record) {
+            Err(error) => Some(format!("record cannot be decoded: {error}")),
+            Ok(record) => match self.checksum_failure(&record) {
+                None => return Ok(Frame::Record { end: data_offset + length + padding, record }),
+                failure => failure,
+            },
+        };
+        let what = failure.unwrap_or_default();
+        if is_last && has_zero_sector(&data, data_offset) {
+            return Ok(Frame::Torn(format!("{what}, and a whole sector of it is zero")));
+        }
+        Err(Error::corrupt(offset, what))
+    }
+
+    fn checksum_failure(&self, record: &Record) -> Option<String> {
+        if record.r#type() == kind::CRC {
+            let differs = self.crc != 0 && record.crc() != self.crc;
+            return differs.then(|| {
+                format!(
+                    "segment continues from checksum {:#010x}, the log before it ends with {:#010x}",
+                    record.crc(),
+                    self.crc
+                )
+            });
+        }
+        let actual = crc32c::crc32c_append(self.crc, record.data());
+        (actual != record.crc())
+            .then(|| format!("record has checksum {actual:#010x}, recorded is {:#010x}", record.crc()))
+    }
+
+    fn record(&mut self, record: &Record, offset: u64, segment: SegmentName) -> Result<()> {
+        if record.r#type() == kind::CRC {
+            self.crc = record.crc();
+            return Ok(());
+        }
+        self.crc = record.crc();
+        let malformed = |what: &str, error: proto::DecodeError| {
+            Error::corrupt(offset, format!("{what} cannot be decoded: {error}"))
+        };
+        match record.r#type() {
+            kind::METADATA => {
+                let metadata = Metadata::decode(record.data()).map_err(|error| malformed("metadata", error))?;
+                if self.metadata.is_some_and(|before| before != metadata) {
+                    return Err(Error::corrupt(
+                        offset,
+                        "metadata differs from that of the segments before: logs of two members are mixed",
+                    ));
+                }
+                self.metadata = Some(metadata);
+            }
+            kind::ENTRY => {
+                self.entry(&Entry::decode(record.data()).map_err(|error| malformed("entry", error))?, offset, segment)?;
+            }
+            kind::STATE => {
+                let state = HardState::decode(record.data()).map_err(|error| malformed("hard state", error))?;
+                self.hard_state(state, offset)?;
+            }
+            kind::SNAPSHOT => {
+                let snapshot =
+                    WalSnapshot::decode(record.data()).map_err(|error| malformed("snapshot record", error))?;
+                if self.snapshots.last().is_some_and(|before| before.index() > snapshot.index()) {
+                    return Err(Error::corrupt(offset, "snapshot record is older than the one before it"));
+                }
+                self.snapshots.push(snapshot);
+            }
+            other => return Err(Error::corrupt(offset, format!("record has type {other}, which no record has"))),
+        }
+        Ok(())
+    }
+
+    fn hard_state(&mut self, state: HardState, offset: u64) -> Result<()> {
+        let before = self.state;
+        if state.term() < before.term() || state.commit() < before.commit() {
+            return Err(Error::corrupt(offset, "hard state goes back in term or commit"));
+        }
+        if state.term() == before.term() && before.vote() != 0 && state.vote() != before.vote() {
+            return Err(Error::corrupt(offset, format!("vote changes within term {}", state.term())));
+        }
+        self.state = state;
+        Ok(())
+    }
+
+    fn entry(&mut self, entry: &Entry, offset: u64, segment: SegmentName) -> Result<()> {
+        let (index, term) = (entry.index(), entry.term());
+        if index == 0 {
+            return Err(Error::corrupt(offset, "entry has index 0"));
+        }
+        // A later entry with the same index replaces the earlier one and all after it.
+        while let Some(run) = self.terms.last_mut() {
+            if index > run.1 {
+                break;
+            }
+            if index > run.0 {
+                run.1 = index - 1;
+                break;
+            }
+            self.terms.pop();
+        }
+        self.member_changes.retain(|change| change.index < index);
+        match self.terms.last_mut() {
+            Some(run) if run.1 + 1 != index => {
+                let snapshot = self.snapshots.last().map_or(0, proto::disk::WalSnapshot::index);
+                if index > run.1 + 1 && index != snapshot + 1 && index != segment.index {
+                    return Err(Error::corrupt(
+                        offset,
+                        format!("entry {index} follows entry {}: entries are missing", run.1),
+                    ));
+                }
+                self.terms.push((index, index, term));
+            }
+            Some(run) if run.2 > term => {
+                return Err(Error::corrupt(
+                    offset,
+                    format!("term goes back from {} to {term} at entry {index}", run.2),
+                ));
+            }
+            Some(run) if run.2 == term => run.1 = index,
+            _ => self.terms.push((index, index, term)),
+        }
+        match entry.r#type() {
+            0 => Ok(()),
+            ENTRY_CONF_CHANGE => {
+                let change = ConfChange::decode(entry.data()).map_err(|error| {
+                    Error::corrupt(offset, format!("member change in entry {index} cannot be decoded: {error}"))
+                })?;
+                self.member_changes.push(MemberChange { index, change });
+                Ok(())
+            }
+            2 => Ok(()),
+            other => Err(Error::corrupt(offset, format!("entry {index} has type {other}, which no entry has"))),
+        }
+    }
+
+    fn finish(self, segments: Vec<SegmentName>) -> Result<Log> {
+        let Some(metadata) = self.metadata else {
+            return Err(Error::corrupt(0, "log has no metadata record"));
+        };
+        let log = Log {
+            metadata,
+            state: self.state,
+            snapshots: self.snapshots,
+            terms: self.terms,
+            member_changes: self.member_changes,
+            tail: self.tail.unwrap_or(Tail::Clean),
+            segments,
+        };
+        if log.state.commit() > log.last_index() && log.tail == Tail::Clean {
+            let (commit, last) = (log.state.commit(), log.last_index());
+            return Err(Error::corrupt(
+                0,
+                format!("log commits up to index {commit} but ends at {last}; raft would panic"),
+            ));
+        }
+        Ok(log)
+    }
+}
+
+fn has_zero_sector(data: &[u8], data_offset: u64) -> bool {
+    let mut rest = data;
+    let mut at = data_offset;
+    while !rest.is_empty() {
+        let length = ((SECTOR - at % SECTOR) as usize).min(rest.len());
+        let (sector, after) = rest.split_at(length);
+        if sector.iter().all(|byte| *byte == 0) {
+            return true;
+        }
+        at += length as u64;
+        rest = after;
+    }
+    false
+}
+
+/// The whole first segment of a member that starts from a snapshot.
+///
+/// `entries` are the encoded [`ConfChange`]s that add each member, in ascending member id; they take the indexes 1 to N of
+/// term 1. All versions read it: every field is written also when it is zero.
+pub fn first_segment(metadata: Metadata, entries: &[ConfChange], state: HardState, members: &ConfState) -> Vec<u8> {
+    let mut out = Vec::new();
+    let mut crc = 0;
+    let mut put = |kind: i64, data: Option<Vec<u8>>| {
+        crc = crc32c::crc32c_append(crc, data.as_deref().unwrap_or_default());
+        let record = Record { r#type: Some(kind), crc: Some(crc), data }.encode_to_vec();
+        let padding = record.len().wrapping_neg() % 8;
+        let top = if padding == 0 { 0 } else { (0x80 | padding as u64) << 56 };
+        out.extend_from_slice(&(record.len() as u64 | top).to_le_bytes());
+        out.extend_from_slice(&record);
+        out.resize(out.len() + padding, 0);
+    };
+    put(kind::CRC, None);
+    put(kind::METADATA, Some(metadata.encode_to_vec()));
+    put(kind::SNAPSHOT, Some(WalSnapshot { index: Some(0), term: Some(0), conf_state: None }.encode_to_vec()));
+    for (index, change) in (1..).zip(entries) {
+        let data = Some(change.encode_to_vec());
+        let entry = Entry { r#type: Some(ENTRY_CONF_CHANGE), term: Some(1), index: Some(index), data };
+        put(kind::ENTRY, Some(entry.encode_to_vec()));
+    }
+    put(kind::STATE, Some(state.encode_to_vec()));
+    let snapshot = WalSnapshot { index: Some(entries.len() as u64), term: Some(1), conf_state: Some(members.clone()) };
+    put(kind::SNAPSHOT, Some(snapshot.encode_to_vec()));
+    out
+}
+
+/// Cuts a torn record off the last segment, as etcd does: keeps a copy as `.broken` and syncs.
+pub fn repair(tail: &Tail) -> Result<()> {
+    let Tail::Torn { path, offset, .. } = tail else { return Ok(()) };
+    let mut broken = path.clone().into_os_string();
+    broken.push(".broken");
+    std::fs::copy(path, &broken).map_err(Error::io("copy aside", path))?;
+    let file = File::options().write(true).open(path).map_err(Error::io("open", path))?;
+    file.set_len(*offset).map_err(Error::io("truncate", path))?;
+    file.sync_all().map_err(Error::io("sync", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn segment() -> Vec<u8> {
+        let metadata = Metadata { node_id: Some(1), cluster_id: Some(2) };
+        let entries = [1, 2, 3].map(|id| ConfChange {
+            id: Some(0),
+            r#type: Some(0),
+            node_id: Some(id),
+            context: Some(b"{}".to_vec()),
+        });
+        let state = HardState { term: Some(1), vote: Some(1), commit: Some(3) };
+        let members = ConfState { voters: vec![1, 2, 3], auto_leave: Some(false), ..ConfState::default() };
+        first_segment(metadata, &entries, state, &members)
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let log = read_segment(&segment()).unwrap();
+        assert_eq!((log.metadata.node_id(), log.metadata.cluster_id()), (1, 2));
+        assert_eq!((log.state.term(), log.state.commit(), log.last_index()), (1, 3, 3));
+        assert_eq!(log.member_changes.len(), 3);
+        assert_eq!(log.newest_snapshot().unwrap().conf_state.as_ref().unwrap().voters, [1, 2, 3]);
+        assert_eq!(log.tail, Tail::Clean);
+    }
+
+    #[test]
+    fn first_frame_is_the_documented_one() {
+        let bytes = segment();
+        assert_eq!(bytes[..16], [4, 0, 0, 0, 0, 0, 0, 0x84, 8, 4, 16, 0, 0, 0, 0, 0]);
+    }
+
+    #[test]
+    fn every_flipped_byte_is_noticed_or_harmless() {
+        let whole = segment();
+        let log = read_segment(&whole).unwrap();
+        for at in 0..whole.len() {
+            for flip in [1, 0x80, 0xff] {
+                let mut bytes = whole.clone();
+                bytes[at] ^= flip;
+                if let Ok(read) = read_segment(&bytes) {
+                    assert!(
+                        read == log
+                            || read.tail != Tail::Clean
+                            || read.segments == log.segments && bytes.len() == whole.len()
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_cut_segment_is_torn_or_ends_early_but_never_corrupt() {
+        let whole = segment();
+        let boundary = |at: usize| read_segment(&whole[..at]);
+        for at in 0..whole.len() {
+            match boundary(at) {
+                Ok(log) => assert!(log.tail != Tail::Clean || log.state.commit() <= log.last_index()),
+                Err(error) => assert!(
+                    error.to_string().contains("empty") || error.to_string().contains("no metadata"),
+                    "{at}: {error}"
+                ),
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
+            let _ = read_segment(&bytes);
+        }
+    }
+}

@@ -1,0 +1,338 @@
+//! What is in a store: object names, and which objects together make a restorable chain. Pure.
+//!
+//! ```text
+//! t<timeline:08>/full/<revision:020>-<unix ms:013>.db.zst
+//! t<timeline:08>/delta/<first:020>-<last:020>-<unix ms:013>.delta.zst
+//! t<timeline:08>/timeline.json
+//! t<timeline:08>/full/uploading-<unix ms:013>-<random:016x>      a full on its way to its name
+//! ```
+//!
+//! Overlap is legal: two writers, or a full newer than the first delta. A gap is not: it is named with both revisions.
+
+use std::collections::BTreeMap;
+
+/// Number of a timeline, from 1. Every restore that becomes a live cluster begins one.
+pub type Timeline = u32;
+
+/// What the name of an object says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ObjectName {
+    /// A full snapshot.
+    Full {
+        /// Its timeline.
+        timeline: Timeline,
+        /// The revision it has.
+        revision: i64,
+        /// When it was begun.
+        unix_ms: i64,
+    },
+    /// The changes of some revisions.
+    Delta {
+        /// Its timeline.
+        timeline: Timeline,
+        /// First revision.
+        first: i64,
+        /// Last revision.
+        last: i64,
+        /// When it was closed.
+        unix_ms: i64,
+    },
+    /// Where a timeline comes from.
+    Timeline {
+        /// Which.
+        timeline: Timeline,
+    },
+    /// A full snapshot that is being uploaded, or was when its writer died.
+    Uploading {
+        /// Its timeline.
+        timeline: Timeline,
+        /// When it was begun.
+        unix_ms: i64,
+        /// Tells two writers apart.
+        random: u64,
+    },
+}
+
+impl ObjectName {
+    /// `None` when the name, relative to the store's prefix, is not one of ours.
+    pub fn parse(name: &str) -> Option<Self> {
+        let (timeline, rest) = name.split_once('/')?;
+        let timeline: Timeline = decimal(timeline.strip_prefix('t')?, 8)?.try_into().ok()?;
+        let parsed = if rest == "timeline.json" {
+            Self::Timeline { timeline }
+        } else if let Some(rest) = rest.strip_prefix("full/uploading-") {
+            let (unix_ms, random) = rest.split_once('-')?;
+            let random = u64::from_str_radix(random, 16).ok()?;
+            Self::Uploading { timeline, unix_ms: decimal(unix_ms, 13)?, random }
+        } else if let Some(rest) = rest.strip_prefix("full/") {
+            let (revision, unix_ms) = rest.strip_suffix(".db.zst")?.split_once('-')?;
+            Self::Full { timeline, revision: decimal(revision, 20)?, unix_ms: decimal(unix_ms, 13)? }
+        } else {
+            let mut parts = rest.strip_prefix("delta/")?.strip_suffix(".delta.zst")?.split('-');
+            let (first, last, unix_ms) =
+                (decimal(parts.next()?, 20)?, decimal(parts.next()?, 20)?, decimal(parts.next()?, 13)?);
+            if parts.next().is_some() || first > last || first < 1 {
+                return None;
+            }
+            Self::Delta { timeline, first, last, unix_ms }
+        };
+        // Only the one spelling: what this prints is what it came from.
+        (parsed.to_string() == name).then_some(parsed)
+    }
+}
+
+fn decimal(text: &str, width: usize) -> Option<i64> {
+    (text.len() >= width && text.bytes().all(|byte| byte.is_ascii_digit())).then(|| text.parse().ok()).flatten()
+}
+
+impl std::fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Full { timeline, revision, unix_ms } => {
+                write!(f, "t{timeline:08}/full/{revision:020}-{unix_ms:013}.db.zst")
+            }
+            Self::Delta { timeline, first, last, unix_ms } => {
+                write!(f, "t{timeline:08}/delta/{first:020}-{last:020}-{unix_ms:013}.delta.zst")
+            }
+            Self::Timeline { timeline } => write!(f, "t{timeline:08}/timeline.json"),
+            Self::Uploading { timeline, unix_ms, random } => {
+                write!(f, "t{timeline:08}/full/uploading-{unix_ms:013}-{random:016x}")
+            }
+        }
+    }
+}
+
+/// A full snapshot in a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Full {
+    /// The revision it has.
+    pub revision: i64,
+    /// When it was begun.
+    pub unix_ms: i64,
+    /// Bytes of the object.
+    pub size: u64,
+}
+
+/// A delta in a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Delta {
+    /// First revision.
+    pub first: i64,
+    /// Last revision.
+    pub last: i64,
+    /// When it was closed.
+    pub unix_ms: i64,
+    /// Bytes of the object.
+    pub size: u64,
+}
+
+/// The objects of one timeline.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct History {
+    /// Full snapshots, by revision.
+    pub fulls: Vec<Full>,
+    /// Deltas, by first and then last revision.
+    pub deltas: Vec<Delta>,
+    /// Whether there is a `timeline.json`.
+    pub described: bool,
+}
+
+/// Revisions that no object has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gap {
+    /// The last revision before it.
+    pub after: i64,
+    /// The first revision after it.
+    pub before: i64,
+}
+
+/// A full snapshot and the deltas that follow it without a gap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    /// Where it starts.
+    pub full: Full,
+    /// What follows; each reaches further than the one before.
+    pub deltas: Vec<Delta>,
+    /// The last revision it reaches.
+    pub last: i64,
+    /// What is missing right after it, when there are deltas beyond.
+    pub gap: Option<Gap>,
+}
+
+impl History {
+    /// The chain that starts at `full`, and the gap where it ends early.
+    pub fn chain_from(&self, full: Full) -> Chain {
+        let mut chain = Chain { full, deltas: Vec::new(), last: full.revision, gap: None };
+        loop {
+            let reaching = self.deltas.iter().filter(|delta| delta.last > chain.last);
+            if let Some(delta) = reaching
+                .clone()
+                .filter(|delta| delta.first <= chain.last + 1)
+                .max_by_key(|delta| (delta.last, delta.unix_ms))
+            {
+                chain.deltas.push(*delta);
+                chain.last = delta.last;
+            } else {
+                chain.gap = reaching.map(|delta| delta.first).min().map(|before| Gap { after: chain.last, before });
+                return chain;
+            }
+        }
+    }
+
+    /// The chain that reaches furthest; of those that reach equally far the one with the newest full snapshot, which has
+    /// the least to replay.
+    pub fn newest_chain(&self) -> Option<Chain> {
+        self.fulls
+            .iter()
+            .map(|full| self.chain_from(*full))
+            .max_by_key(|chain| (chain.last, chain.full.revision, chain.full.unix_ms))
+    }
+
+    /// Every gap between what the deltas and fulls hold.
+    pub fn gaps(&self) -> Vec<Gap> {
+        let mut ends: Vec<(i64, i64)> = self.fulls.iter().map(|full| (full.revision, full.revision)).collect();
+        ends.extend(self.deltas.iter().map(|delta| (delta.first, delta.last)));
+        ends.sort_unstable();
+        let mut gaps = Vec::new();
+        let mut last = None;
+        for (first, end) in ends {
+            if let Some(after) = last.filter(|last| first > last + 1) {
+                gaps.push(Gap { after, before: first });
+            }
+            last = last.max(Some(end));
+        }
+        gaps
+    }
+
+    /// Bytes of all objects.
+    pub fn size(&self) -> u64 {
+        self.fulls.iter().map(|full| full.size).chain(self.deltas.iter().map(|delta| delta.size)).sum()
+    }
+}
+
+/// Everything under a store's prefix.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Catalog {
+    /// By number.
+    pub timelines: BTreeMap<Timeline, History>,
+    /// Fulls whose upload did not finish (yet).
+    pub uploading: Vec<(ObjectName, u64)>,
+    /// Names that are not ours, with sizes. They are listed and never touched.
+    pub foreign: Vec<(String, u64)>,
+}
+
+impl Catalog {
+    /// Sorts a listing: names relative to the prefix, and sizes.
+    pub fn new(listing: impl IntoIterator<Item = (String, u64)>) -> Self {
+        let mut catalog = Self::default();
+        for (name, size) in listing {
+            match ObjectName::parse(&name) {
+                Some(ObjectName::Full { timeline, revision, unix_ms }) => {
+                    catalog.timelines.entry(timeline).or_default().fulls.push(Full { revision, unix_ms, size });
+                }
+                Some(ObjectName::Delta { timeline, first, last, unix_ms }) => {
+                    catalog.timelines.entry(timeline).or_default().deltas.push(Delta { first, last, unix_ms, size });
+                }
+                Some(ObjectName::Timeline { timeline }) => {
+                    catalog.timelines.entry(timeline).or_default().described = true;
+                }
+                Some(uploading @ ObjectName::Uploading { .. }) => catalog.uploading.push((uploading, size)),
+                None => catalog.foreign.push((name, size)),
+            }
+        }
+        for history in catalog.timelines.values_mut() {
+            history.fulls.sort_unstable_by_key(|full| (full.revision, full.unix_ms));
+            history.deltas.sort_unstable_by_key(|delta| (delta.first, delta.last, delta.unix_ms));
+        }
+        catalog
+    }
+
+    /// The newest timeline from which something can be restored.
+    pub fn newest_restorable(&self) -> Option<(Timeline, &History)> {
+        self.timelines
+            .iter()
+            .rev()
+            .find(|(_, history)| !history.fulls.is_empty())
+            .map(|(timeline, history)| (*timeline, history))
+    }
+
+    /// The newest timeline of all.
+    pub fn newest(&self) -> Option<(Timeline, &History)> {
+        self.timelines.iter().next_back().map(|(timeline, history)| (*timeline, history))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn history(fulls: &[i64], deltas: &[(i64, i64)]) -> History {
+        let fulls = fulls.iter().map(|revision| ObjectName::Full { timeline: 1, revision: *revision, unix_ms: 1 });
+        let deltas = deltas.iter().map(|(first, last)| ObjectName::Delta {
+            timeline: 1,
+            first: *first,
+            last: *last,
+            unix_ms: 1,
+        });
+        let catalog = Catalog::new(fulls.chain(deltas).map(|name| (name.to_string(), 1)));
+        catalog.timelines.get(&1).cloned().unwrap_or_default()
+    }
+
+    #[test]
+    fn overlaps_join_and_gaps_are_named() {
+        let chain = history(&[10], &[(5, 12), (11, 20), (15, 18), (21, 22), (25, 30)]).newest_chain().unwrap();
+        assert_eq!((chain.last, chain.gap), (22, Some(Gap { after: 22, before: 25 })));
+        assert_eq!(chain.deltas.iter().map(|d| d.last).collect::<Vec<_>>(), [12, 20, 22]);
+    }
+
+    #[test]
+    fn a_later_full_makes_a_gap_harmless() {
+        let chain = history(&[10, 24], &[(11, 20), (25, 30)]).newest_chain().unwrap();
+        assert_eq!((chain.full.revision, chain.last, chain.gap), (24, 30, None));
+    }
+
+    #[test]
+    fn the_newest_full_of_equal_chains_is_taken() {
+        let chain = history(&[10, 15], &[(11, 20)]).newest_chain().unwrap();
+        assert_eq!(chain.full.revision, 15);
+    }
+
+    #[test]
+    fn without_a_full_there_is_no_chain() {
+        assert_eq!(history(&[], &[(1, 2)]).newest_chain(), None);
+    }
+
+    #[test]
+    fn names_that_are_not_ours_are_foreign() {
+        let names = [
+            "t00000001/full/1-2.db.zst",
+            "t00000001/delta/00000000000000000009-00000000000000000002-0000000000001.delta.zst",
+            "t00000001/full/00000000000000000002-0000000000001.db.zst.tmp",
+            "t1/timeline.json",
+            "x",
+            "",
+            "t00000001/other/x",
+        ];
+        assert_eq!(Catalog::new(names.map(|name| (name.to_owned(), 0))).foreign.len(), names.len());
+    }
+
+    proptest! {
+        #[test]
+        fn names_round_trip(timeline in 1u32.., a in 1..i64::MAX, b in 1..i64::MAX, unix_ms in 0..9_999_999_999_999i64, random: u64) {
+            for name in [
+                ObjectName::Full { timeline, revision: a, unix_ms },
+                ObjectName::Delta { timeline, first: a.min(b), last: a.max(b), unix_ms },
+                ObjectName::Timeline { timeline },
+                ObjectName::Uploading { timeline, unix_ms, random },
+            ] {
+                prop_assert_eq!(ObjectName::parse(&name.to_string()), Some(name));
+            }
+        }
+
+        #[test]
+        fn arbitrary_names_never_panic(name: String) {
+            let _ = ObjectName::parse(&name);
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! What a person types, and what they get to read.
+
+mod check;
+mod list;
+mod restore;
+mod snapshot;
+
+use std::io::{IsTerminal, Write};
+
+use clap::{Parser, Subcommand, ValueEnum};
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::{Error, Result};
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0   done
+  1   failed: etcd or the store could not be reached, access was denied, the disk is full
+  2   usage: a flag makes no sense
+  10  corrupt: a backup object or a data directory is damaged
+  11  missing: there is nothing to restore, or revisions are missing in between
+  12  precondition: something must be done first, such as moving a directory away";
+
+/// Backs up etcd continuously and restores it without etcd.
+#[derive(Debug, Parser)]
+#[command(name = "sidecar", version, after_help = EXIT_CODES, max_term_width = 110)]
+pub struct Cli {
+    /// How to print results.
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
+    output: Output,
+    /// How to print log lines, on standard error. Their level is set by RUST_LOG, such as RUST_LOG=debug.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Table,
+    /// For programs: one JSON value.
+    Json,
+}
+
+/// How log lines are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For programs: one JSON object a line.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Snapshot(snapshot::Args),
+    List(list::Args),
+    Restore(restore::Args),
+    Check(check::Args),
+}
+
+/// The store that a command works on.
+#[derive(Debug, Clone, clap::Args)]
+pub struct StoreFlag {
+    /// Where backups are: file:///directory or s3://bucket/prefix. S3 takes credentials, region, endpoint and CA from the
+    /// standard environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, AWS_CA_BUNDLE, …).
+    #[arg(long, env = "SIDECAR_STORE", value_name = "URL")]
+    pub store: String,
+}
+
+impl Cli {
+    /// Starts logging to standard error.
+    pub fn init_logging(&self) {
+        use tracing_subscriber::EnvFilter;
+        let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,object_store=warn"));
+        let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+        match self.log_format {
+            LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).init(),
+            LogFormat::Json => builder.json().init(),
+        }
+    }
+
+    /// Runs the command; returns the exit code. An error is printed.
+    pub async fn run(self) -> u8 {
+        let stop = CancellationToken::new();
+        let signals = tokio::spawn(cancel_on_signal(stop.clone()));
+        let result = match self.command {
+            Command::Snapshot(args) => snapshot::run(args, self.output, stop).await,
+            Command::List(args) => list::run(args, self.output).await,
+            Command::Restore(args) => restore::run(args, self.output, stop).await,
+            Command::Check(args) => check::run(args, self.output).await,
+        };
+        signals.abort();
+        match result {
+            Ok(code) => code,
+            Err(error) => {
+                let _ = writeln!(std::io::stderr(), "error: {error}");
+                error.class().exit_code()
+            }
+        }
+    }
+}
+
+/// SIGTERM and SIGINT ask to stop; the second one ends the process at once.
+async fn cancel_on_signal(stop: CancellationToken) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        return;
+    };
+    loop {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = int.recv() => {}
+        }
+        if stop.is_cancelled() {
+            #[expect(clippy::exit, reason = "somebody insists")]
+            std::process::exit(1);
+        }
+        stop.cancel();
+    }
+}
+
+/// Prints a result: as one JSON value, or as `table` writes it.
+fn print<T: Serialize>(output: Output, value: &T, table: impl FnOnce(&T) -> String) -> Result<()> {
+    let text = match output {
+        Output::Json => serde_json::to_string_pretty(value)
+            .map_err(|error| Error::Bug { what: format!("print a result: {error}") })?,
+        Output::Table => table(value),
+    };
+    match writeln!(std::io::stdout(), "{}", text.trim_end()) {
+        // Whoever read has seen enough.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => result.map_err(Error::io("write to", "standard output")),
+    }
+}
+
+/// Columns lined up, the first row as the head.
+fn columns(rows: &[Vec<String>]) -> String {
+    let mut widths: Vec<usize> = Vec::new();
+    for row in rows {
+        for (index, cell) in row.iter().enumerate() {
+            let width = cell.chars().count();
+            match widths.get_mut(index) {
+                Some(widest) => *widest = width.max(*widest),
+                None => widths.push(width),
+            }
+        }
+    }
+    let mut text = String::new();
+    for row in rows {
+        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+fn bytes(count: u64) -> String {
+    indicatif::HumanBytes(count).to_string()
+}
+
+fn time(unix_ms: i64) -> String {
+    chrono::DateTime::from_timestamp_millis(unix_ms)
+        .map(|time| time.to_rfc3339_opts(chrono::SecondsFormat::Secs, true))
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn flags_are_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

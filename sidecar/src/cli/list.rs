@@ -1,0 +1,173 @@
+//! `sidecar list`.
+
+use serde::Serialize;
+
+use super::{Output, StoreFlag, bytes, columns, print, time};
+use crate::Result;
+use crate::catalog::{Catalog, History, Timeline};
+use crate::store::{Open, Store};
+
+/// Show what a store holds: chains, gaps, and what can be restored.
+///
+/// Only lists names; nothing is read or decompressed.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    store: StoreFlag,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Listing {
+    store: String,
+    timelines: Vec<TimelineListing>,
+    unfinished_uploads: Vec<Foreign>,
+    foreign: Vec<Foreign>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct TimelineListing {
+    timeline: Timeline,
+    bytes: u64,
+    fulls: Vec<Object>,
+    deltas: Vec<Object>,
+    gaps: Vec<Range>,
+    /// What can be restored: revisions from the oldest full snapshot to where the newest chain ends.
+    restorable: Option<Window>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Object {
+    first_revision: i64,
+    last_revision: i64,
+    time: String,
+    bytes: u64,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Range {
+    first_missing: i64,
+    last_missing: i64,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Window {
+    first_revision: i64,
+    last_revision: i64,
+    first_time: String,
+    last_time: String,
+}
+
+#[derive(Serialize)]
+struct Foreign {
+    name: String,
+    bytes: u64,
+}
+
+pub(super) async fn run(args: Args, output: Output) -> Result<u8> {
+    let store = Store::open(&args.store.store, Open::Existing)?;
+    let catalog = store.catalog().await?;
+    print(output, &listing(store.url(), &catalog), table)?;
+    Ok(0)
+}
+
+fn listing(url: &str, catalog: &Catalog) -> Listing {
+    Listing {
+        store: url.to_owned(),
+        timelines: catalog.timelines.iter().map(|(timeline, history)| timeline_listing(*timeline, history)).collect(),
+        unfinished_uploads: catalog
+            .uploading
+            .iter()
+            .map(|(name, bytes)| Foreign { name: name.to_string(), bytes: *bytes })
+            .collect(),
+        foreign: catalog.foreign.iter().map(|(name, bytes)| Foreign { name: name.clone(), bytes: *bytes }).collect(),
+    }
+}
+
+fn timeline_listing(timeline: Timeline, history: &History) -> TimelineListing {
+    let full = |full: &crate::catalog::Full| Object {
+        first_revision: full.revision,
+        last_revision: full.revision,
+        time: time(full.unix_ms),
+        bytes: full.size,
+    };
+    let delta = |delta: &crate::catalog::Delta| Object {
+        first_revision: delta.first,
+        last_revision: delta.last,
+        time: time(delta.unix_ms),
+        bytes: delta.size,
+    };
+    let window = history.newest_chain().zip(history.fulls.first()).map(|(chain, oldest)| Window {
+        first_revision: oldest.revision,
+        last_revision: chain.last,
+        first_time: time(oldest.unix_ms),
+        last_time: time(chain.deltas.last().map_or(chain.full.unix_ms, |delta| delta.unix_ms)),
+    });
+    TimelineListing {
+        timeline,
+        bytes: history.size(),
+        fulls: history.fulls.iter().map(full).collect(),
+        deltas: history.deltas.iter().map(delta).collect(),
+        gaps: history
+            .gaps()
+            .into_iter()
+            .map(|gap| Range { first_missing: gap.after + 1, last_missing: gap.before - 1 })
+            .collect(),
+        restorable: window,
+    }
+}
+
+fn table(listing: &Listing) -> String {
+    let mut text = String::new();
+    let mut say = |line: String| {
+        text.push_str(&line);
+        text.push('\n');
+    };
+    if listing.timelines.is_empty() {
+        say(format!("{}: no backups", listing.store));
+    }
+    for timeline in &listing.timelines {
+        say(format!(
+            "timeline {}: {} full, {} delta, {}",
+            timeline.timeline,
+            timeline.fulls.len(),
+            timeline.deltas.len(),
+            bytes(timeline.bytes)
+        ));
+        let mut rows = vec![["  KIND", "REVISIONS", "TIME", "SIZE"].map(str::to_owned).to_vec()];
+        let mut objects: Vec<(&str, &Object)> = timeline.fulls.iter().map(|object| ("  full", object)).collect();
+        objects.extend(timeline.deltas.iter().map(|object| ("  delta", object)));
+        objects.sort_by_key(|(kind, object)| (object.last_revision, *kind));
+        for (kind, object) in objects {
+            let revisions = match object {
+                Object { first_revision, last_revision, .. } if first_revision == last_revision => {
+                    last_revision.to_string()
+                }
+                Object { first_revision, last_revision, .. } => format!("{first_revision}-{last_revision}"),
+            };
+            rows.push(vec![kind.to_owned(), revisions, object.time.clone(), bytes(object.bytes)]);
+        }
+        columns(&rows).lines().for_each(|line| say(line.to_owned()));
+        for gap in &timeline.gaps {
+            say(format!("  GAP: revisions {} to {} are in no object", gap.first_missing, gap.last_missing));
+        }
+        match &timeline.restorable {
+            Some(window) => say(format!(
+                "  restorable: revisions {} to {}, {} to {}",
+                window.first_revision, window.last_revision, window.first_time, window.last_time
+            )),
+            None => say("  restorable: nothing, there is no full snapshot".to_owned()),
+        }
+    }
+    for upload in &listing.unfinished_uploads {
+        say(format!("unfinished upload: {} ({})", upload.name, bytes(upload.bytes)));
+    }
+    for foreign in &listing.foreign {
+        say(format!("not ours: {} ({})", foreign.name, bytes(foreign.bytes)));
+    }
+    text
+}

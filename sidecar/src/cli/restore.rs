@@ -1,0 +1,298 @@
+//! `sidecar restore`.
+
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use etcd_format::datadir::Minor;
+use etcd_format::membership::NewCluster;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use super::{Output, bytes, print, time};
+use crate::catalog::Timeline;
+use crate::restore::{Outcome, Plan, Progress, Source, Target, choose, execute};
+use crate::store::{Open, Store};
+use crate::{Error, Result};
+
+/// Make data directories from a backup, without any etcd.
+///
+/// Restores the latest state, verifies it (every row, every lease, etcd's own hash where the backup has it), and only then
+/// puts it in place. On failure nothing is left behind.
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("source").required(true).args(["store", "snapshot_file"]))]
+#[command(group = clap::ArgGroup::new("target").required(true).args(["data_dir", "all_members"]))]
+pub struct Args {
+    /// Where backups are: file:///directory or s3://bucket/prefix; see `sidecar snapshot --help`.
+    #[arg(long, env = "SIDECAR_STORE", value_name = "URL")]
+    store: Option<String>,
+    /// Restore a plain etcd snapshot instead, or a downloaded full snapshot of ours.
+    #[arg(long, value_name = "FILE")]
+    snapshot_file: Option<PathBuf>,
+    /// Take a snapshot file without its sha256, such as a copy of a stopped member's db.
+    #[arg(long, requires = "snapshot_file")]
+    skip_hash_check: bool,
+    /// The data directory to make. It must be empty or not exist.
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Make the data directory of every member of --initial-cluster, as DIR/NAME.
+    #[arg(long, value_name = "DIR")]
+    all_members: Option<PathBuf>,
+    /// Name of this member.
+    #[arg(long, default_value = "default", conflicts_with = "all_members")]
+    name: String,
+    /// The members of the new cluster, as name=peer-url,…; by default this member alone, at http://localhost:2380.
+    #[arg(long, value_name = "NAME=URL,…")]
+    initial_cluster: Option<String>,
+    /// Peer URLs of this member; by default those that --initial-cluster has.
+    #[arg(long, value_name = "URL,…", conflicts_with = "all_members")]
+    initial_advertise_peer_urls: Option<String>,
+    /// Token that tells the new cluster from others.
+    #[arg(long, default_value = "etcd-cluster", value_name = "TOKEN")]
+    initial_cluster_token: String,
+    /// Raise the revision by so much, so that it is above any that clients have seen. Needs --mark-compacted.
+    #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(i64).range(0..1 << 60), requires = "mark_compacted")]
+    bump_revision: i64,
+    /// Mark everything below the raised revision compacted, so that clients with older revisions notice.
+    #[arg(long)]
+    mark_compacted: bool,
+    /// The etcd minor that will run on the data, such as 3.6; by default that of the backup.
+    #[arg(long, value_name = "MINOR")]
+    etcd_version: Option<String>,
+    /// Restore this timeline rather than the newest.
+    #[arg(long, value_name = "N", conflicts_with = "snapshot_file")]
+    timeline: Option<Timeline>,
+    /// When revisions are missing in the backup, restore up to there.
+    #[arg(long, conflicts_with = "snapshot_file")]
+    accept_gap: bool,
+    /// Move a member that is in the data directory aside.
+    #[arg(long)]
+    replace: bool,
+    /// Print what would be done and do nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> Result<u8> {
+    if args.mark_compacted && args.bump_revision == 0 {
+        return Err(Error::invalid("--mark-compacted needs --bump-revision above 0"));
+    }
+    let (cluster, targets) = members(&args)?;
+    let minor = args.etcd_version.as_deref().map(Minor::parse).transpose().map_err(Error::format("--etcd-version"))?;
+    let (source, store) = match (&args.snapshot_file, &args.store) {
+        (Some(path), _) => (Source::File { path: path.clone(), skip_hash_check: args.skip_hash_check }, None),
+        (None, Some(url)) => {
+            let store = Store::open(url, Open::Existing)?;
+            let catalog = store.catalog().await?;
+            (choose(&catalog, store.url(), args.timeline, args.accept_gap)?, Some(store))
+        }
+        (None, None) => return Err(Error::invalid("give --store or --snapshot-file")),
+    };
+    let plan = Plan { source, targets, cluster, minor, bump_revision: args.bump_revision, replace: args.replace };
+    let url = store.as_ref().map(|store| store.url().to_owned());
+    if args.dry_run {
+        print(output, &plan_value(&plan, url.as_deref()), |_| plan_table(&plan, url.as_deref()))?;
+        return Ok(0);
+    }
+    let watcher = Watcher::new();
+    let outcome = tokio::select! {
+        outcome = execute(plan, store, move |progress| watcher.see(progress)) => outcome?,
+        // The staging directory stays behind; the next restore removes it.
+        () = stop.cancelled() => return Err(Error::Cancelled),
+    };
+    print(output, &outcome, table)?;
+    Ok(0)
+}
+
+fn members(args: &Args) -> Result<(NewCluster, Vec<Target>)> {
+    let initial_cluster = args.initial_cluster.clone().unwrap_or_else(|| {
+        let urls = args.initial_advertise_peer_urls.as_deref().unwrap_or("http://localhost:2380");
+        urls.split(',').map(|url| format!("{}={url}", args.name)).collect::<Vec<_>>().join(",")
+    });
+    let cluster =
+        NewCluster::parse(&initial_cluster, &args.initial_cluster_token).map_err(Error::format("--initial-cluster"))?;
+    if let Some(dir) = &args.all_members {
+        if args.initial_cluster.is_none() {
+            return Err(Error::invalid("--all-members needs --initial-cluster, which names the members"));
+        }
+        let bad = cluster.members().iter().find(|member| member.name.contains('/') || member.name.starts_with('.'));
+        if let Some(member) = bad {
+            return Err(Error::invalid(format!(
+                "member name {:?} cannot be the name of a directory; restore it with --data-dir",
+                member.name
+            )));
+        }
+        let targets = cluster
+            .members()
+            .iter()
+            .map(|member| Target { name: member.name.clone(), data_dir: dir.join(&member.name) });
+        let targets = targets.collect();
+        return Ok((cluster, targets));
+    }
+    cluster.member(&args.name).map_err(Error::format("--name"))?;
+    if let Some(urls) = &args.initial_advertise_peer_urls {
+        cluster.check_advertised(&args.name, urls).map_err(Error::format("--initial-advertise-peer-urls"))?;
+    }
+    let data_dir = args.data_dir.clone().ok_or_else(|| Error::invalid("give --data-dir or --all-members"))?;
+    Ok((cluster, vec![Target { name: args.name.clone(), data_dir }]))
+}
+
+fn plan_value(plan: &Plan, url: Option<&str>) -> Value {
+    let source = match &plan.source {
+        Source::File { path, .. } => json!({ "file": path.display().to_string() }),
+        Source::Chain { timeline, chain } => json!({
+            "store": url, "timeline": timeline, "fullRevision": chain.full.revision, "fullTime": time(chain.full.unix_ms), "deltas": chain.deltas.len(),
+            "revision": chain.last, "bytes": chain.full.size + chain.deltas.iter().map(|delta| delta.size).sum::<u64>(),
+            "gapAfter": chain.gap.map(|gap| gap.after),
+        }),
+    };
+    json!({
+        "source": source, "clusterId": plan.cluster.id().to_string(), "members": plan.targets, "etcdMinor": plan.minor.map(|minor| minor.to_string()),
+        "bumpRevision": plan.bump_revision, "replace": plan.replace,
+    })
+}
+
+fn plan_table(plan: &Plan, url: Option<&str>) -> String {
+    let mut text = match &plan.source {
+        Source::File { path, .. } => format!("would restore the snapshot {}\n", path.display()),
+        Source::Chain { timeline, chain } => {
+            let size = chain.full.size + chain.deltas.iter().map(|delta| delta.size).sum::<u64>();
+            format!(
+                "would restore revision {} from timeline {timeline} of {}:\n  the full snapshot of revision {} ({}) and {} deltas, {} to download\n",
+                chain.last,
+                url.unwrap_or_default(),
+                chain.full.revision,
+                time(chain.full.unix_ms),
+                chain.deltas.len(),
+                bytes(size)
+            )
+        }
+    };
+    for target in &plan.targets {
+        text.push_str(&format!(
+            "into {} as member {} of the new cluster {}\n",
+            target.data_dir.display(),
+            target.name,
+            plan.cluster.id()
+        ));
+    }
+    if plan.bump_revision > 0 {
+        text.push_str(&format!(
+            "raising the revision by {} and marking everything below compacted\n",
+            plan.bump_revision
+        ));
+    }
+    text
+}
+
+fn table(outcome: &Outcome) -> String {
+    let mut text = format!(
+        "restored revision {} (snapshot of {} and {} changes), {} in {:.1} s\n",
+        outcome.revision,
+        outcome.snapshot_revision,
+        outcome.events,
+        bytes(outcome.db_size),
+        outcome.seconds
+    );
+    for member in &outcome.members {
+        text.push_str(&format!(
+            "  member {} of cluster {} in {}\n",
+            member.name,
+            outcome.cluster_id,
+            member.data_dir.display()
+        ));
+    }
+    for replaced in &outcome.replaced {
+        text.push_str(&format!("  the member before it is in {}\n", replaced.display()));
+    }
+    let proof = &outcome.proof;
+    text.push_str(&format!(
+        "verified: {} rows, no revision missing, {} keys in sequence, {} leases on record\n",
+        proof.rows, proof.keys, proof.leases
+    ));
+    text.push_str(&match (proof.hash, proof.hash_revision) {
+        (Some(hash), Some(revision)) => {
+            format!("verified: HashKV {hash} at revision {revision} is what etcd itself answered\n")
+        }
+        _ => "not verified: the backup has no HashKV to compare with\n".to_owned(),
+    });
+    for lease in &outcome.leases_with_guessed_ttl {
+        text.push_str(&format!("remark: the TTL of lease {lease} is not in the backup; it got 60 s\n"));
+    }
+    text
+}
+
+/// Shows progress: a bar for people, a JSON line now and then for programs.
+struct Watcher {
+    bar: Option<ProgressBar>,
+    seen: Mutex<Seen>,
+}
+
+struct Seen {
+    phase: &'static str,
+    done: u64,
+    total: Option<u64>,
+    last_line: Instant,
+}
+
+impl Watcher {
+    fn new() -> Self {
+        let bar = std::io::stderr().is_terminal().then(ProgressBar::no_length);
+        Self { bar, seen: Mutex::new(Seen { phase: "start", done: 0, total: None, last_line: Instant::now() }) }
+    }
+
+    fn see(&self, progress: Progress) {
+        let Ok(mut seen) = self.seen.lock() else { return };
+        match progress {
+            Progress::Snapshot(total) => {
+                self.phase(&mut seen, "snapshot", total, "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}");
+            }
+            Progress::Deltas(total) => self.phase(&mut seen, "deltas", Some(total), "{msg} {bar:30} {pos}/{len}"),
+            Progress::Members(total) => self.phase(&mut seen, "members", Some(total), "{msg}"),
+            Progress::Verify => self.phase(&mut seen, "verify", None, "{msg} and sync {elapsed}"),
+            Progress::Bytes(bytes) => self.advance(&mut seen, bytes),
+            Progress::Delta => self.advance(&mut seen, 1),
+        }
+    }
+
+    fn phase(&self, seen: &mut Seen, phase: &'static str, total: Option<u64>, template: &str) {
+        *seen = Seen { phase, done: 0, total, last_line: Instant::now() };
+        let Some(bar) = &self.bar else { return line(seen) };
+        bar.reset();
+        if let Some(total) = total {
+            bar.set_length(total);
+        }
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        bar.set_message(phase);
+        bar.enable_steady_tick(Duration::from_millis(200));
+    }
+
+    fn advance(&self, seen: &mut Seen, by: u64) {
+        seen.done += by;
+        match &self.bar {
+            Some(bar) => bar.inc(by),
+            None if seen.last_line.elapsed() > Duration::from_secs(1) => {
+                seen.last_line = Instant::now();
+                line(seen);
+            }
+            None => {}
+        }
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn line(seen: &Seen) {
+    let line = json!({ "phase": seen.phase, "done": seen.done, "total": seen.total });
+    let _ = writeln!(std::io::stderr(), "{line}");
+}

@@ -1,0 +1,163 @@
+//! `sidecar snapshot`.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use croner::Cron;
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use super::{Output, StoreFlag, bytes, print};
+use crate::catalog::ObjectName;
+use crate::etcd::EtcdFlags;
+use crate::snapshotter::{self, Kind, Settings, Taken};
+use crate::store::{Open, Store};
+use crate::{Error, Result};
+
+/// Back up a running etcd: a full snapshot when one is due, and deltas for ever.
+///
+/// Goes on from what the store has. SIGTERM flushes the pending delta and ends.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    store: StoreFlag,
+    #[command(flatten)]
+    etcd: EtcdFlags,
+    /// Take one snapshot and exit. A delta has everything since the last backup.
+    #[arg(long, value_enum, value_name = "KIND")]
+    once: Option<Once>,
+    /// When full snapshots are due, in cron's five fields, local time. One is also taken when there is none, when etcd
+    /// compacted ahead of the deltas, and when users, roles or auth change. Empty for no schedule.
+    #[arg(long, default_value = "0 */1 * * *", value_name = "CRON")]
+    full_schedule: String,
+    /// How often a delta is uploaded, when anything changed; such as 20s, 5m, 500ms.
+    #[arg(long, default_value = "20s", value_parser = parse_duration, value_name = "DURATION")]
+    delta_period: Duration,
+    /// Upload a delta early when it reaches so many bytes before compression; such as 10485760, 512KiB, 10MiB.
+    #[arg(long, default_value = "10MiB", value_parser = parse_bytes, value_name = "BYTES")]
+    delta_max_bytes: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Once {
+    /// A full snapshot.
+    Full,
+    /// A delta.
+    Delta,
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: u64 = number.parse().map_err(|_| "it must be a number and a unit, such as 20s".to_owned())?;
+    let millis = match unit {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err("its unit must be ms, s, m or h".into()),
+    };
+    let duration = Duration::from_millis(number.checked_mul(millis).ok_or("it is too long")?);
+    if duration < Duration::from_millis(100) || duration > Duration::from_secs(86_400) {
+        return Err("it must be from 100ms to 24h".into());
+    }
+    Ok(duration)
+}
+
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: u64 = number.parse().map_err(|_| "it must be a number of bytes, such as 10MiB".to_owned())?;
+    let factor = match unit {
+        "" | "B" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        _ => return Err("its unit must be B, KiB or MiB".into()),
+    };
+    let bytes: u64 = number.checked_mul(factor).ok_or("it is too large")?;
+    // Two deltas are in memory at most; the upper bound keeps that bounded too.
+    if !(1024..=128 << 20).contains(&bytes) {
+        return Err("it must be from 1KiB to 128MiB".into());
+    }
+    Ok(bytes)
+}
+
+pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> Result<u8> {
+    let full_schedule = match args.full_schedule.trim() {
+        "" => None,
+        text => Some(
+            Cron::from_str(text)
+                .map_err(|error| Error::invalid(format!("--full-schedule {text:?} is not a cron schedule: {error}")))?,
+        ),
+    };
+    let settings = Settings {
+        etcd: args.etcd,
+        store: Store::open(&args.store.store, Open::Create)?,
+        full_schedule,
+        delta_period: args.delta_period,
+        delta_max_bytes: args.delta_max_bytes,
+    };
+    let kind = match args.once {
+        None => {
+            snapshotter::run(&settings, &stop).await?;
+            return Ok(0);
+        }
+        Some(Once::Full) => Kind::Full,
+        Some(Once::Delta) => Kind::Delta,
+    };
+    let taken = snapshotter::once(&settings, kind, &stop).await?;
+    let value = match &taken {
+        Taken::Full(full) => json!({
+            "kind": "full", "object": settings.store.location(&full.name), "revision": full.revision, "bytes": full.size, "dbBytes": full.db_size,
+        }),
+        Taken::Delta(delta) => {
+            let (first, last) = match delta.name {
+                ObjectName::Delta { first, last, .. } => (first, last),
+                _ => (0, 0),
+            };
+            json!({
+                "kind": "delta", "object": settings.store.location(&delta.name), "firstRevision": first, "lastRevision": last,
+                "events": delta.events, "bytes": delta.size,
+            })
+        }
+        Taken::Nothing(revision) => json!({ "kind": "none", "revision": revision }),
+    };
+    print(output, &value, |_| match &taken {
+        Taken::Full(full) => format!(
+            "full snapshot of revision {} ({}) is {}",
+            full.revision,
+            bytes(full.size),
+            settings.store.location(&full.name)
+        ),
+        Taken::Delta(delta) => format!(
+            "delta of {} changes ({}) is {}",
+            delta.events,
+            bytes(delta.size),
+            settings.store.location(&delta.name)
+        ),
+        Taken::Nothing(revision) => {
+            format!("nothing to do: the backup has revision {revision}, which is etcd's current one")
+        }
+    })?;
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_and_sizes_are_parsed() {
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
+        assert!(
+            ["", "5", "s", "5d", "99999999999999999999s", "1ms", "48h", "1.5s"]
+                .iter()
+                .all(|text| parse_duration(text).is_err())
+        );
+        assert_eq!(parse_bytes("10MiB"), Ok(10 << 20));
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert!(["", "MiB", "1", "1TiB", "999999999999999999999"].iter().all(|text| parse_bytes(text).is_err()));
+    }
+}

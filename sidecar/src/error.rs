@@ -1,0 +1,248 @@
+//! The error of this crate, and what each kind of it means for whoever handles it.
+
+use std::io;
+
+/// Shorthand for this crate's results.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What an error calls for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// Try again later.
+    Transient,
+    /// The state of things forbids it; do something else first.
+    Precondition,
+    /// What was asked makes no sense.
+    Invalid,
+    /// Credentials or permissions are missing.
+    Denied,
+    /// Bytes are damaged.
+    Corrupt,
+    /// Something that is needed is not there, or revisions are missing in between.
+    Missing,
+    /// Stopped on request.
+    Cancelled,
+    /// The machine refused: disk full, no such file.
+    Machine,
+    /// This program is wrong.
+    Bug,
+}
+
+impl Class {
+    /// The exit code of a command that fails with an error of this class.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::Invalid => 2,
+            Self::Corrupt => 10,
+            Self::Missing => 11,
+            Self::Precondition => 12,
+            Self::Transient | Self::Denied | Self::Cancelled | Self::Machine | Self::Bug => 1,
+        }
+    }
+}
+
+/// What can go wrong.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The object store refused or failed.
+    #[error("{op} {location}: {}", describe_store(source))]
+    Store {
+        /// What was attempted, as a verb.
+        op: &'static str,
+        /// URL of the object or prefix.
+        location: String,
+        /// Why it failed.
+        source: object_store::Error,
+    },
+    /// etcd refused or could not be reached.
+    #[error("{op} at {endpoint}: {}", describe_etcd(source))]
+    Etcd {
+        /// What was attempted, as a verb.
+        op: &'static str,
+        /// Which etcd.
+        endpoint: String,
+        /// Why it failed.
+        source: Box<etcd_client::Error>,
+    },
+    /// Bytes of a database, log or backup object.
+    #[error("{what}: {source}")]
+    Format {
+        /// Which object or file.
+        what: String,
+        /// What is wrong with it.
+        source: etcd_format::Error,
+    },
+    /// A local file.
+    #[error("{op} {path}: {source}")]
+    Io {
+        /// What was attempted, as a verb.
+        op: &'static str,
+        /// On which file.
+        path: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// Bytes are damaged in a way that this crate noticed.
+    #[error("{what}")]
+    Corrupt {
+        /// Which, and how.
+        what: String,
+    },
+    /// Something needed is not there.
+    #[error("{what}")]
+    Missing {
+        /// What, where, and what to do.
+        what: String,
+    },
+    /// The state of things forbids it.
+    #[error("{what}")]
+    Precondition {
+        /// What stands in the way, and what to do.
+        what: String,
+    },
+    /// A flag or URL makes no sense.
+    #[error("{what}")]
+    Invalid {
+        /// Which, and what would.
+        what: String,
+    },
+    /// etcd compacted revisions that were not backed up yet.
+    #[error(
+        "etcd compacted its history up to revision {compacted}; the backup has it up to {have}: revisions between are in no delta"
+    )]
+    Compacted {
+        /// Last revision backed up.
+        have: i64,
+        /// What is gone.
+        compacted: i64,
+    },
+    /// Stopped on request.
+    #[error("stopped on request")]
+    Cancelled,
+    /// A broken invariant.
+    #[error("internal error: {what}")]
+    Bug {
+        /// Which.
+        what: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn format(what: impl Into<String>) -> impl FnOnce(etcd_format::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Format { what, source }
+    }
+
+    pub(crate) fn io(op: &'static str, path: impl std::fmt::Display) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_string();
+        move |source| Self::Io { op, path, source }
+    }
+
+    pub(crate) fn corrupt(what: impl Into<String>) -> Self {
+        Self::Corrupt { what: what.into() }
+    }
+
+    pub(crate) fn missing(what: impl Into<String>) -> Self {
+        Self::Missing { what: what.into() }
+    }
+
+    pub(crate) fn precondition(what: impl Into<String>) -> Self {
+        Self::Precondition { what: what.into() }
+    }
+
+    pub(crate) fn invalid(what: impl Into<String>) -> Self {
+        Self::Invalid { what: what.into() }
+    }
+
+    pub(crate) fn task(error: &tokio::task::JoinError) -> Self {
+        Self::Bug { what: format!("a task ended unexpectedly: {error}") }
+    }
+
+    /// What this error calls for.
+    pub fn class(&self) -> Class {
+        match self {
+            Self::Store { source, .. } => store_class(source),
+            Self::Etcd { source, .. } => etcd_class(source),
+            Self::Format { source, .. } => format_class(source),
+            Self::Io { .. } => Class::Machine,
+            Self::Corrupt { .. } => Class::Corrupt,
+            Self::Missing { .. } => Class::Missing,
+            Self::Precondition { .. } | Self::Compacted { .. } => Class::Precondition,
+            Self::Invalid { .. } => Class::Invalid,
+            Self::Cancelled => Class::Cancelled,
+            Self::Bug { .. } => Class::Bug,
+        }
+    }
+}
+
+fn format_class(error: &etcd_format::Error) -> Class {
+    match error {
+        etcd_format::Error::Io { .. } => Class::Machine,
+        etcd_format::Error::Gap { .. } => Class::Missing,
+        etcd_format::Error::Precondition { .. } => Class::Precondition,
+        etcd_format::Error::Invalid { .. } => Class::Invalid,
+        _ => Class::Corrupt,
+    }
+}
+
+fn store_class(error: &object_store::Error) -> Class {
+    match error {
+        object_store::Error::NotFound { .. } => Class::Missing,
+        object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. } => Class::Precondition,
+        object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => Class::Denied,
+        object_store::Error::InvalidPath { .. } | object_store::Error::UnknownConfigurationKey { .. } => Class::Invalid,
+        _ => Class::Transient,
+    }
+}
+
+fn etcd_class(error: &etcd_client::Error) -> Class {
+    match error {
+        etcd_client::Error::GRpcStatus(status) => match status.code() {
+            tonic::Code::Unauthenticated | tonic::Code::PermissionDenied => Class::Denied,
+            tonic::Code::InvalidArgument if status.message().contains("authentication failed") => Class::Denied,
+            tonic::Code::FailedPrecondition | tonic::Code::OutOfRange => Class::Precondition,
+            tonic::Code::InvalidArgument => Class::Invalid,
+            _ => Class::Transient,
+        },
+        etcd_client::Error::InvalidArgs(_) | etcd_client::Error::InvalidUri(_) => Class::Invalid,
+        _ => Class::Transient,
+    }
+}
+
+/// The innermost causes say most; a chain of wrappers that each repeat the next is noise.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text.push_str(": ");
+            text.push_str(&inner_text);
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+fn describe_store(error: &object_store::Error) -> String {
+    let hint = match error {
+        object_store::Error::NotFound { .. } => "not found",
+        object_store::Error::AlreadyExists { .. } => "exists already",
+        object_store::Error::PermissionDenied { .. } => "permission denied; check what the credentials may do",
+        object_store::Error::Unauthenticated { .. } => "not authenticated; check the credentials",
+        _ => return chain(error),
+    };
+    format!("{hint} ({})", chain(error))
+}
+
+fn describe_etcd(error: &etcd_client::Error) -> String {
+    match error {
+        etcd_client::Error::GRpcStatus(status) => {
+            let source =
+                std::error::Error::source(status).map(|source| format!(": {}", chain(source))).unwrap_or_default();
+            format!("{} ({:?}){source}", status.message(), status.code())
+        }
+        other => chain(other),
+    }
+}

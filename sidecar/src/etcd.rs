@@ -1,0 +1,412 @@
+//! The connection to one etcd member.
+//!
+//! Snapshot, watch and HashKV of one backup must come from the same member, so a connection is to one endpoint; with
+//! several endpoints the first that answers is taken. Certificates are read anew for every connection.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use etcd_client::{Client, ConnectOptions, GetOptions, WatchOptions};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+use crate::{Error, Result};
+
+/// More than etcd sends in one message: request limit 1.5 MiB by default, watch fragments about as much.
+const MOST_MESSAGE_BYTES: usize = 512 << 20;
+/// Flow control: how much may be under way before we have read it.
+const WINDOW_BYTES: u32 = 2 << 20;
+
+/// Flags that say how to reach etcd, named as etcdctl names them.
+#[derive(Debug, Clone, clap::Args)]
+pub struct EtcdFlags {
+    /// Client URLs of members, comma separated; the first that answers is used.
+    #[arg(
+        long,
+        env = "ETCDCTL_ENDPOINTS",
+        value_delimiter = ',',
+        default_value = "http://127.0.0.1:2379",
+        value_name = "URL,…"
+    )]
+    pub endpoints: Vec<String>,
+    /// CA bundle to verify etcd's certificate with; the system's when not given.
+    #[arg(long, env = "ETCDCTL_CACERT", value_name = "FILE")]
+    pub cacert: Option<PathBuf>,
+    /// Client certificate.
+    #[arg(long, env = "ETCDCTL_CERT", value_name = "FILE", requires = "key")]
+    pub cert: Option<PathBuf>,
+    /// Key of the client certificate.
+    #[arg(long, env = "ETCDCTL_KEY", value_name = "FILE", requires = "cert")]
+    pub key: Option<PathBuf>,
+    /// Do not verify etcd's certificate. Anyone in between can then feed wrong data into the backup.
+    #[arg(long)]
+    pub insecure_skip_tls_verify: bool,
+    /// User, as NAME or NAME:PASSWORD.
+    #[arg(long, env = "ETCDCTL_USER", hide_env_values = true, value_name = "NAME[:PASSWORD]")]
+    pub user: Option<Secret>,
+    /// Password of the user; better given in the environment, where `ps` does not show it.
+    #[arg(long, env = "ETCDCTL_PASSWORD", hide_env_values = true, value_name = "PASSWORD", requires = "user")]
+    pub password: Option<Secret>,
+    /// How long to wait for a connection and for small requests, in seconds.
+    #[arg(long, default_value_t = 5, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub command_timeout: u64,
+}
+
+/// A string that does not show itself.
+#[derive(Clone)]
+pub struct Secret(String);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(…)")
+    }
+}
+
+impl std::str::FromStr for Secret {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl EtcdFlags {
+    fn credentials(&self) -> Result<Option<(String, String)>> {
+        let Some(user) = &self.user else { return Ok(None) };
+        match (user.0.split_once(':'), &self.password) {
+            (Some((name, password)), None) => Ok(Some((name.to_owned(), password.to_owned()))),
+            (_, Some(password)) => Ok(Some((user.0.clone(), password.0.clone()))),
+            (None, None) => {
+                Err(Error::invalid("--user has no password; give it as NAME:PASSWORD or in ETCDCTL_PASSWORD"))
+            }
+        }
+    }
+
+    fn timeout(&self) -> Duration {
+        Duration::from_secs(self.command_timeout)
+    }
+
+    fn endpoint(&self, text: &str) -> Result<Endpoint> {
+        let url = if text.contains("://") {
+            text.to_owned()
+        } else if self.cacert.is_some() || self.cert.is_some() {
+            format!("https://{text}")
+        } else {
+            format!("http://{text}")
+        };
+        let endpoint = Endpoint::from_shared(url.clone())
+            .map_err(|error| Error::invalid(format!("endpoint {text:?} is not a URL: {error}")))?
+            .connect_timeout(self.timeout())
+            .tcp_nodelay(true)
+            .initial_stream_window_size(WINDOW_BYTES)
+            .initial_connection_window_size(2 * WINDOW_BYTES)
+            .http2_keep_alive_interval(Duration::from_secs(10))
+            .keep_alive_timeout(Duration::from_secs(10))
+            .keep_alive_while_idle(true);
+        if !url.starts_with("https://") {
+            return Ok(endpoint);
+        }
+        let read = |path: &PathBuf| std::fs::read(path).map_err(Error::io("read", path.display()));
+        let mut tls = ClientTlsConfig::new();
+        tls = match &self.cacert {
+            Some(path) => tls.ca_certificate(Certificate::from_pem(read(path)?)),
+            None => tls.with_native_roots(),
+        };
+        if let (Some(cert), Some(key)) = (&self.cert, &self.key) {
+            tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
+        }
+        let endpoint = if self.insecure_skip_tls_verify {
+            endpoint.tls_config_with_verifier(tls, Arc::new(AcceptAnything))
+        } else {
+            endpoint.tls_config(tls)
+        };
+        endpoint.map_err(|error| Error::invalid(format!("TLS to {text}: {error}")))
+    }
+}
+
+/// Verifies nothing, for `--insecure-skip-tls-verify`.
+#[derive(Debug)]
+struct AcceptAnything;
+
+impl rustls::client::danger::ServerCertVerifier for AcceptAnything {
+    fn verify_server_cert(
+        &self,
+        _end_entity: &rustls::pki_types::CertificateDer<'_>,
+        _intermediates: &[rustls::pki_types::CertificateDer<'_>],
+        _server_name: &rustls::pki_types::ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: rustls::pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &rustls::pki_types::CertificateDer<'_>,
+        _dss: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _message: &[u8],
+        _cert: &rustls::pki_types::CertificateDer<'_>,
+        _dss: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// A member and what it said of itself when we connected.
+#[derive(Clone)]
+pub struct Etcd {
+    client: Client,
+    channel: Channel,
+    credentials: Option<(String, String)>,
+    endpoint: String,
+    timeout: Duration,
+}
+
+impl std::fmt::Debug for Etcd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Etcd").field("endpoint", &self.endpoint).finish()
+    }
+}
+
+/// What a member says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Status {
+    /// The cluster it belongs to.
+    pub cluster_id: u64,
+    /// Its id.
+    pub member_id: u64,
+    /// Its current revision.
+    pub revision: i64,
+    /// Such as `3.6.16`.
+    pub version: String,
+    /// Raft term.
+    pub raft_term: u64,
+    /// Applied raft index.
+    pub raft_index: u64,
+    /// Size of its database in bytes.
+    pub db_size: i64,
+}
+
+/// HashKV's answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LiveHash {
+    /// CRC-32C over the rows.
+    pub hash: u32,
+    /// Compaction revision; 0 when never compacted.
+    pub compact_revision: i64,
+}
+
+/// `AuthStatus`, which etcd-client has no call for.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+struct AuthStatusRequest {}
+
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+struct AuthStatusResponse {
+    #[prost(bool, tag = "2")]
+    enabled: bool,
+    #[prost(uint64, tag = "3")]
+    auth_revision: u64,
+}
+
+impl Etcd {
+    /// Connects to the first endpoint that answers.
+    pub async fn connect(flags: &EtcdFlags) -> Result<(Self, Status)> {
+        let mut last = Error::invalid("--endpoints names no endpoint");
+        for text in &flags.endpoints {
+            match Self::connect_to(flags, text.trim()).await {
+                Ok(connected) => return Ok(connected),
+                Err(error) => {
+                    tracing::debug!(endpoint = text, %error, "endpoint does not answer");
+                    last = error;
+                }
+            }
+        }
+        Err(last)
+    }
+
+    async fn connect_to(flags: &EtcdFlags, text: &str) -> Result<(Self, Status)> {
+        let endpoint = flags.endpoint(text)?;
+        let credentials = flags.credentials()?;
+        let fail = |op: &'static str| {
+            move |source: etcd_client::Error| Error::Etcd { op, endpoint: text.to_owned(), source: Box::new(source) }
+        };
+        let channel = endpoint.connect().await.map_err(|error| fail("connect")(error.into()))?;
+        let mut options = ConnectOptions::new();
+        if let Some((name, password)) = &credentials {
+            options = options.with_user(name, password).with_auto_token_refresh(true);
+        }
+        let connecting = Client::from_channel(etcd_client::Channel::Tonic(channel.clone()), Some(options));
+        let client = deadline(flags.timeout(), connecting).await.map_err(fail("authenticate"))?;
+        let mut this = Self { client, channel, credentials, endpoint: text.to_owned(), timeout: flags.timeout() };
+        let status = this.status().await?;
+        Ok((this, status))
+    }
+
+    /// The endpoint, for messages.
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    fn fail(&self, op: &'static str) -> impl FnOnce(etcd_client::Error) -> Error {
+        let endpoint = self.endpoint.clone();
+        move |source| Error::Etcd { op, endpoint, source: Box::new(source) }
+    }
+
+    /// Asks the member about itself.
+    pub async fn status(&mut self) -> Result<Status> {
+        let response = deadline(self.timeout, self.client.status()).await.map_err(self.fail("ask for the status"))?;
+        let header = response.header();
+        Ok(Status {
+            cluster_id: header.map_or(0, etcd_client::ResponseHeader::cluster_id),
+            member_id: header.map_or(0, etcd_client::ResponseHeader::member_id),
+            revision: header.map_or(0, etcd_client::ResponseHeader::revision),
+            version: response.version().to_owned(),
+            raft_term: response.raft_term(),
+            raft_index: response.raft_applied_index().max(response.raft_index()),
+            db_size: response.db_size(),
+        })
+    }
+
+    /// HashKV at a revision. Walks etcd's whole database, so give it time.
+    pub async fn hash_kv(&mut self, revision: i64) -> Result<LiveHash> {
+        let long = Duration::from_secs(120);
+        let response = deadline(long, self.client.hash_kv(revision)).await.map_err(self.fail("ask for the hash"))?;
+        Ok(LiveHash { hash: response.hash(), compact_revision: response.compact_version().max(0) })
+    }
+
+    /// Opens the snapshot stream.
+    pub async fn snapshot(&mut self) -> Result<etcd_client::SnapshotStreaming> {
+        deadline(self.timeout, self.client.snapshot()).await.map_err(self.fail("ask for a snapshot"))
+    }
+
+    /// Reads the next piece of a snapshot stream.
+    pub async fn next_piece(
+        &self,
+        stream: &mut etcd_client::SnapshotStreaming,
+    ) -> Result<Option<etcd_client::SnapshotResponse>> {
+        // A defragmentation holds the stream up; longer than this, nothing comes any more.
+        deadline(Duration::from_secs(60), stream.message()).await.map_err(self.fail("read the snapshot"))
+    }
+
+    /// Watches every key from a revision on, in fragments, with progress notifications.
+    pub async fn watch(&self, from: i64) -> Result<etcd_client::WatchStream> {
+        let options =
+            WatchOptions::new().with_all_keys().with_start_revision(from).with_fragment().with_progress_notify();
+        let mut watch = self.client.watch_client().max_decoding_message_size(MOST_MESSAGE_BYTES);
+        deadline(self.timeout, watch.watch("", Some(options))).await.map_err(self.fail("watch"))
+    }
+
+    /// An error of a stream that this connection opened.
+    pub fn stream_error(&self, op: &'static str, source: etcd_client::Error) -> Error {
+        self.fail(op)(source)
+    }
+
+    /// The compaction revision, given the last one known. One request when nothing changed.
+    pub async fn compact_revision(&mut self, known: i64) -> Result<i64> {
+        let at = known.max(1);
+        // A lookup of a key that cannot exist at the oldest revision there is: cheap, and fails once that is compacted.
+        let options = GetOptions::new().with_revision(at).with_serializable().with_limit(1).with_keys_only();
+        match deadline(self.timeout, self.client.get("\0", Some(options))).await {
+            Ok(_) => return Ok(known),
+            Err(etcd_client::Error::GRpcStatus(status)) if status.code() == tonic::Code::OutOfRange => {}
+            Err(error) => return Err(self.fail("ask for the compaction revision")(error)),
+        }
+        // A watch from a compacted revision is cancelled at once, and says where the compaction is.
+        let options = WatchOptions::new().with_start_revision(at);
+        let mut stream =
+            deadline(self.timeout, self.client.watch("\0", Some(options))).await.map_err(self.fail("watch"))?;
+        loop {
+            let message = deadline(self.timeout, stream.message()).await.map_err(self.fail("watch"))?;
+            let Some(message) = message else { return Ok(known) };
+            if message.canceled() || message.compact_revision() > 0 {
+                return Ok(message.compact_revision().max(known));
+            }
+        }
+    }
+
+    /// Ids of all leases.
+    pub async fn leases(&mut self) -> Result<Vec<i64>> {
+        let response = deadline(self.timeout, self.client.leases()).await.map_err(self.fail("list the leases"))?;
+        Ok(response.leases().iter().map(etcd_client::LeaseStatus::id).collect())
+    }
+
+    /// Granted TTL of a lease, in seconds; 0 when it is gone.
+    pub async fn lease_ttl(&mut self, id: i64) -> Result<i64> {
+        match deadline(self.timeout, self.client.lease_time_to_live(id, None)).await {
+            Ok(response) => Ok(if response.ttl() < 0 { 0 } else { response.granted_ttl() }),
+            Err(etcd_client::Error::GRpcStatus(status)) if status.code() == tonic::Code::NotFound => Ok(0),
+            Err(error) => Err(self.fail("ask for a lease")(error)),
+        }
+    }
+
+    /// The auth revision, or `None` where the version (3.4) does not tell it.
+    pub async fn auth_revision(&mut self) -> Result<Option<u64>> {
+        let mut request = tonic::Request::new(AuthStatusRequest {});
+        if let Some((name, password)) = &self.credentials {
+            let mut auth = self.client.auth_client();
+            let token = deadline(self.timeout, auth.authenticate(name.clone(), password.clone()))
+                .await
+                .map_err(self.fail("authenticate"))?;
+            if let Ok(token) = token.token().parse() {
+                request.metadata_mut().insert("token", token);
+            }
+        }
+        let path = http_path();
+        let mut grpc = tonic::client::Grpc::new(self.channel.clone());
+        let asked = async {
+            grpc.ready().await.map_err(etcd_client::Error::TransportError)?;
+            let codec = tonic_prost::ProstCodec::<AuthStatusRequest, AuthStatusResponse>::default();
+            Ok(grpc.unary(request, path, codec).await?.into_inner())
+        };
+        match deadline(self.timeout, asked).await {
+            Ok(response) => Ok(Some(response.auth_revision)),
+            Err(etcd_client::Error::GRpcStatus(status)) if status.code() == tonic::Code::Unimplemented => Ok(None),
+            Err(error) => Err(self.fail("ask for the auth revision")(error)),
+        }
+    }
+
+    /// What is visible of users and roles, as one number: stands in for the auth revision where that cannot be asked for.
+    /// A changed password does not show.
+    pub async fn auth_fingerprint(&mut self) -> Result<u64> {
+        use std::hash::{Hash, Hasher};
+        let mut hasher = std::hash::DefaultHasher::new();
+        let users = deadline(self.timeout, self.client.user_list()).await.map_err(self.fail("list the users"))?;
+        for user in users.users() {
+            let roles = deadline(self.timeout, self.client.user_get(user.clone()))
+                .await
+                .map_err(self.fail("list the roles of a user"))?;
+            (user, roles.roles()).hash(&mut hasher);
+        }
+        let roles = deadline(self.timeout, self.client.role_list()).await.map_err(self.fail("list the roles"))?;
+        for role in roles.roles() {
+            let granted =
+                deadline(self.timeout, self.client.role_get(role.clone())).await.map_err(self.fail("read a role"))?;
+            (role, format!("{:?}", granted.permissions())).hash(&mut hasher);
+        }
+        Ok(hasher.finish())
+    }
+}
+
+fn http_path() -> tonic::codegen::http::uri::PathAndQuery {
+    tonic::codegen::http::uri::PathAndQuery::from_static("/etcdserverpb.Auth/AuthStatus")
+}
+
+async fn deadline<T>(
+    limit: Duration,
+    work: impl Future<Output = Result<T, etcd_client::Error>>,
+) -> Result<T, etcd_client::Error> {
+    tokio::time::timeout(limit, work)
+        .await
+        .unwrap_or_else(|_| Err(tonic::Status::deadline_exceeded(format!("no answer within {limit:?}")).into()))
+}

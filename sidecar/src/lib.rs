@@ -1,0 +1,22 @@
+//! Continuous backup of an etcd member and restore without any etcd: the library behind the `sidecar` program.
+//!
+//! Reading order: [`catalog`] (what is in a store, and which objects make a chain) and [`container`] (what is in an
+//! object) are pure. [`etcd`] and [`store`] reach the two worlds outside. [`snapshotter`] moves data from the first to the
+//! second, [`restore`] from the second to a data directory. [`cli`] is what a person types.
+//!
+//! # Invariants
+//! - An object is put once and never overwritten; its name says which revisions it holds.
+//! - Memory is bounded by configuration, not by the size of the database or the rate of events.
+//! - Library code returns errors; only `main` ends the process. An error's [`error::Class`] decides the exit code.
+
+pub mod catalog;
+pub mod cli;
+pub mod container;
+pub mod delta;
+pub mod error;
+pub mod etcd;
+pub mod restore;
+pub mod snapshotter;
+pub mod store;
+
+pub use error::{Class, Error, Result};

@@ -1,0 +1,528 @@
+//! From a store, or a snapshot file, to a data directory that etcd starts on.
+//!
+//! [`plan`] decides what is to be read and written and can be printed; [`execute`] does it: objects are fetched ahead in
+//! order, decompressed, the database placed page by page, the changes appended as rows, log and members written, the
+//! result verified while it is synced, and only then put in its place.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use bytes::Bytes;
+use etcd_format::datadir::{
+    Change, Minor, RealDisk, Restored, Revision, Severity, Spec, Staged, Summary, Tail, Verdict, Verify, WantHash,
+};
+use etcd_format::membership::NewCluster;
+use etcd_format::mvcc::{HashRequest, HashRules};
+use futures::StreamExt;
+use proto::backup::{HashKv, ObjectMeta};
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+use crate::catalog::{Catalog, Chain, ObjectName, Timeline};
+use crate::container;
+use crate::delta::{Reader as DeltaReader, Record};
+use crate::store::Store;
+use crate::{Error, Result};
+
+/// Pieces fetched ahead of the one being decoded, 4 MiB each at most.
+const PIECES_AHEAD: usize = 2;
+
+/// What to restore from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A chain in a store.
+    Chain {
+        /// The timeline it is in.
+        timeline: Timeline,
+        /// The objects.
+        chain: Chain,
+    },
+    /// A file as `etcdctl snapshot save` writes it, or one of our full snapshots.
+    File {
+        /// Where it is.
+        path: PathBuf,
+        /// Whether it may lack its sha256.
+        skip_hash_check: bool,
+    },
+}
+
+/// A member to be made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Target {
+    /// Name of the member.
+    pub name: String,
+    /// Its data directory.
+    pub data_dir: PathBuf,
+}
+
+/// Everything a restore will do.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// What is read.
+    pub source: Source,
+    /// What is written.
+    pub targets: Vec<Target>,
+    /// The cluster that the members form.
+    pub cluster: NewCluster,
+    /// The minor that is to run on it; that of the data when `None`.
+    pub minor: Option<Minor>,
+    /// See [`Spec::bump_revision`].
+    pub bump_revision: i64,
+    /// Whether a member that is there moves aside.
+    pub replace: bool,
+}
+
+/// Chooses the chain that reaches furthest in the newest timeline, or in the one named.
+///
+/// A gap behind that chain is an error, unless it is accepted: then the restore ends before it.
+pub fn choose(catalog: &Catalog, url: &str, timeline: Option<Timeline>, accept_gap: bool) -> Result<Source> {
+    let (timeline, history) = match timeline {
+        Some(wanted) => match catalog.timelines.get(&wanted) {
+            Some(history) => (wanted, history),
+            None => {
+                return Err(Error::missing(format!(
+                    "store {url} has no timeline {wanted}; `sidecar list` shows those it has"
+                )));
+            }
+        },
+        None => match catalog.newest_restorable() {
+            Some(found) => found,
+            None => return Err(nothing_to_restore(catalog, url)),
+        },
+    };
+    if let Some((newest, _)) = catalog.newest().filter(|(newest, _)| *newest > timeline) {
+        tracing::warn!(newest, timeline, "the newest timeline has no full snapshot yet; restore from the one before");
+    }
+    let chain = history.newest_chain();
+    let chain = chain.ok_or_else(|| {
+        Error::missing(format!("timeline {timeline} of store {url} has no full snapshot to start from"))
+    })?;
+    if let Some(gap) = chain.gap {
+        if !accept_gap {
+            return Err(Error::missing(format!(
+                "backups of revisions {} to {} are missing in timeline {timeline} of store {url}: a restore can reach revision {} but none of the later ones; \
+                 give --accept-gap to restore up to there",
+                gap.after + 1,
+                gap.before - 1,
+                gap.after
+            )));
+        }
+        tracing::warn!(after = gap.after, before = gap.before, "restore ends before the gap");
+    }
+    Ok(Source::Chain { timeline, chain })
+}
+
+fn nothing_to_restore(catalog: &Catalog, url: &str) -> Error {
+    let what = if !catalog.timelines.is_empty() {
+        "has deltas but no full snapshot".to_owned()
+    } else if catalog.foreign.is_empty() {
+        "is empty; check bucket and prefix".to_owned()
+    } else {
+        format!("has {} objects but none of ours; check the prefix", catalog.foreign.len())
+    };
+    Error::missing(format!("nothing to restore: store {url} {what}"))
+}
+
+/// Told to whoever watches a restore.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// Reading the snapshot; so many bytes in all when known.
+    Snapshot(Option<u64>),
+    /// So many bytes of the snapshot were written.
+    Bytes(u64),
+    /// Appending the changes of so many deltas.
+    Deltas(u64),
+    /// One delta is done.
+    Delta,
+    /// Writing the other members.
+    Members(u64),
+    /// Checking and syncing.
+    Verify,
+}
+
+/// What was proved of a restored directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Proof {
+    /// Revision of the HashKV that was compared; `None` when the backup has none.
+    pub hash_revision: Option<i64>,
+    /// The hash that etcd gave and that was found again.
+    pub hash: Option<u32>,
+    /// Rows checked.
+    pub rows: u64,
+    /// Keys that exist.
+    pub keys: u64,
+    /// Lease records.
+    pub leases: u64,
+}
+
+/// A restore that succeeded.
+#[derive(Debug, Clone, Serialize)]
+pub struct Outcome {
+    /// Current revision.
+    pub revision: i64,
+    /// Revision of the snapshot it started from.
+    pub snapshot_revision: i64,
+    /// Changes appended after it.
+    pub events: u64,
+    /// Size of the database in bytes.
+    pub db_size: u64,
+    /// Minor of etcd that the data is for.
+    pub etcd_minor: String,
+    /// The new cluster's id.
+    pub cluster_id: String,
+    /// The members made.
+    pub members: Vec<Target>,
+    /// What moved aside for them.
+    pub replaced: Vec<PathBuf>,
+    /// Leases that live keys need and whose TTL was not in the backup.
+    pub leases_with_guessed_ttl: Vec<String>,
+    /// What was proved.
+    pub proof: Proof,
+    /// How long it took, in seconds.
+    pub seconds: f64,
+}
+
+/// Carries a plan out. Either every member is in place and verified, or nothing is left behind.
+pub async fn execute(
+    plan: Plan,
+    store: Option<Store>,
+    progress: impl Fn(Progress) + Send + Sync + 'static,
+) -> Result<Outcome> {
+    let mut recorded = None;
+    let mut content_bytes = None;
+    let (objects, feeder) = match (&plan.source, store) {
+        (Source::Chain { timeline, chain }, Some(store)) => {
+            let objects = objects_of(*timeline, chain);
+            if let Some((name, size)) = objects.first() {
+                let meta = store.meta(name, *size).await?;
+                content_bytes = Some(meta.content_bytes);
+                recorded = recorded_hash(&meta);
+            }
+            let (pieces, received) = mpsc::channel(PIECES_AHEAD);
+            let feeder = tokio::spawn(feed(store.clone(), objects.clone(), pieces));
+            let named = objects.iter().map(|(name, _)| (*name, store.location(name))).collect();
+            (Objects::Store { named, received }, Some(feeder))
+        }
+        (Source::File { path, skip_hash_check }, _) => {
+            (Objects::File { path: path.clone(), skip_hash_check: *skip_hash_check }, None)
+        }
+        (Source::Chain { .. }, None) => return Err(Error::Bug { what: "a chain without its store".into() }),
+    };
+    progress(Progress::Snapshot(content_bytes));
+    let assembled = tokio::task::spawn_blocking(move || assemble(&plan, objects, recorded, &progress)).await;
+    if let Some(feeder) = feeder {
+        feeder.abort();
+    }
+    assembled.map_err(|error| Error::task(&error))?
+}
+
+fn objects_of(timeline: Timeline, chain: &Chain) -> Vec<(ObjectName, u64)> {
+    let full = ObjectName::Full { timeline, revision: chain.full.revision, unix_ms: chain.full.unix_ms };
+    let deltas = chain.deltas.iter().map(|delta| {
+        let name = ObjectName::Delta { timeline, first: delta.first, last: delta.last, unix_ms: delta.unix_ms };
+        (name, delta.size)
+    });
+    std::iter::once((full, chain.full.size)).chain(deltas).collect()
+}
+
+/// A recorded hash and the version whose rules made it.
+#[derive(Debug, Clone, Copy)]
+struct Recorded {
+    hash: HashKv,
+    rules: HashRules,
+}
+
+fn recorded_hash(meta: &ObjectMeta) -> Option<Recorded> {
+    meta.hash_kv.map(|hash| Recorded { hash, rules: HashRules::of(&meta.etcd_version) })
+}
+
+/// Part of an object on its way; `None` ends the object.
+type Piece = Result<Option<Bytes>>;
+
+/// Fetches all objects in order, ahead of their use.
+async fn feed(store: Store, objects: Vec<(ObjectName, u64)>, pieces: mpsc::Sender<Piece>) {
+    let requests =
+        objects.into_iter().flat_map(|(name, size)| Store::ranges(size).map(move |range| (name, size, range)));
+    let fetched = futures::stream::iter(requests.map(move |(name, size, range)| {
+        let store = store.clone();
+        async move {
+            let last = range.end >= size;
+            store.get_range(&name, range).await.map(|bytes| (bytes, last))
+        }
+    }))
+    .buffered(Store::RANGES_AHEAD);
+    let mut fetched = std::pin::pin!(fetched);
+    while let Some(piece) = fetched.next().await {
+        let sent = match piece {
+            Ok((bytes, last)) => {
+                let sent = pieces.send(Ok(Some(bytes))).await;
+                if last && sent.is_ok() { pieces.send(Ok(None)).await } else { sent }
+            }
+            Err(error) => pieces.send(Err(error)).await,
+        };
+        if sent.is_err() {
+            return;
+        }
+    }
+}
+
+enum Objects {
+    Store { named: Vec<(ObjectName, String)>, received: mpsc::Receiver<Piece> },
+    File { path: PathBuf, skip_hash_check: bool },
+}
+
+/// Reads one object from the pieces that arrive.
+struct PieceReader<'r> {
+    received: &'r mut mpsc::Receiver<Piece>,
+    current: Bytes,
+    ended: bool,
+}
+
+impl<'r> PieceReader<'r> {
+    fn new(received: &'r mut mpsc::Receiver<Piece>) -> Self {
+        Self { received, current: Bytes::new(), ended: false }
+    }
+}
+
+impl Read for PieceReader<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        while self.current.is_empty() {
+            if self.ended {
+                return Ok(0);
+            }
+            match self.received.blocking_recv() {
+                Some(Ok(Some(bytes))) => self.current = bytes,
+                Some(Ok(None)) => self.ended = true,
+                Some(Err(error)) => return Err(io::Error::other(error)),
+                None => return Err(io::Error::other(Error::Cancelled)),
+            }
+        }
+        let length = buf.len().min(self.current.len());
+        buf.get_mut(..length).unwrap_or_default().copy_from_slice(&self.current.split_to(length));
+        Ok(length)
+    }
+}
+
+/// An error of the source that travelled through a reader comes out as itself.
+fn unwrap_source(what: &str) -> impl FnOnce(etcd_format::Error) -> Error {
+    let what = what.to_owned();
+    move |error| match error {
+        etcd_format::Error::Io { op, path, source } => match source.downcast::<Error>() {
+            Ok(ours) => ours,
+            Err(source) => Error::Format { what, source: etcd_format::Error::Io { op, path, source } },
+        },
+        source => Error::Format { what, source },
+    }
+}
+
+/// What the deltas say beside the changes.
+#[derive(Debug, Default)]
+struct Aside {
+    compact_revision: i64,
+    lease_ttls: BTreeMap<i64, i64>,
+    live_leases: BTreeSet<i64>,
+    recorded: Option<Recorded>,
+}
+
+fn assemble(plan: &Plan, objects: Objects, recorded: Option<Recorded>, progress: &dyn Fn(Progress)) -> Result<Outcome> {
+    let started = Instant::now();
+    let disk = RealDisk;
+    let first = plan.targets.first().ok_or_else(|| Error::Bug { what: "a plan without a member".into() })?;
+    let in_dir = |dir: &Path| Error::format(format!("restore into {}", dir.display()));
+    let staged = Staged::create(&disk, &first.data_dir, plan.replace).map_err(in_dir(&first.data_dir))?;
+    let mut others = Vec::new();
+    for target in plan.targets.iter().skip(1) {
+        others.push((target, Staged::create(&disk, &target.data_dir, plan.replace).map_err(in_dir(&target.data_dir))?));
+    }
+    let mut aside = Aside { recorded, ..Aside::default() };
+    let tail = match objects {
+        Objects::File { path, skip_hash_check } => base_from_file(&staged, &path, skip_hash_check, progress)?,
+        Objects::Store { named, mut received } => from_store(&staged, &named, &mut received, &mut aside, progress)?,
+    };
+    let restored = tail.finish(&spec(plan, &aside)).map_err(in_dir(&first.data_dir))?;
+    staged.write_log(&plan.cluster, &first.name).map_err(in_dir(&first.data_dir))?;
+    if !others.is_empty() {
+        progress(Progress::Members(others.len() as u64));
+    }
+    for (target, other) in &others {
+        other.copy_database(&staged).map_err(in_dir(&target.data_dir))?;
+        other.write_log(&plan.cluster, &target.name).map_err(in_dir(&target.data_dir))?;
+        other.sync_database().map_err(in_dir(&target.data_dir))?;
+    }
+    progress(Progress::Verify);
+    let proof = prove(&staged, &restored, aside.recorded, plan)?;
+    let stamp = chrono::Utc::now().format("%Y%m%dT%H%M%S%.3fZ").to_string();
+    let mut replaced = Vec::new();
+    replaced.extend(staged.commit(&stamp).map_err(in_dir(&first.data_dir))?);
+    for (target, other) in others {
+        replaced.extend(other.commit(&stamp).map_err(in_dir(&target.data_dir))?);
+    }
+    Ok(Outcome {
+        revision: restored.revision.saturating_add(plan.bump_revision),
+        snapshot_revision: restored.base_revision,
+        events: restored.events,
+        db_size: restored.db_size,
+        etcd_minor: restored.minor.to_string(),
+        cluster_id: plan.cluster.id().to_string(),
+        members: plan.targets.clone(),
+        replaced,
+        leases_with_guessed_ttl: restored.guessed_leases.iter().map(|id| format!("{id:x}")).collect(),
+        proof,
+        seconds: started.elapsed().as_secs_f64(),
+    })
+}
+
+fn spec(plan: &Plan, aside: &Aside) -> Spec {
+    Spec {
+        cluster: plan.cluster.clone(),
+        target: plan.minor,
+        compact_revision: aside.compact_revision,
+        lease_ttls: aside.lease_ttls.clone(),
+        live_leases: aside.live_leases.clone(),
+        bump_revision: plan.bump_revision,
+    }
+}
+
+type LocalTail<'d> = Tail<'d, RealDisk>;
+
+fn base_from_file<'d>(
+    staged: &Staged<'d, RealDisk>,
+    path: &Path,
+    skip_hash: bool,
+    progress: &dyn Fn(Progress),
+) -> Result<LocalTail<'d>> {
+    let name = path.display().to_string();
+    let mut file = File::open(path).map_err(Error::io("open", &name))?;
+    let mut magic = Vec::new();
+    file.by_ref().take(4).read_to_end(&mut magic).map_err(Error::io("read", &name))?;
+    let mut source: Box<dyn Read> = if container::is_compressed(&magic) {
+        Box::new(container::Reader::new(io::Cursor::new(magic).chain(file), &name)?)
+    } else {
+        Box::new(io::Cursor::new(magic).chain(file))
+    };
+    let base = staged.write_base(&mut source, !skip_hash, &mut |bytes| progress(Progress::Bytes(bytes)));
+    base.map_err(unwrap_source(&name))?.into_tail().map_err(Error::format(&name))
+}
+
+fn from_store<'d>(
+    staged: &Staged<'d, RealDisk>,
+    named: &[(ObjectName, String)],
+    received: &mut mpsc::Receiver<Piece>,
+    aside: &mut Aside,
+    progress: &dyn Fn(Progress),
+) -> Result<LocalTail<'d>> {
+    let Some(((full_name, location), deltas)) = named.split_first() else {
+        return Err(Error::Bug { what: "a chain without objects".into() });
+    };
+    let mut source = container::Reader::new(PieceReader::new(received), location)?;
+    let base = staged.write_base(&mut source, true, &mut |bytes| progress(Progress::Bytes(bytes)));
+    let mut tail = base.map_err(unwrap_source(location))?.into_tail().map_err(Error::format(location))?;
+    if let ObjectName::Full { revision, .. } = full_name
+        && tail.last_revision() != *revision
+    {
+        return Err(Error::corrupt(format!(
+            "{location}: its name says revision {revision}, its content is of revision {}",
+            tail.last_revision()
+        )));
+    }
+    progress(Progress::Deltas(deltas.len() as u64));
+    for (_, location) in deltas {
+        append_delta(&mut tail, location, received, aside)?;
+        progress(Progress::Delta);
+    }
+    Ok(tail)
+}
+
+fn append_delta(
+    tail: &mut LocalTail<'_>,
+    location: &str,
+    received: &mut mpsc::Receiver<Piece>,
+    aside: &mut Aside,
+) -> Result<()> {
+    let source = container::Reader::new(PieceReader::new(received), location)?;
+    let recorded = source.meta().and_then(recorded_hash);
+    let mut reader = DeltaReader::new(source, location);
+    let mut wanted = false;
+    while let Some(record) = reader.next()? {
+        match record {
+            Record::Revision { main, .. } => {
+                wanted = tail.revision(main).map_err(Error::format(location))? == Revision::Next;
+            }
+            Record::Put(_) | Record::Delete(_) if !wanted => {}
+            Record::Put(value) => tail.change(Change::Put(value)).map_err(Error::format(location))?,
+            Record::Delete(key) => tail.change(Change::Delete(key)).map_err(Error::format(location))?,
+            Record::End(end) => {
+                aside.compact_revision = aside.compact_revision.max(end.compact_revision);
+                let known = end.leases.iter().filter(|lease| lease.ttl > 0);
+                aside.lease_ttls.extend(known.clone().map(|lease| (lease.id, lease.ttl)));
+                aside.live_leases =
+                    if end.leases_complete { known.map(|lease| lease.id).collect() } else { BTreeSet::new() };
+            }
+        }
+    }
+    aside.recorded = recorded.or(aside.recorded);
+    Ok(())
+}
+
+/// Verifies the staged member while its database is synced.
+fn prove(staged: &Staged<'_, RealDisk>, restored: &Restored, recorded: Option<Recorded>, plan: &Plan) -> Result<Proof> {
+    let usable = recorded.filter(|recorded| recorded.hash.compact_revision.max(0) >= restored.compaction.finished);
+    let request = usable.map(|recorded| HashRequest {
+        revision: recorded.hash.revision,
+        compact_revision: recorded.hash.compact_revision.max(0),
+        clean_up_to: restored.compaction.finished,
+        rules: recorded.rules,
+    });
+    let compaction = (plan.bump_revision > 0).then_some(restored.compaction);
+    let options = Verify { hash: request.map(WantHash::At), compaction };
+    let layout = staged.layout();
+    let (verdict, synced) = std::thread::scope(|scope| {
+        let synced = scope.spawn(|| staged.sync_database());
+        let verdict = layout.verify(&options);
+        (verdict, synced.join())
+    });
+    let dir = layout.member().display().to_string();
+    synced
+        .map_err(|_| Error::Bug { what: "the syncing thread ended unexpectedly".into() })?
+        .map_err(Error::format(&dir))?;
+    let verdict = verdict.map_err(Error::format(&dir))?;
+    let summary = sound(&verdict)?;
+    if summary.revision != restored.revision && plan.bump_revision == 0 {
+        return Err(Error::corrupt(format!(
+            "restored database is at revision {}, it should be at {}",
+            summary.revision, restored.revision
+        )));
+    }
+    if let (Some(recorded), Some(found)) = (usable, summary.hash)
+        && recorded.hash.hash != found.hash
+    {
+        return Err(Error::corrupt(format!(
+            "restored rows have hash {} at revision {} (compacted at {}); etcd's own hash, recorded with the backup, is {}: the backup does not hold what etcd held",
+            found.hash, found.revision, found.compact_revision, recorded.hash.hash
+        )));
+    }
+    Ok(Proof {
+        hash_revision: usable.map(|recorded| recorded.hash.revision),
+        hash: usable.map(|recorded| recorded.hash.hash),
+        rows: summary.rows,
+        keys: summary.live_keys,
+        leases: summary.leases,
+    })
+}
+
+fn sound(verdict: &Verdict) -> Result<&Summary> {
+    let worst = verdict.findings.iter().find(|finding| finding.severity == Severity::Corrupt);
+    match (worst, &verdict.summary) {
+        (None, Some(summary)) => Ok(summary),
+        (Some(finding), _) => Err(Error::corrupt(format!(
+            "the restored member is not sound, so it was not put in place: {} ({}{}); restore from another full snapshot, or see `sidecar list`",
+            finding.what,
+            finding.path.file_name().unwrap_or_default().to_string_lossy(),
+            finding.offset.map(|offset| format!(", offset {offset}")).unwrap_or_default()
+        ))),
+        (None, None) => Err(Error::corrupt("the restored database could not be read to its end")),
+    }
+}

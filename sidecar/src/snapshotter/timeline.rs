@@ -1,0 +1,154 @@
+//! Whether a live cluster continues the history that the store has.
+
+use chrono::{SecondsFormat, Utc};
+use proto::backup::ObjectMeta;
+use serde::Serialize;
+
+use crate::catalog::{Catalog, ObjectName, Timeline};
+use crate::etcd::Status;
+use crate::store::Store;
+use crate::{Error, Result};
+
+/// The newest object of the newest timeline.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Seen {
+    /// The timeline.
+    pub timeline: Timeline,
+    /// Metadata of its newest full or delta; `None` when it has none yet.
+    pub newest: Option<ObjectMeta>,
+}
+
+/// Where backups of this cluster go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// Into the timeline there is.
+    Continue {
+        /// Which.
+        timeline: Timeline,
+    },
+    /// Into a new one.
+    Begin {
+        /// Its number.
+        timeline: Timeline,
+        /// The one before it, 0 for none.
+        parent: Timeline,
+        /// Why.
+        reason: String,
+        /// Whether a member that lags behind its cluster would look the same.
+        lag: bool,
+    },
+}
+
+/// Decides by what never goes back in the life of a cluster: its id, its revision, and the distance between raft index
+/// and revision, which grows because every revision takes an entry of the log and not every entry makes a revision. A
+/// restore starts the log anew, so the distance falls.
+pub fn decide(seen: Option<&Seen>, live: &Status) -> Decision {
+    let Some(seen) = seen else {
+        return Decision::Begin { timeline: 1, parent: 0, reason: "first backup into this store".into(), lag: false };
+    };
+    let begin = |reason, lag| Decision::Begin { timeline: seen.timeline + 1, parent: seen.timeline, reason, lag };
+    let Some(newest) = &seen.newest else { return Decision::Continue { timeline: seen.timeline } };
+    if newest.cluster_id != live.cluster_id {
+        let reason = format!(
+            "cluster {:x} is not the cluster {:x} whose backups the store has",
+            live.cluster_id, newest.cluster_id
+        );
+        return begin(reason, false);
+    }
+    if live.revision < newest.last_revision {
+        let reason = format!(
+            "etcd is at revision {}, the backup at {}: this etcd was restored from an earlier point",
+            live.revision, newest.last_revision
+        );
+        return begin(reason, true);
+    }
+    let distance = |index: u64, revision: i64| i128::from(index) - i128::from(revision);
+    if distance(live.raft_index, live.revision) < distance(newest.raft_index, newest.last_revision) {
+        let reason = format!(
+            "raft log of this etcd (index {}) is not the one that was backed up (index {}): this etcd was restored",
+            live.raft_index, newest.raft_index
+        );
+        return begin(reason, true);
+    }
+    Decision::Continue { timeline: seen.timeline }
+}
+
+/// Reads what [`decide`] needs from the store.
+pub async fn look(store: &Store, catalog: &Catalog) -> Result<Option<Seen>> {
+    let Some((timeline, history)) = catalog.newest() else { return Ok(None) };
+    let delta = history.deltas.iter().max_by_key(|delta| (delta.last, delta.unix_ms));
+    let full = history.fulls.last();
+    let newest = match (full, delta) {
+        (full, Some(delta)) if full.is_none_or(|full| delta.last >= full.revision) => {
+            let name = ObjectName::Delta { timeline, first: delta.first, last: delta.last, unix_ms: delta.unix_ms };
+            Some(store.meta(&name, delta.size).await?)
+        }
+        (Some(full), _) => {
+            let name = ObjectName::Full { timeline, revision: full.revision, unix_ms: full.unix_ms };
+            Some(store.meta(&name, full.size).await?)
+        }
+        _ => None,
+    };
+    Ok(Some(Seen { timeline, newest }))
+}
+
+#[derive(Serialize)]
+struct Description<'a> {
+    layout: u32,
+    timeline: Timeline,
+    parent: Timeline,
+    fork_revision: i64,
+    reason: &'a str,
+    cluster_id: String,
+    created: String,
+}
+
+/// The content of `timeline.json`.
+pub fn describe(timeline: Timeline, parent: Timeline, reason: &str, live: &Status) -> Result<String> {
+    let created = Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true);
+    let cluster_id = format!("{:x}", live.cluster_id);
+    let description = Description { layout: 1, timeline, parent, fork_revision: 0, reason, cluster_id, created };
+    serde_json::to_string_pretty(&description)
+        .map_err(|error| Error::Bug { what: format!("describe a timeline: {error}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn live(cluster_id: u64, revision: i64, raft_index: u64) -> Status {
+        Status { cluster_id, member_id: 1, revision, version: "3.6.0".into(), raft_term: 2, raft_index, db_size: 0 }
+    }
+
+    fn seen(last_revision: i64, raft_index: u64) -> Seen {
+        Seen {
+            timeline: 3,
+            newest: Some(ObjectMeta { cluster_id: 7, last_revision, raft_index, ..ObjectMeta::default() }),
+        }
+    }
+
+    fn begins(seen: &Seen, live: &Status) -> bool {
+        matches!(decide(Some(seen), live), Decision::Begin { timeline: 4, parent: 3, .. })
+    }
+
+    #[test]
+    fn the_same_cluster_continues() {
+        for status in [live(7, 100, 150), live(7, 200, 250), live(7, 200, 900)] {
+            assert_eq!(decide(Some(&seen(100, 150)), &status), Decision::Continue { timeline: 3 });
+        }
+    }
+
+    #[test]
+    fn another_cluster_and_a_restored_one_begin_anew() {
+        assert!(begins(&seen(100, 150), &live(8, 200, 300)));
+        assert!(begins(&seen(100, 150), &live(7, 99, 150)));
+        // Restored to the very revision of the backup, then written to until both numbers are past those recorded.
+        assert!(begins(&seen(100, 150), &live(7, 100, 4)));
+        assert!(begins(&seen(100, 150), &live(7, 500, 404)));
+    }
+
+    #[test]
+    fn an_empty_store_begins_the_first_timeline() {
+        assert!(matches!(decide(None, &live(7, 1, 1)), Decision::Begin { timeline: 1, parent: 0, .. }));
+    }
+}

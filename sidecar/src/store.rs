@@ -1,0 +1,419 @@
+//! The object store: where its URL leads, and the few operations backups need of it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt, TryStreamExt};
+use object_store::aws::{AmazonS3Builder, S3CopyIfNotExists};
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{
+    BackoffConfig, Certificate, ClientOptions, CopyMode, CopyOptions, GetOptions, GetRange, MultipartUpload,
+    ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, RetryConfig,
+};
+use proto::backup::ObjectMeta;
+use url::Url;
+
+use crate::catalog::{Catalog, ObjectName, Timeline};
+use crate::container::{self, FromTail};
+use crate::{Class, Error, Result};
+
+/// Parts of a multipart upload. At 10,000 parts, S3's limit, an object may have 80 GB.
+const PART_BYTES: usize = 8 << 20;
+/// Bytes of one ranged read.
+const RANGE_BYTES: u64 = 4 << 20;
+/// Enough for the metadata at the end of any but the largest objects.
+const TAIL_BYTES: u64 = 64 << 10;
+
+/// Whether the place must exist already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Open {
+    /// For reading: a missing directory is an error.
+    Existing,
+    /// For writing: a missing directory is made.
+    Create,
+}
+
+/// A prefix of an object store.
+#[derive(Debug, Clone)]
+pub struct Store {
+    inner: Arc<dyn ObjectStore>,
+    prefix: Path,
+    url: String,
+}
+
+impl Store {
+    /// Opens `file:///directory` or `s3://bucket/prefix`. Credentials, region, endpoint and CA of S3 come from the standard
+    /// AWS environment.
+    pub fn open(url: &str, open: Open) -> Result<Self> {
+        let parsed = Url::parse(url).map_err(|error| {
+            Error::invalid(format!(
+                "--store {url:?} is not a URL ({error}); it must be file:///directory or s3://bucket/prefix"
+            ))
+        })?;
+        if parsed.query().is_some()
+            || parsed.fragment().is_some()
+            || !parsed.username().is_empty()
+            || parsed.password().is_some()
+        {
+            return Err(Error::invalid(
+                "--store must not have credentials, a query or a fragment; credentials come from the environment",
+            ));
+        }
+        let url = url.trim_end_matches('/').to_owned();
+        match parsed.scheme() {
+            "file" => Self::open_directory(&parsed, url, open),
+            "s3" => Self::open_s3(&parsed, url),
+            other => Err(Error::invalid(format!(
+                "--store has scheme {other:?}; supported are file:///directory and s3://bucket/prefix"
+            ))),
+        }
+    }
+
+    fn open_directory(parsed: &Url, url: String, open: Open) -> Result<Self> {
+        let directory: PathBuf = parsed.to_file_path().map_err(|()| {
+            Error::invalid(format!(
+                "--store {url} does not name a local directory; it must have three slashes: file:///directory"
+            ))
+        })?;
+        match (directory.is_dir(), open) {
+            (true, _) => {}
+            (false, Open::Existing) => return Err(Error::missing(format!("store {url}: there is no such directory"))),
+            (false, Open::Create) => {
+                std::fs::create_dir_all(&directory).map_err(Error::io("create", directory.display()))?;
+            }
+        }
+        let store = LocalFileSystem::new_with_prefix(&directory).map_err(|source| Error::Store {
+            op: "open",
+            location: url.clone(),
+            source,
+        })?;
+        // A backup that a power cut takes back is none.
+        Ok(Self { inner: Arc::new(store.with_fsync(true)), prefix: Path::default(), url })
+    }
+
+    fn open_s3(parsed: &Url, url: String) -> Result<Self> {
+        let bucket = parsed.host_str().filter(|bucket| !bucket.is_empty());
+        let bucket = bucket
+            .ok_or_else(|| Error::invalid(format!("--store {url} names no bucket; it must be s3://bucket/prefix")))?;
+        let fail = |source| Error::Store { op: "open", location: url.clone(), source };
+        let mut options =
+            ClientOptions::new().with_timeout(Duration::from_secs(60)).with_connect_timeout(Duration::from_secs(5));
+        let endpoint = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"]
+            .into_iter()
+            .find_map(|name| std::env::var(name).ok());
+        if endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://")) {
+            options = options.with_allow_http(true);
+        }
+        if let Ok(path) = std::env::var("AWS_CA_BUNDLE") {
+            let pem = std::fs::read(&path).map_err(Error::io("read the CA bundle", &path))?;
+            for certificate in Certificate::from_pem_bundle(&pem).map_err(fail)? {
+                options = options.with_root_certificate(certificate);
+            }
+        }
+        // The loop above this retries for ever; a single command should answer within a minute or so.
+        let retry = RetryConfig {
+            backoff: BackoffConfig {
+                init_backoff: Duration::from_millis(200),
+                max_backoff: Duration::from_secs(5),
+                base: 2.0,
+            },
+            max_retries: 6,
+            retry_timeout: Duration::from_secs(45),
+        };
+        let mut builder = AmazonS3Builder::from_env()
+            .with_bucket_name(bucket)
+            .with_client_options(options)
+            .with_retry(retry)
+            .with_copy_if_not_exists(S3CopyIfNotExists::Multipart);
+        if let Some(endpoint) = endpoint {
+            builder = builder.with_endpoint(endpoint);
+        }
+        let store = builder.build().map_err(fail)?;
+        let prefix = Path::from_url_path(parsed.path()).map_err(|error| fail(error.into()))?;
+        Ok(Self { inner: Arc::new(store), prefix, url })
+    }
+
+    /// Wraps any store; for tests.
+    pub fn from_parts(inner: Arc<dyn ObjectStore>, prefix: &str) -> Self {
+        Self { url: format!("test:///{prefix}"), inner, prefix: Path::from(prefix) }
+    }
+
+    /// The URL it was opened with, without a slash at the end.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// URL of an object, for messages.
+    pub fn location(&self, name: &impl std::fmt::Display) -> String {
+        format!("{}/{name}", self.url)
+    }
+
+    fn path(&self, name: &str) -> Path {
+        name.split('/').fold(self.prefix.clone(), Path::join)
+    }
+
+    fn fail(&self, op: &'static str, name: &impl std::fmt::Display) -> impl FnOnce(object_store::Error) -> Error {
+        let location = self.location(name);
+        move |source| Error::Store { op, location, source }
+    }
+
+    /// Lists everything under the prefix.
+    pub async fn catalog(&self) -> Result<Catalog> {
+        let prefix = (self.prefix != Path::default()).then_some(&self.prefix);
+        let objects: Vec<(String, u64)> = self
+            .inner
+            .list(prefix)
+            .map_ok(|object| {
+                let name: Vec<_> = object
+                    .location
+                    .prefix_match(&self.prefix)
+                    .into_iter()
+                    .flatten()
+                    .map(|part| part.as_ref().to_owned())
+                    .collect();
+                (name.join("/"), object.size)
+            })
+            .try_collect()
+            .await
+            .map_err(|source| Error::Store { op: "list", location: format!("{}/", self.url), source })?;
+        Ok(Catalog::new(objects))
+    }
+
+    /// Puts a whole object that must not exist. One that exists with the same size counts as ours: the answer to an earlier
+    /// attempt was lost.
+    pub async fn put_new(&self, name: &ObjectName, content: &[Bytes]) -> Result<()> {
+        self.put_new_at(&name.to_string(), content).await
+    }
+
+    async fn put_new_at(&self, name: &str, content: &[Bytes]) -> Result<()> {
+        let size: usize = content.iter().map(Bytes::len).sum();
+        let payload: PutPayload = content.iter().cloned().collect();
+        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        match self.inner.put_opts(&self.path(name), payload, options).await {
+            Ok(_) => Ok(()),
+            Err(object_store::Error::AlreadyExists { path, source }) => {
+                let there = self.inner.head(&self.path(name)).await.map_err(self.fail("look at", &name))?;
+                if there.size == size as u64 {
+                    return Ok(());
+                }
+                Err(self.fail("put", &name)(object_store::Error::AlreadyExists { path, source }))
+            }
+            Err(source) => Err(self.fail("put", &name)(source)),
+        }
+    }
+
+    /// Writes the description of a timeline.
+    pub async fn put_timeline(&self, timeline: Timeline, json: String) -> Result<()> {
+        self.put_new(&ObjectName::Timeline { timeline }, &[Bytes::from(json)]).await
+    }
+
+    /// Reads a small object.
+    pub async fn get_small(&self, name: &ObjectName) -> Result<Bytes> {
+        let result = self.inner.get(&self.path(&name.to_string())).await.map_err(self.fail("get", name))?;
+        result.bytes().await.map_err(self.fail("get", name))
+    }
+
+    /// Reads the metadata of a full or a delta without the rest of it.
+    pub async fn meta(&self, name: &ObjectName, size: u64) -> Result<ObjectMeta> {
+        let path = self.path(&name.to_string());
+        let location = self.location(name);
+        let range = |range: std::ops::Range<u64>| {
+            let options = GetOptions { range: Some(GetRange::Bounded(range)), ..GetOptions::default() };
+            let path = &path;
+            async move { self.inner.get_opts(path, options).await?.bytes().await }
+        };
+        if size == 0 {
+            return Err(Error::corrupt(format!("{location}: object is empty")));
+        }
+        let head = range(0..size.min(TAIL_BYTES)).await.map_err(self.fail("get", name))?;
+        let mut want = TAIL_BYTES;
+        loop {
+            let tail = if size <= TAIL_BYTES {
+                head.clone()
+            } else {
+                range(size.saturating_sub(want)..size).await.map_err(self.fail("get", name))?
+            };
+            match container::meta_from_tail(&location, size, &head, &tail)? {
+                FromTail::Meta(meta) => return Ok(*meta),
+                FromTail::Need(more) if more > want && want < size => want = more.min(size),
+                FromTail::Need(_) => return Err(Error::corrupt(format!("{location}: seek table contradicts itself"))),
+            }
+        }
+    }
+
+    /// Ranged reads under way at once when objects are fetched ahead.
+    pub const RANGES_AHEAD: usize = 4;
+
+    /// The ranges in which an object of `size` bytes is fetched.
+    pub fn ranges(size: u64) -> impl Iterator<Item = std::ops::Range<u64>> {
+        (0..size.div_ceil(RANGE_BYTES)).map(move |index| index * RANGE_BYTES..((index + 1) * RANGE_BYTES).min(size))
+    }
+
+    /// Reads a range of an object.
+    pub async fn get_range(&self, name: &ObjectName, range: std::ops::Range<u64>) -> Result<Bytes> {
+        let want = range.end - range.start;
+        let bytes = self.inner.get_range(&self.path(&name.to_string()), range).await.map_err(self.fail("get", name))?;
+        if bytes.len() as u64 == want {
+            return Ok(bytes);
+        }
+        Err(Error::corrupt(format!("{}: store gave {} of {want} bytes asked for", self.location(name), bytes.len())))
+    }
+
+    /// Removes an upload that did not finish.
+    pub async fn remove_uploading(&self, name: &ObjectName) -> Result<()> {
+        match (name, self.inner.delete(&self.path(&name.to_string())).await) {
+            (ObjectName::Uploading { .. }, Ok(()) | Err(object_store::Error::NotFound { .. })) => Ok(()),
+            (_, Err(source)) => Err(self.fail("delete", name)(source)),
+            _ => Err(Error::Bug { what: format!("{name} is not an unfinished upload") }),
+        }
+    }
+
+    /// Begins an object whose name is not known before its last byte.
+    pub fn upload(&self, staging: ObjectName) -> Upload {
+        Upload { store: self.clone(), staging, held: BytesMut::new(), parts: None, sent: 0 }
+    }
+}
+
+type Part = futures::stream::FuturesUnordered<object_store::UploadPart>;
+
+/// An object being uploaded. Up to one part it waits in memory and is put at once under its name; beyond that its parts
+/// go to a staging name, and its name is given by a copy within the store when it is whole.
+///
+/// Must be ended with [`Upload::finish`] or [`Upload::abort`].
+pub struct Upload {
+    store: Store,
+    staging: ObjectName,
+    held: BytesMut,
+    parts: Option<(Box<dyn MultipartUpload>, Part)>,
+    sent: u64,
+}
+
+impl std::fmt::Debug for Upload {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Upload").field("staging", &self.staging).field("sent", &self.sent).finish()
+    }
+}
+
+impl Upload {
+    /// Adds bytes; waits while two parts are on their way.
+    pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        self.held.extend_from_slice(&bytes);
+        while self.held.len() > PART_BYTES {
+            let part = self.held.split_to(PART_BYTES).freeze();
+            self.send(part).await?;
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, part: Bytes) -> Result<()> {
+        let staging = self.staging.to_string();
+        if self.parts.is_none() {
+            let upload = self
+                .store
+                .inner
+                .put_multipart(&self.store.path(&staging))
+                .await
+                .map_err(self.store.fail("begin upload of", &staging))?;
+            self.parts = Some((upload, Part::new()));
+        }
+        let Some((upload, parts)) = &mut self.parts else { return Ok(()) };
+        self.sent += part.len() as u64;
+        parts.push(upload.put_part(part.into()));
+        while parts.len() > 2 {
+            parts.next().await.transpose().map_err(self.store.fail("upload a part of", &staging))?;
+        }
+        Ok(())
+    }
+
+    /// Gives the object its name; returns its size.
+    pub async fn finish(mut self, name: &ObjectName) -> Result<u64> {
+        if self.parts.is_none() {
+            let size = self.held.len() as u64;
+            self.store.put_new(name, &[self.held.freeze()]).await?;
+            return Ok(size);
+        }
+        match self.complete(name).await {
+            Ok(()) => Ok(self.sent),
+            Err(error) => {
+                self.abort().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn complete(&mut self, name: &ObjectName) -> Result<()> {
+        let last = self.held.split().freeze();
+        if !last.is_empty() {
+            self.send(last).await?;
+        }
+        let staging = self.staging.to_string();
+        let Some((upload, parts)) = &mut self.parts else { return Ok(()) };
+        while let Some(part) = parts.next().await {
+            part.map_err(self.store.fail("upload a part of", &staging))?;
+        }
+        upload.complete().await.map_err(self.store.fail("complete upload of", &staging))?;
+        let (from, to) = (self.store.path(&staging), self.store.path(&name.to_string()));
+        let create = CopyOptions::new().with_mode(CopyMode::Create);
+        match self.store.inner.copy_opts(&from, &to, create).await {
+            Ok(()) => {}
+            // No conditional copy here. The name has the millisecond in it, so nobody else means the same one.
+            Err(object_store::Error::NotSupported { .. } | object_store::Error::NotImplemented { .. }) => {
+                self.store.inner.copy(&from, &to).await.map_err(self.store.fail("name", name))?;
+            }
+            Err(source) => return Err(self.store.fail("name", name)(source)),
+        }
+        // The object has its name; a staging copy that stays is removed by a later run.
+        if let Err(source) = self.store.inner.delete(&from).await {
+            tracing::warn!(object = %staging, error = %source, "leave the staging copy of an upload for a later run to remove");
+        }
+        Ok(())
+    }
+
+    /// Gives up and removes what was sent, as far as the store lets it.
+    pub async fn abort(mut self) {
+        if let Some((mut upload, parts)) = self.parts.take() {
+            drop(parts);
+            let _ = upload.abort().await;
+            let _ = self.store.remove_uploading(&self.staging).await;
+        }
+    }
+}
+
+impl Store {
+    /// Retries `attempt` while the store fails in ways that pass, for ever, until `stop` is cancelled. Denied access counts
+    /// as passing: credentials are rotated.
+    pub async fn persist<T, F>(
+        &self,
+        what: &str,
+        stop: &tokio_util::sync::CancellationToken,
+        mut attempt: impl FnMut() -> F,
+    ) -> Result<T>
+    where
+        F: Future<Output = Result<T>>,
+    {
+        let mut delay = Duration::from_millis(500);
+        loop {
+            let error = match attempt().await {
+                Ok(value) => return Ok(value),
+                Err(error)
+                    if matches!(error.class(), Class::Transient | Class::Denied | Class::Missing | Class::Machine) =>
+                {
+                    error
+                }
+                Err(error) => return Err(error),
+            };
+            if stop.is_cancelled() {
+                return Err(error);
+            }
+            tracing::warn!(%error, retry_in = ?delay, "{what} failed; it is kept and tried again");
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                () = stop.cancelled() => {}
+            }
+            delay = (delay * 2).min(Duration::from_secs(30));
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Measures; see the README.
+
+fn main() {}

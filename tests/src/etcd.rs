@@ -1,0 +1,202 @@
+//! Real etcd processes.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use etcd_client::{Client, ConnectOptions};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::{eventually, free_port, program};
+
+/// The minors that are supported.
+pub const MINORS: [&str; 4] = ["3.4", "3.5", "3.6", "3.7"];
+
+/// How a member is started.
+#[derive(Debug, Clone)]
+pub struct Member {
+    /// Minor, such as `3.6`.
+    pub minor: String,
+    /// Name of the member.
+    pub name: String,
+    /// Its data directory.
+    pub data_dir: PathBuf,
+    /// Port for clients.
+    pub client_port: u16,
+    /// Port for peers.
+    pub peer_port: u16,
+    /// `--initial-cluster`.
+    pub initial_cluster: String,
+    /// Further flags.
+    pub flags: Vec<String>,
+}
+
+impl Member {
+    /// A cluster of one.
+    pub fn single(minor: &str, data_dir: &Path) -> Result<Self> {
+        let cluster = Self::cluster(minor, &[("default", data_dir)])?;
+        cluster.into_iter().next().context("a cluster without members")
+    }
+
+    /// A cluster with these members.
+    pub fn cluster(minor: &str, members: &[(&str, &Path)]) -> Result<Vec<Self>> {
+        let mut cluster = Vec::new();
+        for (name, data_dir) in members {
+            cluster.push(Self {
+                minor: minor.to_owned(),
+                name: (*name).to_owned(),
+                data_dir: data_dir.to_path_buf(),
+                client_port: free_port()?,
+                peer_port: free_port()?,
+                initial_cluster: String::new(),
+                flags: Vec::new(),
+            });
+        }
+        let initial =
+            cluster.iter().map(|member| format!("{}={}", member.name, member.peer_url())).collect::<Vec<_>>().join(",");
+        for member in &mut cluster {
+            member.initial_cluster.clone_from(&initial);
+        }
+        Ok(cluster)
+    }
+
+    /// With one more flag.
+    #[must_use]
+    pub fn flag(mut self, flag: impl Into<String>) -> Self {
+        self.flags.push(flag.into());
+        self
+    }
+
+    /// Where clients reach it.
+    pub fn client_url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.client_port)
+    }
+
+    /// Where peers reach it.
+    pub fn peer_url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.peer_port)
+    }
+
+    /// Starts it, without waiting until it serves.
+    pub fn spawn(&self) -> Result<Etcd> {
+        let log_path = self.data_dir.with_extension("log");
+        let log = File::options().create(true).append(true).open(&log_path)?;
+        let mut command = Command::new(program(&format!("etcd-{}", self.minor), "etcd")?);
+        command
+            .args(["--name", &self.name, "--data-dir"])
+            .arg(&self.data_dir)
+            .args(["--listen-client-urls", &self.client_url(), "--advertise-client-urls", &self.client_url()])
+            .args(["--listen-peer-urls", &self.peer_url(), "--initial-advertise-peer-urls", &self.peer_url()])
+            .args(["--initial-cluster", &self.initial_cluster, "--initial-cluster-token", "etcd-cluster"])
+            .args(["--logger=zap", "--log-level=warn", "--heartbeat-interval=50", "--election-timeout=500"])
+            .args(&self.flags)
+            .env("ETCD_UNSUPPORTED_ARCH", "")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
+        let child = command.spawn().with_context(|| format!("start etcd {}", self.minor))?;
+        Ok(Etcd { member: self.clone(), child: Some(child), log_path })
+    }
+
+    /// Starts it and waits until it serves.
+    pub async fn start(&self) -> Result<Etcd> {
+        let mut etcd = self.spawn()?;
+        etcd.ready().await?;
+        Ok(etcd)
+    }
+}
+
+/// A running etcd; killed when dropped.
+#[derive(Debug)]
+pub struct Etcd {
+    /// How it was started.
+    pub member: Member,
+    child: Option<Child>,
+    log_path: PathBuf,
+}
+
+impl Etcd {
+    /// Waits until it serves linearizable reads.
+    pub async fn ready(&mut self) -> Result<()> {
+        let url = self.member.client_url();
+        let ready = async {
+            loop {
+                if let Some(status) = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten()) {
+                    bail!("etcd ended with {status}");
+                }
+                let attempt = async {
+                    let mut client =
+                        Client::connect([&url], Some(ConnectOptions::new().with_timeout(Duration::from_secs(2))))
+                            .await?;
+                    client.get("ready", None).await?;
+                    anyhow::Ok(())
+                };
+                match attempt.await {
+                    Ok(()) => return Ok(()),
+                    // With auth on, an anonymous read is refused by an etcd that serves.
+                    Err(error) if error.to_string().contains("user name is empty") => return Ok(()),
+                    Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), ready)
+            .await
+            .unwrap_or_else(|_| bail!("not ready within 60 s"))
+            .with_context(|| {
+                format!(
+                    "etcd {} in {}; its log:\n{}",
+                    self.member.minor,
+                    self.member.data_dir.display(),
+                    self.log_tail()
+                )
+            })
+    }
+
+    /// The end of its log.
+    pub fn log_tail(&self) -> String {
+        let log = std::fs::read_to_string(&self.log_path).unwrap_or_default();
+        log.lines().rev().take(15).collect::<Vec<_>>().into_iter().rev().collect::<Vec<_>>().join("\n")
+    }
+
+    /// A client of it.
+    pub async fn client(&self) -> Result<Client> {
+        self.client_as(None).await
+    }
+
+    /// A client of it, as a user.
+    pub async fn client_as(&self, user: Option<(&str, &str)>) -> Result<Client> {
+        let url = self.member.client_url();
+        let mut options = ConnectOptions::new().with_timeout(Duration::from_secs(30));
+        if let Some((name, password)) = user {
+            options = options.with_user(name, password);
+        }
+        let options = &options;
+        let connect = || async { Ok(Client::connect([&url], Some(options.clone())).await?) };
+        eventually(Duration::from_secs(10), connect).await
+    }
+
+    /// `kill -9`, and waits until it is gone.
+    pub fn kill9(&mut self) -> Result<()> {
+        self.end(Signal::KILL)
+    }
+
+    /// SIGTERM, and waits until it is gone.
+    pub fn stop(&mut self) -> Result<()> {
+        self.end(Signal::TERM)
+    }
+
+    fn end(&mut self, signal: Signal) -> Result<()> {
+        let Some(mut child) = self.child.take() else { return Ok(()) };
+        kill_process(Pid::from_child(&child), signal)?;
+        child.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        let _ = self.kill9();
+    }
+}

