@@ -192,7 +192,7 @@ fn store_class(error: &object_store::Error) -> Class {
         object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. } => Class::Precondition,
         object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => Class::Denied,
         object_store::Error::InvalidPath { .. } | object_store::Error::UnknownConfigurationKey { .. } => Class::Invalid,
-        _ => Class::Transient,
+        other => server_says(other).and_then(|(code, _)| server_class(&code)).unwrap_or(Class::Transient),
     }
 }
 
@@ -200,13 +200,49 @@ fn etcd_class(error: &etcd_client::Error) -> Class {
     match error {
         etcd_client::Error::GRpcStatus(status) => match status.code() {
             tonic::Code::Unauthenticated | tonic::Code::PermissionDenied => Class::Denied,
-            tonic::Code::InvalidArgument if status.message().contains("authentication failed") => Class::Denied,
+            // etcd answers so to a request without a user, and to a wrong password.
+            tonic::Code::InvalidArgument
+                if ["user name is empty", "authentication failed"]
+                    .iter()
+                    .any(|text| status.message().contains(text)) =>
+            {
+                Class::Denied
+            }
             tonic::Code::FailedPrecondition | tonic::Code::OutOfRange => Class::Precondition,
             tonic::Code::InvalidArgument => Class::Invalid,
             _ => Class::Transient,
         },
         etcd_client::Error::InvalidArgs(_) | etcd_client::Error::InvalidUri(_) => Class::Invalid,
         _ => Class::Transient,
+    }
+}
+
+/// What a server said in its error document, as (code, message). object_store turns some answers, all to listings among
+/// them, into generic errors.
+fn server_says(error: &object_store::Error) -> Option<(String, String)> {
+    let object_store::Error::Generic { source, .. } = error else { return None };
+    let text = chain(source.as_ref());
+    let element = |name: &str| {
+        let (_, rest) = text.split_once(&format!("<{name}>"))?;
+        Some(rest.split_once(&format!("</{name}>"))?.0.to_owned())
+    };
+    match element("Code") {
+        Some(code) => Some((code, element("Message").unwrap_or_default())),
+        None if text.contains("403 Forbidden") => Some(("Forbidden".to_owned(), String::new())),
+        None => None,
+    }
+}
+
+fn server_class(code: &str) -> Option<Class> {
+    match code {
+        "NoSuchBucket" => Some(Class::Missing),
+        "AccessDenied"
+        | "SignatureDoesNotMatch"
+        | "InvalidAccessKeyId"
+        | "ExpiredToken"
+        | "InvalidToken"
+        | "Forbidden" => Some(Class::Denied),
+        _ => None,
     }
 }
 
@@ -226,14 +262,14 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 fn describe_store(error: &object_store::Error) -> String {
-    let hint = match error {
-        object_store::Error::NotFound { .. } => "not found",
-        object_store::Error::AlreadyExists { .. } => "exists already",
-        object_store::Error::PermissionDenied { .. } => "permission denied; check what the credentials may do",
-        object_store::Error::Unauthenticated { .. } => "not authenticated; check the credentials",
-        _ => return chain(error),
+    let said = server_says(error);
+    let hint = match store_class(error) {
+        Class::Missing => "not found",
+        Class::Denied => "permission denied; check the credentials and what they may do",
+        Class::Precondition => "exists already",
+        _ => return said.map_or_else(|| chain(error), |(code, message)| format!("{code}: {message}")),
     };
-    format!("{hint} ({})", chain(error))
+    said.map_or_else(|| format!("{hint} ({})", chain(error)), |(code, message)| format!("{hint} ({code}: {message})"))
 }
 
 fn describe_etcd(error: &etcd_client::Error) -> String {

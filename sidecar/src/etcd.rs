@@ -192,8 +192,10 @@ pub struct Status {
     pub version: String,
     /// Raft term.
     pub raft_term: u64,
-    /// Applied raft index.
+    /// Committed raft index; not below any that the revision stands for.
     pub raft_index: u64,
+    /// Applied raft index; not above any that a later revision stands for.
+    pub raft_applied_index: u64,
     /// Size of its database in bytes.
     pub db_size: i64,
 }
@@ -273,7 +275,8 @@ impl Etcd {
             revision: header.map_or(0, etcd_client::ResponseHeader::revision),
             version: response.version().to_owned(),
             raft_term: response.raft_term(),
-            raft_index: response.raft_applied_index().max(response.raft_index()),
+            raft_index: response.raft_index().max(response.raft_applied_index()),
+            raft_applied_index: response.raft_applied_index(),
             db_size: response.db_size(),
         })
     }

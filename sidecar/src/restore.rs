@@ -196,6 +196,9 @@ pub async fn execute(
     let (objects, feeder) = match (&plan.source, store) {
         (Source::Chain { timeline, chain }, Some(store)) => {
             let objects = objects_of(*timeline, chain);
+            if let Some((name, _)) = objects.iter().find(|(_, size)| *size == 0) {
+                return Err(Error::corrupt(format!("{}: object is empty", store.location(name))));
+            }
             if let Some((name, size)) = objects.first() {
                 let meta = store.meta(name, *size).await?;
                 content_bytes = Some(meta.content_bytes);

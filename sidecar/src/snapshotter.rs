@@ -231,7 +231,7 @@ impl<'s> Session<'s> {
             tokio::time::sleep(Duration::from_millis(250)).await;
             status = etcd.status().await?;
         };
-        let known = Known { raft: (status.raft_term, status.raft_index), ..Known::default() };
+        let known = Known { raft: (status.raft_term, status.raft_applied_index), ..Known::default() };
         let mut session =
             Self { settings, etcd, status, timeline: 1, tip: None, last_full_ms: None, full_auth: None, known };
         match decision {
@@ -327,8 +327,8 @@ impl<'s> Session<'s> {
             }
             whole = take_events(&mut builder, message)?;
         }
-        let known = std::mem::take(&mut self.known);
         let job = self.close_job(builder, true);
+        let known = std::mem::take(&mut self.known);
         let (taken, _) = close_delta(job, known, stop.clone()).await;
         taken.map(Taken::Delta)
     }
@@ -537,7 +537,7 @@ impl<'s> Session<'s> {
         }
         self.status = self.etcd.status().await?;
         self.tip = None;
-        self.known.raft = (self.status.raft_term, self.status.raft_index);
+        self.known.raft = (self.status.raft_term, self.status.raft_applied_index);
         let now = self.status.revision;
         Ok((self.etcd.watch(now + 1).await?, Builder::new(now)?))
     }
@@ -654,7 +654,7 @@ async fn close_delta(mut job: CloseJob, mut known: Known, stop: CancellationToke
         }
     }
     match etcd.status().await {
-        Ok(status) => known.raft = (status.raft_term, status.raft_index),
+        Ok(status) => known.raft = (status.raft_term, status.raft_applied_index),
         Err(error) => tracing::debug!(%error, "raft index is not known"),
     }
     let end = DeltaEnd { compact_revision: known.compact_revision, leases, leases_complete, ..DeltaEnd::default() };

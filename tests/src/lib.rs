@@ -48,3 +48,34 @@ pub async fn eventually<T, F: Future<Output = Result<T>>>(
         }
     }
 }
+
+/// Runs a program to its end; fails with its output unless it succeeds.
+pub async fn succeed(command: &mut tokio::process::Command) -> Result<String> {
+    let output = command.stdin(std::process::Stdio::null()).output().await?;
+    let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    anyhow::ensure!(output.status.success(), "{command:?} failed with {}: {text}", output.status);
+    Ok(text)
+}
+
+/// URL of a directory as a store.
+pub fn file_url(dir: &std::path::Path) -> String {
+    format!("file://{}", dir.display())
+}
+
+/// Every object file under a directory, sorted; timeline descriptions left out.
+pub fn objects(dir: &std::path::Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let mut pending = vec![dir.to_owned()];
+    while let Some(dir) = pending.pop() {
+        for entry in std::fs::read_dir(&dir)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                pending.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "zst") {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}

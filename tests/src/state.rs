@@ -32,13 +32,14 @@ pub async fn read(client: &mut Client) -> Result<State> {
     let revision = client.status().await?.header().map_or(0, etcd_client::ResponseHeader::revision);
     let mut keys = BTreeMap::new();
     let mut from = vec![0];
+    let mut kv = client.kv_client().max_decoding_message_size(1 << 30);
     loop {
         let options = GetOptions::new()
             .with_from_key()
             .with_revision(revision)
             .with_limit(2000)
             .with_sort(SortTarget::Key, SortOrder::Ascend);
-        let page = client.get(from.clone(), Some(options)).await?;
+        let page = kv.get(from.clone(), Some(options)).await?;
         for kv in page.kvs() {
             let numbers = (kv.create_revision(), kv.mod_revision(), kv.version(), kv.lease());
             keys.insert(kv.key().to_vec(), Entry { value: kv.value().to_vec(), numbers });
@@ -49,7 +50,8 @@ pub async fn read(client: &mut Client) -> Result<State> {
             break;
         }
     }
-    let hash = client.hash_kv(revision).await?;
+    // Revision 0 is the current one; old releases refuse to hash at a revision that is exactly the compaction.
+    let hash = client.hash_kv(0).await?;
     let hash = (hash.hash(), hash.compact_version().max(0));
     let ids: Vec<i64> = client.leases().await?.leases().iter().map(etcd_client::LeaseStatus::id).collect();
     let mut leases = BTreeMap::new();

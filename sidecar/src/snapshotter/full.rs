@@ -73,7 +73,7 @@ pub(super) async fn take(mut job: Job, stop: &CancellationToken) -> Result<Taken
 async fn transfer(job: &mut Job, upload: &mut Upload) -> Result<Scanned> {
     let before = job.etcd.status().await?;
     job.meta.raft_term = before.raft_term;
-    job.meta.raft_index = before.raft_index;
+    job.meta.raft_index = before.raft_applied_index;
     let (to_scan, scan_in) = mpsc::channel::<Bytes>(PIECES_AHEAD);
     let (to_compress, compress_in) = mpsc::channel::<Bytes>(PIECES_AHEAD);
     let (compressed, mut compressed_out) = mpsc::channel::<Bytes>(2);

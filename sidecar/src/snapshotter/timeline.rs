@@ -117,7 +117,16 @@ mod tests {
     use super::*;
 
     fn live(cluster_id: u64, revision: i64, raft_index: u64) -> Status {
-        Status { cluster_id, member_id: 1, revision, version: "3.6.0".into(), raft_term: 2, raft_index, db_size: 0 }
+        Status {
+            cluster_id,
+            member_id: 1,
+            revision,
+            version: "3.6.0".into(),
+            raft_term: 2,
+            raft_index,
+            raft_applied_index: raft_index,
+            db_size: 0,
+        }
     }
 
     fn seen(last_revision: i64, raft_index: u64) -> Seen {

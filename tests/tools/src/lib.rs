@@ -150,7 +150,7 @@ impl Tool {
         let directory = self.directory();
         eprintln!("tools: fetch {} {} into {}", self.name, self.version, directory.display());
         // Made aside and renamed, so that what was interrupted is not taken for whole.
-        let making = directory.with_extension("making");
+        let making = cache().join(format!("making-{}-{}", self.name, self.version));
         let _ = std::fs::remove_dir_all(&making);
         std::fs::create_dir_all(&making).map_err(|error| format!("create {}: {error}", making.display()))?;
         match self.origin {

@@ -109,7 +109,7 @@ fn suite(filters: &[&str]) -> Result<()> {
     step(
         "deny",
         Command::new(deny)
-            .args(["--offline", "check", "--hide-inclusion-graph", "bans", "licenses", "sources"])
+            .args(["check", "--hide-inclusion-graph", "bans", "licenses", "sources"])
             .current_dir(workspace()),
     )?;
     step("build", &mut cargo(&["build", "--quiet", "--workspace", "--bins"]))?;

@@ -1,0 +1,214 @@
+//! Damaged, missing and foreign objects, a full disk, wrong flags: a clear message, an exit code, and nothing left behind.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use tests::etcd::Member;
+use tests::program::Sidecar;
+use tests::workload::Workload;
+use tests::{file_url, objects, succeed};
+use tokio::process::Command;
+
+/// A store with a full and four deltas, and nothing running.
+async fn backup(dir: &Path) -> Result<PathBuf> {
+    let store = dir.join("store");
+    let member = Member::single("3.6", &dir.join("data"))?;
+    let etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    let workload = |seed| Workload { seed, rounds: 6, compact: false, large: false, defragment: false };
+    workload(1).run(&mut client).await?;
+    let once = |kind: &str| {
+        Sidecar::new(["snapshot", "--once", kind, "--endpoints", &member.client_url(), "--store", &file_url(&store)])
+    };
+    once("full").run().await?.expect(0)?;
+    for seed in 2..6 {
+        workload(seed).run(&mut client).await?;
+        once("delta").run().await?.expect(0)?;
+    }
+    Ok(store)
+}
+
+fn restore(store: &Path, target: &Path) -> Sidecar {
+    Sidecar::new(["restore", "--store", &file_url(store), "--data-dir"]).arg(target)
+}
+
+/// Deltas first, then the full, as they sort.
+fn full_and_deltas(store: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
+    let mut deltas = objects(store)?;
+    let full = deltas.pop().context("no objects")?;
+    ensure!(full.to_string_lossy().contains("/full/"), "{full:?} is not the full");
+    Ok((full, deltas))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damaged_objects_are_named_and_nothing_is_left() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = backup(dir.path()).await?;
+    let (full, deltas) = full_and_deltas(&store)?;
+    let target = dir.path().join("deep/down/restored");
+    for object in [&full, &deltas[1]] {
+        let whole = std::fs::read(object)?;
+        let name = object.file_name().context("no name")?.to_string_lossy().into_owned();
+        let middle = whole.len() / 2;
+        let mut flipped = whole.clone();
+        flipped[middle] ^= 1;
+        let damages: [(&str, Vec<u8>); 5] = [
+            ("flipped", flipped),
+            ("cut in half", whole[..middle].to_vec()),
+            ("cut by a byte", whole[..whole.len() - 1].to_vec()),
+            ("empty", Vec::new()),
+            ("something else", b"this is no backup at all".repeat(20)),
+        ];
+        for (how, bytes) in damages {
+            std::fs::write(object, &bytes)?;
+            let ended = restore(&store, &target).run().await?;
+            // A cut in the seek table costs nothing that a restore needs.
+            if how == "cut by a byte" && ended.code == 0 {
+                std::fs::remove_dir_all(dir.path().join("deep"))?;
+                continue;
+            }
+            ended.expect(10).context(how)?.says(&name).context(how)?;
+            ensure!(!dir.path().join("deep").exists(), "{how}: a failed restore left something behind");
+        }
+        std::fs::write(object, &whole)?;
+    }
+    restore(&store, &target).run().await?.expect(0)?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_delta_is_a_gap() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = backup(dir.path()).await?;
+    let (full, deltas) = full_and_deltas(&store)?;
+    let target = dir.path().join("restored");
+    std::fs::remove_file(&deltas[1])?;
+    let name = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let number = |text: &str| text.trim_start_matches('0').to_owned();
+    let before = number(name(&deltas[0]).split('-').nth(1).context("no last")?);
+    let after = number(name(&deltas[2]).split('-').next().context("no first")?);
+    let refused = restore(&store, &target).run().await?.expect(11)?.says("--accept-gap")?;
+    let first_missing = before.parse::<i64>()? + 1;
+    let last_missing = after.parse::<i64>()? - 1;
+    refused.says(&format!("revisions {first_missing} to {last_missing} are missing"))?;
+    ensure!(!target.exists());
+    let listed = Sidecar::new(["list", "--store", &file_url(&store)]).run().await?.expect(0)?;
+    ensure!(listed.stdout.contains(&format!("GAP: revisions {first_missing} to {last_missing}")), "{}", listed.stdout);
+    let restored = restore(&store, &target).args(["--accept-gap", "-o", "json"]).run().await?.expect(0)?.json()?;
+    ensure!(restored["revision"] == before.parse::<i64>()?, "{restored}");
+    std::fs::remove_file(full)?;
+    restore(&store, &dir.path().join("other")).run().await?.expect(11)?.says("has deltas but no full snapshot")?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn foreign_objects_are_listed_and_left_alone() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = backup(dir.path()).await?;
+    std::fs::create_dir_all(store.join("v2"))?;
+    std::fs::write(store.join("v2/Full-00000000-00000004-1518427675.gz"), b"theirs")?;
+    std::fs::write(store.join("t00000001/delta/notes.txt"), b"somebody's")?;
+    let listed = Sidecar::new(["list", "-o", "json", "--store", &file_url(&store)]).run().await?.expect(0)?.json()?;
+    ensure!(listed["foreign"].as_array().is_some_and(|foreign| foreign.len() == 2), "{listed}");
+    restore(&store, &dir.path().join("restored")).run().await?.expect(0)?;
+    ensure!(store.join("t00000001/delta/notes.txt").exists());
+    let empty = dir.path().join("empty");
+    std::fs::create_dir(&empty)?;
+    restore(&empty, &dir.path().join("other")).run().await?.expect(11)?.says("is empty; check bucket and prefix")?;
+    std::fs::write(empty.join("x"), b"x")?;
+    restore(&empty, &dir.path().join("other")).run().await?.expect(11)?.says("none of ours; check the prefix")?;
+    restore(&dir.path().join("nowhere"), &dir.path().join("other"))
+        .run()
+        .await?
+        .expect(11)?
+        .says("no such directory")?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_with_something_in_it_is_refused_or_moved_aside() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = backup(dir.path()).await?;
+    let target = dir.path().join("restored");
+    restore(&store, &target).run().await?.expect(0)?;
+    std::fs::write(target.join("member/mark"), b"the first one")?;
+    restore(&store, &target).run().await?.expect(12)?.says("--replace")?;
+    ensure!(target.join("member/mark").exists());
+    // What a killed restore left is not in the way.
+    std::fs::create_dir_all(target.join("member.restoring/snap"))?;
+    restore(&store, &target).arg("--replace").run().await?.expect(0)?;
+    ensure!(!target.join("member/mark").exists() && !target.join("member.restoring").exists());
+    let aside: Vec<_> = std::fs::read_dir(&target)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.join("mark").exists())
+        .collect();
+    ensure!(aside.len() == 1, "the member before it is not kept: {aside:?}");
+    // An etcd that runs there is not replaced under its feet.
+    let member = Member { initial_cluster: "default=http://localhost:2380".into(), ..Member::single("3.6", &target)? };
+    let _etcd = member.start().await?;
+    restore(&store, &target).arg("--replace").run().await?.expect(12)?.says("is in use")?;
+    Sidecar::new(["check", "--data-dir"]).arg(&target).run().await?.expect(12)?.says("is in use")?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_disk_is_said_and_nothing_is_left() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = backup(dir.path()).await?;
+    let small = dir.path().join("small");
+    std::fs::create_dir(&small)?;
+    // A small file system of its own. It takes root, which CI and containers have; without it this cannot be shown.
+    let options = ["-t", "tmpfs", "-o", "size=64k,mode=0777", "tmpfs"];
+    succeed(Command::new("mount").args(options).arg(&small)).await.context("mounting a small tmpfs needs root")?;
+    let result = async {
+        let target = small.join("restored");
+        restore(&store, &target).run().await?.expect(1)?.says("No space left on device")?;
+        ensure!(!target.exists(), "a failed restore left something behind");
+        anyhow::Ok(())
+    }
+    .await;
+    succeed(Command::new("umount").arg(&small)).await?;
+    result
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn flags_that_make_no_sense_are_usage_errors() -> Result<()> {
+    let usage: [&[&str]; 12] = [
+        &["restore", "--data-dir", "x"],
+        &["restore", "--store", "file:///x"],
+        &["restore", "--store", "file:///x", "--snapshot-file", "y", "--data-dir", "z"],
+        &["restore", "--store", "ftp://x", "--data-dir", "z"],
+        &["restore", "--store", "file://x", "--data-dir", "z"],
+        &["restore", "--store", "file:///x", "--data-dir", "z", "--etcd-version", "2.3"],
+        &["restore", "--store", "file:///x", "--data-dir", "z", "--initial-cluster", "a"],
+        &["restore", "--store", "file:///x", "--data-dir", "z", "--name", "b", "--initial-cluster", "a=http://a:2380"],
+        &["restore", "--store", "file:///x", "--data-dir", "z", "--bump-revision", "5"],
+        &["restore", "--store", "file:///x", "--all-members", "z"],
+        &["snapshot", "--store", "file:///x", "--full-schedule", "every hour"],
+        &["snapshot", "--store", "file:///x", "--delta-period", "soon"],
+    ];
+    for arguments in usage {
+        let ended = Sidecar::new(arguments.iter().copied()).run().await?;
+        ensure!(ended.code == 2 && !ended.stderr.is_empty(), "{arguments:?} gives {} {}", ended.code, ended.stderr);
+    }
+    Sidecar::new(["check", "--data-dir", "/nonexistent"]).run().await?.expect(12)?.says("not a directory")?;
+    let nobody =
+        ["snapshot", "--once", "full", "--endpoints", "http://127.0.0.1:1", "--store", "file:///tmp/steward-none"];
+    Sidecar::new(nobody).run().await?.expect(1)?.says("http://127.0.0.1:1")?;
+    Ok(())
+}
+
+/// A store that cannot be written, by a user who is not root.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_directory_without_permission_is_named() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let _etcd = member.start().await?;
+    let file = dir.path().join("file");
+    std::fs::write(&file, b"")?;
+    // Root may do anything but make a directory inside a file.
+    let store = format!("file://{}/inside", file.display());
+    let once = ["snapshot", "--once", "full", "--endpoints", &member.client_url(), "--store", &store];
+    Sidecar::new(once).run().await?.expect(1)?.says(&file.display().to_string())?;
+    Ok(())
+}
