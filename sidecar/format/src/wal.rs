@@ -150,7 +150,7 @@ pub fn read(dir: &Path) -> Result<Log, Damage> {
         return Err(damage(Error::corrupt(0, "there is no .wal file in this directory")));
     }
     for (before, after) in segments.iter().zip(segments.iter().skip(1)) {
-        if after.seq != before.seq + 1 {
+        if Some(after.seq) != before.seq.checked_add(1) {
             return Err(damage(Error::corrupt(
                 0,
                 format!("segment {after} does not follow {before}: a segment is missing"),
@@ -316,9 +316,7 @@ impl Reader {
             kind::SNAPSHOT => {
                 let snapshot =
                     WalSnapshot::decode(record.data()).map_err(|error| malformed("snapshot record", error))?;
-                if self.snapshots.last().is_some_and(|before| before.index() > snapshot.index()) {
-                    return Err(Error::corrupt(offset, "snapshot record is older than the one before it"));
-                }
+                // Up to 3.5 a member's own snapshot may be recorded after a newer one that its leader sent.
                 self.snapshots.push(snapshot);
             }
             other => return Err(Error::corrupt(offset, format!("record has type {other}, which no record has"))),
@@ -354,11 +352,11 @@ impl Reader {
             }
             self.terms.pop();
         }
-        self.member_changes.retain(|change| change.index < index);
+        while self.member_changes.pop_if(|change| change.index >= index).is_some() {}
         match self.terms.last_mut() {
-            Some(run) if run.1 + 1 != index => {
+            Some(run) if run.1.checked_add(1) != Some(index) => {
                 let snapshot = self.snapshots.last().map_or(0, proto::disk::WalSnapshot::index);
-                if index > run.1 + 1 && index != snapshot + 1 && index != segment.index {
+                if index > run.1.saturating_add(1) && index != snapshot.saturating_add(1) && index != segment.index {
                     return Err(Error::corrupt(
                         offset,
                         format!("entry {index} follows entry {}: entries are missing", run.1),
@@ -402,7 +400,7 @@ impl Reader {
             tail: self.tail.unwrap_or(Tail::Clean),
             segments,
         };
-        if log.state.commit() > log.last_index() && log.tail == Tail::Clean {
+        if log.state.commit() > log.last_index() {
             let (commit, last) = (log.state.commit(), log.last_index());
             return Err(Error::corrupt(
                 0,

@@ -23,6 +23,8 @@ pub trait Disk: Sync {
     fn exchange(&self, a: &Path, b: &Path) -> io::Result<()>;
     /// Removes a directory with all that is in it.
     fn remove_dir_all(&self, path: &Path) -> io::Result<()>;
+    /// Removes a file.
+    fn remove_file(&self, path: &Path) -> io::Result<()>;
     /// Removes an empty directory.
     fn remove_dir(&self, path: &Path) -> io::Result<()>;
 }
@@ -70,6 +72,10 @@ impl Disk for RealDisk {
         std::fs::remove_dir_all(path)
     }
 
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        std::fs::remove_file(path)
+    }
+
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
         std::fs::remove_dir(path)
     }
@@ -112,15 +118,19 @@ impl<'d, D: Disk + ?Sized> DiskWriter<'d, D> {
     /// Flushes and gives the file back.
     pub fn into_file(mut self) -> io::Result<File> {
         self.flush()?;
+        self.writeback.finish()?;
         Ok(self.file)
     }
 }
 
-/// Has the kernel write while we still produce, so that the sync at the end does not find everything still to do. Only an
-/// optimisation: the sync that counts is [`Disk::sync_file`], and errors show there.
+/// Has the kernel write while we still produce, so that the sync at the end does not find everything still to do.
+///
+/// The kernel reports a failed write to one sync only, which may be one of these: an error is kept and comes out of
+/// [`Writeback::finish`].
 #[derive(Debug)]
 struct Writeback {
     kick: std::sync::mpsc::SyncSender<()>,
+    thread: std::thread::JoinHandle<io::Result<()>>,
     since: u64,
 }
 
@@ -131,12 +141,14 @@ impl Writeback {
         let file = file.try_clone()?;
         let (kick, kicked) = std::sync::mpsc::sync_channel(1);
         // Ends when the writer is dropped.
-        std::thread::Builder::new().name("writeback".into()).spawn(move || {
+        let thread = std::thread::Builder::new().name("writeback".into()).spawn(move || {
+            let mut first = Ok(());
             while kicked.recv().is_ok() {
-                let _ = file.sync_data();
+                first = first.and(file.sync_data());
             }
+            first
         })?;
-        Ok(Self { kick, since: 0 })
+        Ok(Self { kick, thread, since: 0 })
     }
 
     fn wrote(&mut self, bytes: u64) {
@@ -146,6 +158,11 @@ impl Writeback {
             // Full means that a sync is under way and another is asked for already.
             let _ = self.kick.try_send(());
         }
+    }
+
+    fn finish(self) -> io::Result<()> {
+        drop(self.kick);
+        self.thread.join().unwrap_or_else(|_| Err(io::Error::other("the writeback thread ended unexpectedly")))
     }
 }
 

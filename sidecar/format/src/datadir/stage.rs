@@ -32,6 +32,8 @@ const HASH_SIZE: u64 = 32;
 /// and renew it, short enough to go when it does not.
 const UNKNOWN_LEASE_TTL: i64 = 60;
 const RESTORING: &str = "member.restoring";
+/// Lies in a staged member until it is whole. Without it, what is staged is a member that was replaced and not moved on yet.
+const UNFINISHED: &str = "unfinished";
 
 /// A minor version of etcd whose data this code knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -85,6 +87,12 @@ impl std::fmt::Display for Minor {
     }
 }
 
+/// Major and minor number, for comparison; 0 for what is not a number.
+fn major_minor(version: &str) -> (u32, u32) {
+    let mut parts = version.split('.').map(|part| part.parse().unwrap_or(0));
+    (parts.next().unwrap_or(0), parts.next().unwrap_or(0))
+}
+
 /// What a restored member is to be.
 #[derive(Debug, Clone)]
 pub struct Spec {
@@ -129,7 +137,10 @@ pub struct Staged<'d, D: Disk + ?Sized> {
     layout: Layout,
     /// Directories made for this restore, outermost first.
     made: Vec<PathBuf>,
-    committed: bool,
+    /// Whether what lies in the staging directory is ours to remove.
+    owns_staging: bool,
+    /// Held so that no two restores work on one directory.
+    _lock: Option<File>,
 }
 
 impl<'d, D: Disk + ?Sized> Staged<'d, D> {
@@ -141,12 +152,19 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
             data_dir: data_dir.to_owned(),
             layout: Layout::of_member(data_dir.join(RESTORING)),
             made: Vec::new(),
-            committed: false,
+            owns_staging: false,
+            _lock: None,
         };
         staged.make_data_dir()?;
+        staged.lock()?;
         staged.check_empty(replace)?;
         for dir in [staged.layout.member().to_owned(), staged.layout.snap(), staged.layout.wal()] {
             disk.create_dir(&dir).map_err(Error::io("create", &dir))?;
+            staged.owns_staging = true;
+            if dir == staged.layout.member() {
+                let mark = dir.join(UNFINISHED);
+                disk.create_file(&mark).map_err(Error::io("create", &mark))?;
+            }
         }
         Ok(staged)
     }
@@ -165,17 +183,27 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
         Ok(())
     }
 
+    fn lock(&mut self) -> Result<()> {
+        use rustix::fs::{FlockOperation, flock};
+        let dir = &self.data_dir;
+        let file = File::open(dir).map_err(Error::io("open", dir))?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(Error::precondition(format!("another restore works on {}; wait for it", dir.display())));
+            }
+            // A file system without locks does not stop a restore.
+            Ok(()) | Err(_) => {}
+        }
+        self._lock = Some(file);
+        Ok(())
+    }
+
     fn check_empty(&self, replace: bool) -> Result<()> {
         let dir = &self.data_dir;
         for entry in std::fs::read_dir(dir).map_err(Error::io("list", dir))? {
             let name = entry.map_err(Error::io("list", dir))?.file_name();
             match name.to_str() {
-                Some(RESTORING) => {
-                    let unfinished = dir.join(RESTORING);
-                    self.disk
-                        .remove_dir_all(&unfinished)
-                        .map_err(Error::io("remove the unfinished restore", &unfinished))?;
-                }
+                Some(RESTORING) => self.clear_staging(&dir.join(RESTORING))?,
                 Some("lost+found") => {}
                 Some(name) if name.starts_with("member.replaced-") => {}
                 _ if replace => {}
@@ -189,6 +217,17 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
             }
         }
         if replace { super::verify::check_not_in_use(&Layout::new(dir)) } else { Ok(()) }
+    }
+
+    /// Removes an unfinished restore; keeps a replaced member that a crash left under that name.
+    fn clear_staging(&self, staging: &Path) -> Result<()> {
+        if !staging.join(UNFINISHED).exists() && staging.join("snap/db").exists() {
+            let free =
+                (0..).map(|n| self.data_dir.join(format!("member.replaced-found-{n}"))).find(|path| !path.exists());
+            let Some(aside) = free else { return Ok(()) };
+            return self.disk.rename(staging, &aside).map_err(Error::io("move the replaced member to", &aside));
+        }
+        self.disk.remove_dir_all(staging).map_err(Error::io("remove the unfinished restore", staging))
     }
 
     /// Where the member is being made.
@@ -209,7 +248,7 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
         let path = self.layout.db();
         let file = self.disk.create_file(&path).map_err(Error::io("create", &path))?;
         let head = read_head(source)?;
-        let meta = Meta::decode(&head, 0)?;
+        let meta = newest_meta(&head)?;
         let head_size = 2 * u64::from(meta.page_size);
         if meta.file_size() < head_size {
             return Err(Error::corrupt(
@@ -304,6 +343,8 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
     /// Puts the member in its place and returns where the one before it went, if there was one. `stamp` makes that name
     /// unique, such as a time. [`Staged::sync_database`] must have been called.
     pub fn commit(mut self, stamp: &str) -> Result<Option<PathBuf>> {
+        let mark = self.layout.member().join(UNFINISHED);
+        self.disk.remove_file(&mark).map_err(Error::io("remove", &mark))?;
         for dir in [self.layout.snap(), self.layout.wal(), self.layout.member().to_owned(), self.data_dir.clone()] {
             self.disk.sync_dir(&dir).map_err(Error::io("sync", &dir))?;
         }
@@ -318,15 +359,26 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
             if aside.exists() {
                 return Err(Error::precondition(format!("{} exists already; move it away", aside.display())));
             }
-            self.disk.exchange(&from, &to).map_err(Error::io("swap in the restored member at", &to))?;
-            // From here on the restored member is in place and what `from` names is the old one: keep it.
-            self.committed = true;
-            self.disk.rename(&from, &aside).map_err(Error::io("move the replaced member to", &aside))?;
+            match self.disk.exchange(&from, &to) {
+                Ok(()) => {
+                    // From here on the restored member is in place and what `from` names is the old one: keep it.
+                    self.owns_staging = false;
+                    self.disk.rename(&from, &aside).map_err(Error::io("move the replaced member to", &aside))?;
+                }
+                // A file system that cannot swap names: for a moment there is no member, and both lie beside.
+                Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {
+                    self.disk.rename(&to, &aside).map_err(Error::io("move the replaced member to", &aside))?;
+                    self.disk.rename(&from, &to).map_err(Error::io("move the restored member to", &to))?;
+                    self.owns_staging = false;
+                }
+                Err(error) => return Err(Error::io("swap in the restored member at", &to)(error)),
+            }
             replaced = Some(aside);
         } else {
             self.disk.rename(&from, &to).map_err(Error::io("move the restored member to", &to))?;
-            self.committed = true;
+            self.owns_staging = false;
         }
+        self.made.clear();
         self.disk.sync_dir(&self.data_dir).map_err(Error::io("sync", &self.data_dir))?;
         Ok(replaced)
     }
@@ -334,11 +386,10 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
 
 impl<D: Disk + ?Sized> Drop for Staged<'_, D> {
     fn drop(&mut self) {
-        if self.committed {
-            return;
-        }
         // Best effort: what cannot be removed now is removed by the next restore.
-        let _ = self.disk.remove_dir_all(self.layout.member());
+        if self.owns_staging {
+            let _ = self.disk.remove_dir_all(self.layout.member());
+        }
         for dir in self.made.iter().rev() {
             let _ = self.disk.remove_dir(dir);
         }
@@ -372,6 +423,17 @@ fn read_head(source: &mut dyn Read) -> Result<Vec<u8>> {
         });
     }
     Ok(head)
+}
+
+/// The meta in force. In a snapshot both say the same; in a copy of a member's `db` either may be the newer one.
+fn newest_meta(head: &[u8]) -> Result<Meta> {
+    let first = Meta::decode(head, 0)?;
+    let offset = u64::from(first.page_size);
+    let second = head.get(first.page_size as usize..).map(|page| Meta::decode(page, offset));
+    Ok(match second {
+        Some(Ok(second)) if second.page_size == first.page_size && second.txid > first.txid => second,
+        _ => first,
+    })
 }
 
 /// What follows the database: its sha256, or, in a copy of a live file, pages beyond the high-water mark.
@@ -509,7 +571,7 @@ pub struct Restored {
     pub base_revision: i64,
     /// Changes appended after it.
     pub events: u64,
-    /// How far the rows are really compacted; differs from what the meta bucket says after `--bump-revision`.
+    /// How far the rows are compacted. The meta bucket may say more: etcd then finishes that compaction when it starts.
     pub compaction: Compaction,
     /// Leases for which a record was added.
     pub added_leases: BTreeSet<i64>,
@@ -605,12 +667,11 @@ impl<D: Disk + ?Sized> Tail<'_, D> {
         let (finished, out) = self.builder.finish()?;
         let file = out.into_file().map_err(Error::io("write", &self.path))?;
         self.disk.write_at(&file, &finished.metas().concat(), 0).map_err(Error::io("write", &self.path))?;
-        let scheduled = spec.compact_revision.min(self.revision).max(self.compaction.scheduled);
         Ok(Restored {
             revision: self.revision,
             base_revision: self.base_revision,
             events: self.events,
-            compaction: Compaction { scheduled, ..self.compaction },
+            compaction: self.compaction,
             added_leases,
             guessed_leases,
             db_size: finished.file_size(),
@@ -696,9 +757,10 @@ impl<D: Disk + ?Sized> Tail<'_, D> {
         let mut cluster: BTreeMap<Vec<u8>, Vec<u8>> = self.db.rows(CLUSTER_BUCKET)?.into_iter().collect();
         // A downgrade under way in the old cluster would stop 3.5 from starting.
         cluster.remove(b"downgrade".as_slice());
-        let is_newer =
-            cluster.get(b"clusterVersion".as_slice()).map(|version| Minor::parse(&String::from_utf8_lossy(version)));
-        if is_newer.transpose()?.is_some_and(|version| version > minor) {
+        // Also a version below all that are supported: etcd writes 3.0.0 until every member has reported.
+        let version =
+            cluster.get(b"clusterVersion".as_slice()).map(|version| major_minor(&String::from_utf8_lossy(version)));
+        if version.is_some_and(|version| version > major_minor(minor.as_str())) {
             cluster.clear();
         }
         self.put_bucket(CLUSTER_BUCKET, &cluster)

@@ -52,8 +52,23 @@ fn spec() -> Spec {
     }
 }
 
-/// A whole restore: a snapshot, one more revision with a leased key, and the swap.
+/// Revisions of all members that were set aside.
+fn kept(dir: &Path) -> Vec<i64> {
+    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    let aside = entries.filter(|path| path.to_string_lossy().contains("member.replaced-"));
+    aside
+        .map(|path| {
+            Layout::of_member(path).verify(&Verify::default()).unwrap().summary.map_or(0, |summary| summary.revision)
+        })
+        .collect()
+}
+
 fn restore(disk: &impl Disk, dir: &Path, snapshot: &[u8], replace: bool) -> crate::Result<Restored> {
+    restore_as(disk, dir, snapshot, replace, "stamp")
+}
+
+/// A whole restore: a snapshot, one more revision with a leased key, and the swap.
+fn restore_as(disk: &impl Disk, dir: &Path, snapshot: &[u8], replace: bool, stamp: &str) -> crate::Result<Restored> {
     let staged = Staged::create(disk, dir, replace)?;
     let mut tail = staged.write_base(&mut Cursor::new(snapshot), true, &mut |_| {})?.into_tail()?;
     let main = tail.last_revision() + 1;
@@ -65,7 +80,7 @@ fn restore(disk: &impl Disk, dir: &Path, snapshot: &[u8], replace: bool) -> crat
     let restored = tail.finish(&spec())?;
     staged.write_log(&spec().cluster, "default")?;
     staged.sync_database()?;
-    staged.commit("stamp")?;
+    staged.commit(stamp)?;
     Ok(restored)
 }
 
@@ -190,6 +205,11 @@ impl Disk for FailingDisk {
         RealDisk.remove_dir_all(path)
     }
 
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        self.step()?;
+        RealDisk.remove_file(path)
+    }
+
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
         self.step()?;
         RealDisk.remove_dir(path)
@@ -225,17 +245,14 @@ fn power_loss_at_any_operation_leaves_the_old_member_or_the_new_one() {
                     }
                 }
             }
-            // Whatever is left, the next restore finds its way.
+            // Whatever is left, the next restore finds its way, and what was replaced is kept.
             if !finished.get() {
-                let aside = target.join("member.replaced-stamp");
-                if aside.exists() {
-                    std::fs::remove_dir_all(aside).unwrap();
-                }
                 let replace = target.join("member").exists();
-                restore(&RealDisk, &target, &snapshot(50), replace).unwrap();
+                restore_as(&RealDisk, &target, &snapshot(50), replace, "again").unwrap();
                 assert_eq!(verdict(&target).unwrap().findings, vec![]);
                 assert!(!target.join("member.restoring").exists());
             }
+            assert_eq!(kept(&target).contains(&5), had_one, "the old member is lost after {operations} operations");
             operations += 1;
         }
         assert!(operations > 15 && new >= 1 && (old > 10 || !had_one), "{operations} operations, {old} old, {new} new");

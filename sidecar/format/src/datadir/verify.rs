@@ -425,11 +425,18 @@ fn verify_agreement<R: ReadAt>(
     let applied = summary.consistent_index;
     let start = log.newest_snapshot().cloned().unwrap_or_default();
     if start.index() > applied {
-        let what = format!(
-            "the database is at raft index {applied}, behind the snapshot at {} that the log starts from; etcd would panic",
-            start.index()
-        );
-        verdict.add(Severity::Corrupt, path, None, what);
+        let received = path.with_file_name(format!("{:016x}.snap.db", start.index()));
+        let at = start.index();
+        if received.exists() {
+            let what =
+                format!("the database is behind the one its leader sent at raft index {at}; etcd takes that at start");
+            verdict.add(Severity::Repairable, &received, None, what);
+        } else {
+            let what = format!(
+                "the database is at raft index {applied}, behind the snapshot at {at} that the log starts from; etcd would panic"
+            );
+            verdict.add(Severity::Corrupt, path, None, what);
+        }
     }
     if applied > log.last_index() {
         let what = format!(
@@ -445,10 +452,9 @@ fn verify_agreement<R: ReadAt>(
         let what = format!("the database says term {term} for raft index {applied}, which the log contradicts");
         verdict.add(Severity::Corrupt, path, None, what);
     }
-    if summary.schema != Some(Minor::V3_7)
-        && start.index() > 0
-        && snapshot.is_none_or(|(name, _)| name.index < start.index())
-    {
+    let reaches_back = |index: u64| log.terms.first().is_none_or(|run| run.0 <= index.saturating_add(1));
+    let loadable = snapshot.map_or(0, |(name, _)| name.index);
+    if summary.schema != Some(Minor::V3_7) && loadable < start.index() && !reaches_back(loadable) {
         let what = format!("raft snapshot {} is missing", SnapName { term: start.term(), index: start.index() });
         verdict.add(Severity::Corrupt, path.parent().unwrap_or(path), None, what);
     }
@@ -481,9 +487,12 @@ fn verify_members<R: ReadAt>(
         return Ok(());
     }
     let recorded: BTreeSet<u64> = membership::read_members(db)?.iter().map(|member| member.id.0).collect();
+    let configured: BTreeSet<u64> = conf_state.voters.iter().chain(&conf_state.learners).copied().collect();
     for id in expected.difference(&recorded) {
+        // An addition that etcd refused when it applied the entry stays in the log.
+        let severity = if configured.contains(id) { Severity::Corrupt } else { Severity::Remark };
         verdict.add(
-            Severity::Corrupt,
+            severity,
             path,
             None,
             format!("member {id:x} of the raft configuration has no record in the members bucket"),

@@ -39,6 +39,8 @@ pub struct Counted {
     pub problems: Vec<Problem>,
     /// How much is wrong.
     pub problem_count: u64,
+    /// Of that, breaks in the history of a key.
+    chain_problems: u64,
 }
 
 impl Counted {
@@ -78,29 +80,50 @@ pub fn check_rows<R: ReadAt>(db: &Db<R>, check: &CheckRows, visited: Visited) ->
     let Some(root) = db.bucket(KEY_BUCKET)? else {
         return Err(Error::corrupt(0, "database has no key bucket"));
     };
-    let (mut counted, visited) = {
-        let mut walk = Walk::new(check, compaction, KeyTable::new(0, 1, check.table_slots));
-        let mut cursor = db.cursor(&root).visiting(visited);
-        walk.run(&mut cursor)?;
-        let partitions = walk.keys.partitions();
-        let mut counted = walk.finish();
-        for partition in 1..partitions {
-            let mut walk = Walk::new(check, compaction, KeyTable::new(partition, partitions, check.table_slots));
-            walk.only_chains = true;
-            walk.run(&mut db.cursor(&root))?;
-            counted.live_keys += walk.live_keys();
-            counted.superseded_rows += walk.counted.superseded_rows;
-            counted.problem_count += walk.counted.problem_count;
-            let room = MOST_PROBLEMS.saturating_sub(counted.problems.len());
-            counted.problems.extend(walk.counted.problems.into_iter().take(room));
-        }
-        (counted, cursor.into_visited())
+    let fingerprints = Fingerprints::default();
+    let walk = |partition, partitions| {
+        Walk::new(check, compaction, fingerprints.clone(), KeyTable::new(partition, partitions, check.table_slots))
     };
+    let mut cursor = db.cursor(&root).visiting(visited);
+    let mut first = walk(0, 1);
+    first.run(&mut cursor)?;
+    let visited = cursor.into_visited();
+    let mut partitions = first.keys.partitions();
+    let mut counted = first.finish();
+    if partitions > 1 {
+        // The first pass has seen everything but the chains of keys that did not fit. They are walked one partition at a
+        // time; one that overflows cuts all of them anew.
+        let chains = 'cut: loop {
+            let mut chains = Counted::default();
+            for partition in 0..partitions {
+                let mut walk = walk(partition, partitions);
+                walk.only_chains = true;
+                walk.run(&mut db.cursor(&root))?;
+                if walk.keys.partitions() > partitions {
+                    partitions = walk.keys.partitions();
+                    continue 'cut;
+                }
+                chains.live_keys += walk.live_keys();
+                chains.superseded_rows += walk.counted.superseded_rows;
+                chains.problem_count += walk.counted.problem_count;
+                chains.problems.append(&mut walk.counted.problems);
+            }
+            break chains;
+        };
+        counted.problems.retain(|problem| !problem.what.starts_with(CHAIN));
+        counted.problem_count = counted.problem_count - counted.chain_problems + chains.problem_count;
+        counted.problems.extend(chains.problems);
+        counted.problems.truncate(MOST_PROBLEMS);
+        counted.live_keys = chains.live_keys;
+        counted.superseded_rows = chains.superseded_rows;
+        return Ok((counted, visited));
+    }
     // A fingerprint collision looks like a broken chain. Another seed tells them apart.
     if counted.problem_count > 0 && counted.problems.iter().all(|problem| problem.what.starts_with(CHAIN)) {
-        let mut walk = Walk::new(check, compaction, KeyTable::new(0, 1, check.table_slots));
+        let keys = KeyTable::new(0, 1, check.table_slots);
+        let mut walk = Walk::new(check, compaction, Fingerprints::default(), keys);
         walk.run(&mut db.cursor(&root))?;
-        if walk.keys.partitions() == 1 && walk.counted.problem_count == 0 {
+        if walk.counted.problem_count == 0 {
             counted.problems.clear();
             counted.problem_count = 0;
         }
@@ -131,10 +154,10 @@ struct Walk {
 }
 
 impl Walk {
-    fn new(check: &CheckRows, compaction: Compaction, keys: KeyTable) -> Self {
+    fn new(check: &CheckRows, compaction: Compaction, fingerprints: Fingerprints, keys: KeyTable) -> Self {
         Self {
             compaction,
-            fingerprints: Fingerprints::default(),
+            fingerprints,
             keys,
             leases: LeaseTracker::new(check.leases.clone()),
             last: None,
@@ -149,47 +172,45 @@ impl Walk {
         loop {
             let Some(row) = cursor.next()? else { return Ok(()) };
             self.counted.rows += 1;
-            let Some(key) = RowKey::decode(row.key) else {
-                let text = format!("row key {} is not a revision", row.key.escape_ascii());
-                let offset = cursor.offset();
-                self.counted.report(offset, || text);
-                continue;
-            };
-            let value = match KeyValue::decode(row.value) {
-                Ok(kv) => Self::row_problem(key, &kv, row.value, self.compaction).map_or(Ok(kv), Err),
-                Err(error) => Err(error.to_string()),
-            };
-            match value {
-                Ok(kv) if kv.key.is_empty() => {}
-                Ok(kv) => {
-                    let fingerprint = self.fingerprints.of(kv.key);
-                    if !self.only_chains {
-                        self.leases.observe(fingerprint, kv.lease);
-                    }
-                    if self.keys.covers(fingerprint)
-                        && let Some(what) = self.chain(key, &kv, fingerprint)
-                    {
-                        let text = format!(
-                            "{CHAIN} {} breaks at revision {}.{}: {what}",
-                            kv.key.escape_ascii(),
-                            key.main,
-                            key.sub
-                        );
-                        let offset = cursor.offset();
-                        self.counted.report(offset, || text);
-                    }
+            let (problem, breaks) = match RowKey::decode(row.key) {
+                None => (Some(format!("row key {} is not a revision", row.key.escape_ascii())), None),
+                Some(key) => {
+                    let found = self.row(key, row.value);
+                    self.last = Some(key);
+                    found
                 }
-                Err(what) => {
-                    let offset = cursor.offset();
-                    self.counted.report(offset, || format!("row {}.{}: {what}", key.main, key.sub));
+            };
+            let offset = cursor.offset();
+            if let Some(what) = problem.filter(|_| !self.only_chains) {
+                self.counted.report(offset, || what);
+            }
+            if let Some(what) = breaks {
+                self.counted.chain_problems += 1;
+                self.counted.report(offset, || what);
+            }
+        }
+    }
+
+    /// Takes the next row; returns what is wrong with it, and how it breaks the history of its key.
+    fn row(&mut self, key: RowKey, value: &[u8]) -> (Option<String>, Option<String>) {
+        let decoded = match KeyValue::decode(value) {
+            Ok(kv) => Self::row_problem(key, &kv, value, self.compaction).map_or(Ok(kv), Err),
+            Err(error) => Err(error.to_string()),
+        };
+        let density = if self.only_chains { None } else { self.density(key) };
+        match decoded {
+            Err(what) => (Some(format!("row {}.{}: {what}", key.main, key.sub)), None),
+            Ok(kv) if kv.key.is_empty() => (density, None),
+            Ok(kv) => {
+                let fingerprint = self.fingerprints.of(kv.key);
+                if !self.only_chains {
+                    self.leases.observe(fingerprint, kv.lease);
                 }
+                let what = if self.keys.covers(fingerprint) { self.chain(key, &kv, fingerprint) } else { None };
+                let name = || kv.key.escape_ascii();
+                let at = |what| format!("{CHAIN} {} breaks at revision {}.{}: {what}", name(), key.main, key.sub);
+                (density, what.map(at))
             }
-            if !self.only_chains
-                && let Some(what) = self.density(key)
-            {
-                self.counted.report(cursor.offset(), || what);
-            }
-            self.last = Some(key);
         }
     }
 
@@ -197,7 +218,8 @@ impl Walk {
     fn row_problem(key: RowKey, kv: &KeyValue<'_>, value: &[u8], compaction: Compaction) -> Option<String> {
         if kv.key.is_empty() {
             // `snapshot restore --bump-revision` leaves one empty row at the revision it marks compacted.
-            let is_bump = value.is_empty() && key.main == compaction.scheduled && key.sub == 0;
+            // It stays for ever, also when later compactions pass it.
+            let is_bump = value.is_empty() && key.sub == 0 && !key.tombstone && key.main <= compaction.revision();
             return (!is_bump).then(|| "its value has no key".to_owned());
         }
         if key.tombstone {
@@ -365,22 +387,30 @@ impl CompactionFilter {
             decided: Decided::Newest(KeyTable::new(0, 1, slots)),
             keeps_any: false,
         };
-        let mut table = filter.newest_rows(db, KeyTable::new(0, 1, slots))?;
-        let partitions = table.partitions();
+        let table = filter.newest_rows(db, KeyTable::new(0, 1, slots))?;
+        let mut partitions = table.partitions();
         if partitions == 1 {
             filter.keeps_any = table.values().any(|newest| newest & 1 == 0);
             filter.decided = Decided::Newest(table);
         } else {
-            let mut dropped = Vec::new();
-            for partition in 0..partitions {
-                if partition > 0 {
-                    table = filter.newest_rows(db, KeyTable::new(partition, partitions, slots))?;
+            drop(table);
+            // One partition at a time; one that overflows cuts all of them anew.
+            let dropped = 'cut: loop {
+                let mut dropped = Vec::new();
+                filter.keeps_any = false;
+                for partition in 0..partitions {
+                    let table = filter.newest_rows(db, KeyTable::new(partition, partitions, slots))?;
+                    if table.partitions() > partitions {
+                        partitions = table.partitions();
+                        continue 'cut;
+                    }
+                    filter.keeps_any |= table.values().any(|newest| newest & 1 == 0);
+                    filter.decided = Decided::Newest(table);
+                    filter.mark_dropped(db, &mut dropped)?;
+                    filter.decided = Decided::Dropped(Vec::new());
                 }
-                filter.keeps_any |= table.values().any(|newest| newest & 1 == 0);
-                filter.decided = Decided::Newest(table);
-                filter.mark_dropped(db, &mut dropped)?;
-                table = KeyTable::new(0, 1, slots);
-            }
+                break dropped;
+            };
             filter.decided = Decided::Dropped(dropped);
         }
         if !filter.keeps_any {

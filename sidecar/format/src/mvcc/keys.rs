@@ -33,7 +33,7 @@ impl KeyTable {
     pub const MOST_SLOTS: usize = 1 << 21;
 
     pub fn new(partition: u64, partitions: u64, most: usize) -> Self {
-        Self { slots: vec![(0, 0); 1 << 10], used: 0, most, partition, partitions }
+        Self { slots: vec![(0, 0); most.min(1 << 10)], used: 0, most, partition, partitions }
     }
 
     /// Into how many partitions the keys had to be cut.
