@@ -160,32 +160,55 @@ pub struct Chain {
 }
 
 impl History {
+    /// Runs of deltas without a gap, as (first, last), ascending.
+    fn runs(&self) -> Vec<(i64, i64)> {
+        let mut runs: Vec<(i64, i64)> = Vec::new();
+        for delta in &self.deltas {
+            match runs.last_mut() {
+                Some(run) if delta.first <= run.1.saturating_add(1) => run.1 = run.1.max(delta.last),
+                _ => runs.push((delta.first, delta.last)),
+            }
+        }
+        runs
+    }
+
     /// The chain that starts at `full`, and the gap where it ends early.
     pub fn chain_from(&self, full: Full) -> Chain {
         let mut chain = Chain { full, deltas: Vec::new(), last: full.revision, gap: None };
-        loop {
-            let reaching = self.deltas.iter().filter(|delta| delta.last > chain.last);
-            if let Some(delta) = reaching
-                .clone()
-                .filter(|delta| delta.first <= chain.last + 1)
-                .max_by_key(|delta| (delta.last, delta.unix_ms))
-            {
-                chain.deltas.push(*delta);
-                chain.last = delta.last;
-            } else {
-                chain.gap = reaching.map(|delta| delta.first).min().map(|before| Gap { after: chain.last, before });
-                return chain;
+        let mut furthest: Option<Delta> = None;
+        // Deltas come by first revision: of all that join on to what is there the one that reaches furthest is taken.
+        for delta in &self.deltas {
+            if delta.first > chain.last.saturating_add(1) {
+                if let Some(taken) = furthest.take().filter(|taken| taken.last > chain.last) {
+                    chain.last = taken.last;
+                    chain.deltas.push(taken);
+                }
+                if delta.first > chain.last.saturating_add(1) {
+                    chain.gap = Some(Gap { after: chain.last, before: delta.first });
+                    return chain;
+                }
+            }
+            if furthest.is_none_or(|before| (delta.last, delta.unix_ms) > (before.last, before.unix_ms)) {
+                furthest = Some(*delta);
             }
         }
+        if let Some(taken) = furthest.filter(|taken| taken.last > chain.last) {
+            chain.last = taken.last;
+            chain.deltas.push(taken);
+        }
+        chain
     }
 
     /// The chain that reaches furthest; of those that reach equally far the one with the newest full snapshot, which has
     /// the least to replay.
     pub fn newest_chain(&self) -> Option<Chain> {
-        self.fulls
-            .iter()
-            .map(|full| self.chain_from(*full))
-            .max_by_key(|chain| (chain.last, chain.full.revision, chain.full.unix_ms))
+        let runs = self.runs();
+        let reach = |full: &Full| {
+            let joining = runs.partition_point(|run| run.0 <= full.revision.saturating_add(1));
+            runs.get(joining.wrapping_sub(1)).map_or(full.revision, |run| run.1.max(full.revision))
+        };
+        let best = self.fulls.iter().max_by_key(|full| (reach(full), full.revision, full.unix_ms));
+        best.map(|full| self.chain_from(*full))
     }
 
     /// Every gap between what the deltas and fulls hold.
@@ -196,7 +219,7 @@ impl History {
         let mut gaps = Vec::new();
         let mut last = None;
         for (first, end) in ends {
-            if let Some(after) = last.filter(|last| first > last + 1) {
+            if let Some(after) = last.filter(|last: &i64| first > last.saturating_add(1)) {
                 gaps.push(Gap { after, before: first });
             }
             last = last.max(Some(end));
@@ -283,7 +306,7 @@ mod tests {
     fn overlaps_join_and_gaps_are_named() {
         let chain = history(&[10], &[(5, 12), (11, 20), (15, 18), (21, 22), (25, 30)]).newest_chain().unwrap();
         assert_eq!((chain.last, chain.gap), (22, Some(Gap { after: 22, before: 25 })));
-        assert_eq!(chain.deltas.iter().map(|d| d.last).collect::<Vec<_>>(), [12, 20, 22]);
+        assert_eq!(chain.deltas.iter().map(|d| d.last).collect::<Vec<_>>(), [20, 22]);
     }
 
     #[test]
@@ -296,6 +319,31 @@ mod tests {
     fn the_newest_full_of_equal_chains_is_taken() {
         let chain = history(&[10, 15], &[(11, 20)]).newest_chain().unwrap();
         assert_eq!(chain.full.revision, 15);
+    }
+
+    proptest! {
+        /// Against the plain way: one revision at a time.
+        #[test]
+        fn the_newest_chain_is_the_one_that_reaches_furthest(
+            fulls in prop::collection::vec(1..60i64, 1..5),
+            deltas in prop::collection::vec((1..60i64, 0..9i64), 0..25),
+        ) {
+            let deltas: Vec<_> = deltas.into_iter().map(|(first, more)| (first, first + more)).collect();
+            let history = history(&fulls, &deltas);
+            let reach = |from: i64| {
+                (from..200).find(|at| !deltas.iter().any(|(first, last)| (*first..=*last).contains(&(at + 1)))).unwrap_or(from)
+            };
+            let chain = history.newest_chain().unwrap();
+            let best = fulls.iter().map(|full| (reach(*full), *full)).max().unwrap();
+            prop_assert_eq!((chain.last, chain.full.revision), best);
+            let beyond = deltas.iter().filter(|(_, last)| *last > chain.last).map(|(first, _)| *first).min();
+            prop_assert_eq!(chain.gap, beyond.map(|before| Gap { after: chain.last, before }));
+            let mut at = chain.full.revision;
+            for delta in &chain.deltas {
+                prop_assert!(delta.first <= at + 1 && delta.last > at);
+                at = delta.last;
+            }
+        }
     }
 
     #[test]

@@ -33,6 +33,15 @@ const MOST_META_BYTES: u32 = 64 << 10;
 /// log2 of the largest window a reader allocates; our frames need 21.
 const WINDOW_LOG_MAX: u32 = 23;
 
+/// A place in the content; see [`Writer::mark`].
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Mark {
+    output: usize,
+    frames: usize,
+    chunk: usize,
+    content_bytes: u64,
+}
+
 /// Compresses content into frames.
 pub struct Writer {
     compressor: zstd::bulk::Compressor<'static>,
@@ -90,6 +99,31 @@ impl Writer {
         self.output.truncate(start + size);
         self.frames.push((size as u32, self.chunk.len() as u32));
         self.chunk.clear();
+        Ok(())
+    }
+
+    /// Remembers where the content ends now.
+    pub fn mark(&self) -> Mark {
+        Mark {
+            output: self.output.len(),
+            frames: self.frames.len(),
+            chunk: self.chunk.len(),
+            content_bytes: self.content_bytes,
+        }
+    }
+
+    /// Takes back all content after a mark. Nothing may have been taken since.
+    pub fn rollback(&mut self, mark: Mark) -> Result<()> {
+        if let Some((compressed, decompressed)) = self.frames.get(mark.frames).copied() {
+            // The mark lies inside a frame that is closed by now: its beginning becomes the open chunk again.
+            let frame = self.output.get(mark.output..mark.output + compressed as usize).unwrap_or_default();
+            let capacity = decompressed as usize;
+            self.chunk = zstd::bulk::decompress(frame, capacity).map_err(Error::io("take back", "a frame"))?;
+            self.output.truncate(mark.output);
+            self.frames.truncate(mark.frames);
+        }
+        self.chunk.truncate(mark.chunk);
+        self.content_bytes = mark.content_bytes;
         Ok(())
     }
 
@@ -274,7 +308,7 @@ mod tests {
 
     fn read(bytes: &[u8]) -> io::Result<Vec<u8>> {
         let mut content = Vec::new();
-        Reader::new(bytes, "test").unwrap().read_to_end(&mut content)?;
+        Reader::new(bytes, "test").map_err(io::Error::other)?.read_to_end(&mut content)?;
         Ok(content)
     }
 
@@ -294,6 +328,23 @@ mod tests {
         fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
             let _ = read(&bytes);
             let _ = meta_from_tail("test", bytes.len() as u64, &bytes, &bytes);
+        }
+    }
+
+    #[test]
+    fn what_comes_after_a_mark_can_be_taken_back() {
+        for (before, after) in
+            [(10, 10), (10, FRAME_BYTES), (FRAME_BYTES, 1), (FRAME_BYTES - 1, 3 * FRAME_BYTES), (0, 5)]
+        {
+            let mut writer = Writer::new(1).unwrap();
+            let kept: Vec<u8> = (0..before).map(|n| n as u8).collect();
+            writer.write(&kept).unwrap();
+            let mark = writer.mark();
+            writer.write(&vec![7; after]).unwrap();
+            writer.rollback(mark).unwrap();
+            writer.write(b"end").unwrap();
+            let bytes = writer.finish().unwrap();
+            assert_eq!(read(&bytes).unwrap(), [kept, b"end".to_vec()].concat());
         }
     }
 

@@ -13,7 +13,7 @@ use etcd_format::{put_bytes_field, put_varint, put_varint_field};
 use proto::Message;
 use proto::backup::{DeltaEnd, ObjectMeta};
 
-use crate::container::{LEVEL_DELTA, Writer};
+use crate::container::{LEVEL_DELTA, Mark, Writer};
 use crate::{Error, Result};
 
 /// No record is larger than this; etcd's largest request is far below.
@@ -30,6 +30,8 @@ pub struct Builder {
     leases: BTreeSet<i64>,
     record: Vec<u8>,
     framed: Vec<u8>,
+    /// Where the last revision begins, and the number of events before it.
+    last_begins: (Mark, u64),
 }
 
 impl Builder {
@@ -44,6 +46,7 @@ impl Builder {
             leases: BTreeSet::new(),
             record: Vec::new(),
             framed: Vec::new(),
+            last_begins: (Mark::default(), 0),
         })
     }
 
@@ -78,6 +81,7 @@ impl Builder {
             let gap = etcd_format::Error::Gap { have: self.last, next: main };
             return Err(Error::format("events from etcd")(gap));
         }
+        self.last_begins = (self.writer.mark(), self.events);
         self.last = main;
         self.revisions += 1;
         let mut start = Vec::new();
@@ -86,6 +90,18 @@ impl Builder {
         self.record.clear();
         put_bytes_field(&mut self.record, 1, &start);
         self.put_record()
+    }
+
+    /// Takes the last revision back: it did not arrive whole.
+    pub fn cut_last_revision(&mut self) -> Result<()> {
+        if self.revisions > 0 {
+            let (mark, events) = self.last_begins;
+            self.writer.rollback(mark)?;
+            self.events = events;
+            self.revisions -= 1;
+            self.last -= 1;
+        }
+        Ok(())
     }
 
     /// Adds a put to the revision begun.
@@ -326,6 +342,21 @@ mod tests {
                 assert_eq!(read, records, "cut at {at}");
             }
         }
+    }
+
+    #[test]
+    fn a_revision_that_did_not_arrive_whole_is_taken_back() {
+        let mut builder = Builder::new(4).unwrap();
+        builder.revision(5, 1000).unwrap();
+        builder.delete(b"a").unwrap();
+        builder.revision(6, 1000).unwrap();
+        for n in 0..100_000u32 {
+            builder.delete(&[b"a long name of a key".as_slice(), &n.to_be_bytes()].concat()).unwrap();
+        }
+        builder.cut_last_revision().unwrap();
+        assert_eq!((builder.last(), builder.events()), (5, 1));
+        let object = builder.finish(DeltaEnd::default(), ObjectMeta::default()).unwrap().concat();
+        assert_eq!(read(&object).unwrap().len(), 3);
     }
 
     proptest! {

@@ -16,6 +16,8 @@ use crate::{Error, Result};
 const MOST_MESSAGE_BYTES: usize = 512 << 20;
 /// Flow control: how much may be under way before we have read it.
 const WINDOW_BYTES: u32 = 2 << 20;
+/// Of all streams together: a watch and a snapshot that wait for us must leave room for small requests.
+const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
 
 /// Flags that say how to reach etcd, named as etcdctl names them.
 #[derive(Debug, Clone, clap::Args)]
@@ -99,7 +101,7 @@ impl EtcdFlags {
             .connect_timeout(self.timeout())
             .tcp_nodelay(true)
             .initial_stream_window_size(WINDOW_BYTES)
-            .initial_connection_window_size(2 * WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
             .http2_keep_alive_interval(Duration::from_secs(10))
             .keep_alive_timeout(Duration::from_secs(10))
             .keep_alive_while_idle(true);
@@ -244,14 +246,15 @@ impl Etcd {
             move |source: etcd_client::Error| Error::Etcd { op, endpoint: text.to_owned(), source: Box::new(source) }
         };
         let channel = endpoint.connect().await.map_err(|error| fail("connect")(error.into()))?;
-        let mut options = ConnectOptions::new();
+        // A member without a leader would let a watch sleep for ever.
+        let mut options = ConnectOptions::new().with_require_leader(true);
         if let Some((name, password)) = &credentials {
             options = options.with_user(name, password).with_auto_token_refresh(true);
         }
         let connecting = Client::from_channel(etcd_client::Channel::Tonic(channel.clone()), Some(options));
         let client = deadline(flags.timeout(), connecting).await.map_err(fail("authenticate"))?;
         let mut this = Self { client, channel, credentials, endpoint: text.to_owned(), timeout: flags.timeout() };
-        let status = this.status().await?;
+        let status = this.current_status().await?;
         Ok((this, status))
     }
 
@@ -263,6 +266,15 @@ impl Etcd {
     fn fail(&self, op: &'static str) -> impl FnOnce(etcd_client::Error) -> Error {
         let endpoint = self.endpoint.clone();
         move |source| Error::Etcd { op, endpoint, source: Box::new(source) }
+    }
+
+    /// Asks the member about itself once it has caught up with its cluster. Fails where there is no quorum.
+    pub async fn current_status(&mut self) -> Result<Status> {
+        let options = GetOptions::new().with_count_only();
+        deadline(self.timeout, self.client.get("\0", Some(options)))
+            .await
+            .map_err(self.fail("read from the cluster"))?;
+        self.status().await
     }
 
     /// Asks the member about itself.

@@ -77,8 +77,15 @@ pub struct Plan {
 
 /// Chooses the chain that reaches furthest in the newest timeline, or in the one named.
 ///
-/// A gap behind that chain is an error, unless it is accepted: then the restore ends before it.
-pub fn choose(catalog: &Catalog, url: &str, timeline: Option<Timeline>, accept_gap: bool) -> Result<Source> {
+/// With `full_revision` the chain starts from that full snapshot, for when a newer one is damaged. A gap behind the chain is
+/// an error, unless it is accepted: then the restore ends before it.
+pub fn choose(
+    catalog: &Catalog,
+    url: &str,
+    timeline: Option<Timeline>,
+    full_revision: Option<i64>,
+    accept_gap: bool,
+) -> Result<Source> {
     let (timeline, history) = match timeline {
         Some(wanted) => match catalog.timelines.get(&wanted) {
             Some(history) => (wanted, history),
@@ -96,9 +103,15 @@ pub fn choose(catalog: &Catalog, url: &str, timeline: Option<Timeline>, accept_g
     if let Some((newest, _)) = catalog.newest().filter(|(newest, _)| *newest > timeline) {
         tracing::warn!(newest, timeline, "the newest timeline has no full snapshot yet; restore from the one before");
     }
-    let chain = history.newest_chain();
+    let chain = match full_revision {
+        Some(revision) => {
+            history.fulls.iter().rev().find(|full| full.revision == revision).map(|full| history.chain_from(*full))
+        }
+        None => history.newest_chain(),
+    };
     let chain = chain.ok_or_else(|| {
-        Error::missing(format!("timeline {timeline} of store {url} has no full snapshot to start from"))
+        let which = full_revision.map(|revision| format!(" of revision {revision}")).unwrap_or_default();
+        Error::missing(format!("timeline {timeline} of store {url} has no full snapshot{which} to start from"))
     })?;
     if let Some(gap) = chain.gap {
         if !accept_gap {
@@ -191,8 +204,7 @@ pub async fn execute(
     store: Option<Store>,
     progress: impl Fn(Progress) + Send + Sync + 'static,
 ) -> Result<Outcome> {
-    let mut recorded = None;
-    let mut content_bytes = None;
+    let mut full = ObjectMeta::default();
     let (objects, feeder) = match (&plan.source, store) {
         (Source::Chain { timeline, chain }, Some(store)) => {
             let objects = objects_of(*timeline, chain);
@@ -200,9 +212,7 @@ pub async fn execute(
                 return Err(Error::corrupt(format!("{}: object is empty", store.location(name))));
             }
             if let Some((name, size)) = objects.first() {
-                let meta = store.meta(name, *size).await?;
-                content_bytes = Some(meta.content_bytes);
-                recorded = recorded_hash(&meta);
+                full = store.meta(name, *size).await?;
             }
             let (pieces, received) = mpsc::channel(PIECES_AHEAD);
             let feeder = tokio::spawn(feed(store.clone(), objects.clone(), pieces));
@@ -214,8 +224,8 @@ pub async fn execute(
         }
         (Source::Chain { .. }, None) => return Err(Error::Bug { what: "a chain without its store".into() }),
     };
-    progress(Progress::Snapshot(content_bytes));
-    let assembled = tokio::task::spawn_blocking(move || assemble(&plan, objects, recorded, &progress)).await;
+    progress(Progress::Snapshot(Some(full.content_bytes).filter(|bytes| *bytes > 0)));
+    let assembled = tokio::task::spawn_blocking(move || assemble(&plan, objects, &full, &progress)).await;
     if let Some(feeder) = feeder {
         feeder.abort();
     }
@@ -324,13 +334,14 @@ fn unwrap_source(what: &str) -> impl FnOnce(etcd_format::Error) -> Error {
 /// What the deltas say beside the changes.
 #[derive(Debug, Default)]
 struct Aside {
+    cluster_id: u64,
     compact_revision: i64,
     lease_ttls: BTreeMap<i64, i64>,
     live_leases: BTreeSet<i64>,
     recorded: Option<Recorded>,
 }
 
-fn assemble(plan: &Plan, objects: Objects, recorded: Option<Recorded>, progress: &dyn Fn(Progress)) -> Result<Outcome> {
+fn assemble(plan: &Plan, objects: Objects, full: &ObjectMeta, progress: &dyn Fn(Progress)) -> Result<Outcome> {
     let started = Instant::now();
     let disk = RealDisk;
     let first = plan.targets.first().ok_or_else(|| Error::Bug { what: "a plan without a member".into() })?;
@@ -340,7 +351,7 @@ fn assemble(plan: &Plan, objects: Objects, recorded: Option<Recorded>, progress:
     for target in plan.targets.iter().skip(1) {
         others.push((target, Staged::create(&disk, &target.data_dir, plan.replace).map_err(in_dir(&target.data_dir))?));
     }
-    let mut aside = Aside { recorded, ..Aside::default() };
+    let mut aside = Aside { recorded: recorded_hash(full), cluster_id: full.cluster_id, ..Aside::default() };
     let tail = match objects {
         Objects::File { path, skip_hash_check } => base_from_file(&staged, &path, skip_hash_check, progress)?,
         Objects::Store { named, mut received } => from_store(&staged, &named, &mut received, &mut aside, progress)?,
@@ -354,6 +365,8 @@ fn assemble(plan: &Plan, objects: Objects, recorded: Option<Recorded>, progress:
         other.copy_database(&staged).map_err(in_dir(&target.data_dir))?;
         other.write_log(&plan.cluster, &target.name).map_err(in_dir(&target.data_dir))?;
         other.sync_database().map_err(in_dir(&target.data_dir))?;
+        let options = Verify { hash: None, compaction: Some(restored.compaction) };
+        sound(&other.layout().verify(&options).map_err(in_dir(&target.data_dir))?)?;
     }
     progress(Progress::Verify);
     let proof = prove(&staged, &restored, aside.recorded, plan)?;
@@ -432,8 +445,16 @@ fn from_store<'d>(
         )));
     }
     progress(Progress::Deltas(deltas.len() as u64));
-    for (_, location) in deltas {
+    for (name, location) in deltas {
         append_delta(&mut tail, location, received, aside)?;
+        if let ObjectName::Delta { last, .. } = name
+            && tail.last_revision() != *last
+        {
+            let found = tail.last_revision();
+            return Err(Error::corrupt(format!(
+                "{location}: its name says that it ends at revision {last}, its content ends at {found}"
+            )));
+        }
         progress(Progress::Delta);
     }
     Ok(tail)
@@ -447,6 +468,12 @@ fn append_delta(
 ) -> Result<()> {
     let source = container::Reader::new(PieceReader::new(received), location)?;
     let recorded = source.meta().and_then(recorded_hash);
+    if let Some(cluster_id) = source.meta().map(|meta| meta.cluster_id).filter(|id| *id != aside.cluster_id) {
+        let full = aside.cluster_id;
+        return Err(Error::corrupt(format!(
+            "{location}: delta is of cluster {cluster_id:x}, the full snapshot before it of cluster {full:x}"
+        )));
+    }
     let mut reader = DeltaReader::new(source, location);
     let mut wanted = false;
     while let Some(record) = reader.next()? {
@@ -472,15 +499,16 @@ fn append_delta(
 
 /// Verifies the staged member while its database is synced.
 fn prove(staged: &Staged<'_, RealDisk>, restored: &Restored, recorded: Option<Recorded>, plan: &Plan) -> Result<Proof> {
-    let usable = recorded.filter(|recorded| recorded.hash.compact_revision.max(0) >= restored.compaction.finished);
+    let usable = recorded.filter(|recorded| recorded.hash.compact_revision.max(0) >= restored.compaction.revision());
     let request = usable.map(|recorded| HashRequest {
         revision: recorded.hash.revision,
         compact_revision: recorded.hash.compact_revision.max(0),
         clean_up_to: restored.compaction.finished,
         rules: recorded.rules,
     });
-    let compaction = (plan.bump_revision > 0).then_some(restored.compaction);
-    let options = Verify { hash: request.map(WantHash::At), compaction };
+    // The rows are as compacted as those of the snapshot, whatever compaction etcd is to finish when it starts: every
+    // appended row is checked.
+    let options = Verify { hash: request.map(WantHash::At), compaction: Some(restored.compaction) };
     let layout = staged.layout();
     let (verdict, synced) = std::thread::scope(|scope| {
         let synced = scope.spawn(|| staged.sync_database());
@@ -521,7 +549,7 @@ fn sound(verdict: &Verdict) -> Result<&Summary> {
     match (worst, &verdict.summary) {
         (None, Some(summary)) => Ok(summary),
         (Some(finding), _) => Err(Error::corrupt(format!(
-            "the restored member is not sound, so it was not put in place: {} ({}{}); restore from another full snapshot, or see `sidecar list`",
+            "the restored member is not sound, so it was not put in place: {} ({}{}); `sidecar list` shows other full snapshots, --full-revision starts from one",
             finding.what,
             finding.path.file_name().unwrap_or_default().to_string_lossy(),
             finding.offset.map(|offset| format!(", offset {offset}")).unwrap_or_default()

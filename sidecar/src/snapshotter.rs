@@ -19,6 +19,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use chrono::Utc;
 use croner::Cron;
+use etcd_client::proto::PbEvent;
 use etcd_client::{EventType, WatchResponse, WatchStream};
 use etcd_format::mvcc::KeyValue;
 use futures::StreamExt;
@@ -30,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 pub use full::TakenFull;
 pub use timeline::{Decision, Seen, decide};
 
-use crate::catalog::{ObjectName, Timeline};
+use crate::catalog::{History, ObjectName, Timeline};
 use crate::delta::Builder;
 use crate::etcd::{Etcd, EtcdFlags, Status};
 use crate::store::Store;
@@ -40,10 +41,10 @@ use crate::{Class, Error, Result};
 const MOST_LEASES: usize = 20_000;
 /// How long an ending run may take to bring its last delta home.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(25);
+/// Of that, how long each question to etcd may take that the delta can do without.
+const LAST_QUESTION: Duration = Duration::from_secs(4);
 /// Uploads that stayed unfinished for so long have no writer any more.
 const ABANDONED_AFTER_MS: i64 = 24 * 3600 * 1000;
-/// A member that lags gets so long to reach the revision that is backed up already.
-const CATCH_UP: Duration = Duration::from_secs(10);
 /// Users and roles are looked at so often.
 const AUTH_PERIOD: Duration = Duration::from_secs(10);
 /// HashKV makes etcd walk its database. A database up to this size is walked in a moment, so each delta gets a hash;
@@ -80,8 +81,8 @@ pub enum Kind {
 pub enum Taken {
     /// A full snapshot.
     Full(TakenFull),
-    /// A delta.
-    Delta(TakenDelta),
+    /// Deltas, more than one when they grew to the largest size.
+    Deltas(Vec<TakenDelta>),
     /// Nothing changed since the last backup, which has this revision.
     Nothing(i64),
 }
@@ -104,10 +105,10 @@ fn now_ms() -> i64 {
 /// Takes one snapshot and returns.
 pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> Result<Taken> {
     let (etcd, status) = Etcd::connect(&settings.etcd).await?;
-    let mut session = Session::begin(settings, etcd, status, stop).await?;
+    let mut session = Session::begin(settings, etcd, status).await?;
     match kind {
         Kind::Full => {
-            let job = session.full_job();
+            let job = session.full_job().await;
             Ok(Taken::Full(full::take(job, stop).await?))
         }
         Kind::Delta => {
@@ -115,7 +116,8 @@ pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> 
                 let what = "no full snapshot of this cluster is in the store that a delta could follow; take one with --once full";
                 return Err(Error::precondition(what));
             };
-            session.delta_once(tip, stop).await
+            let taken = session.deltas_once(tip, stop).await?;
+            Ok(if taken.is_empty() { Taken::Nothing(tip) } else { Taken::Deltas(taken) })
         }
     }
 }
@@ -127,7 +129,7 @@ pub async fn run(settings: &Settings, stop: &CancellationToken) -> Result<()> {
     while !stop.is_cancelled() {
         let started = Instant::now();
         let ended = match Etcd::connect(&settings.etcd).await {
-            Ok((etcd, status)) => match Session::begin(settings, etcd, status, stop).await {
+            Ok((etcd, status)) => match Session::begin(settings, etcd, status).await {
                 Ok(session) => {
                     began = true;
                     session.run(stop).await
@@ -163,15 +165,44 @@ pub async fn run(settings: &Settings, stop: &CancellationToken) -> Result<()> {
     Ok(())
 }
 
+/// Where a cluster stands in its raft log; see [`decide`].
+#[derive(Debug, Clone, Copy, Default)]
+struct Position {
+    term: u64,
+    /// Applied raft index minus revision, a lower bound: the index is asked for before the revision.
+    distance: i64,
+}
+
+impl Position {
+    fn between(earlier: &Status, later: &Status) -> Self {
+        let distance = i64::try_from(earlier.raft_applied_index).unwrap_or(i64::MAX).saturating_sub(later.revision);
+        Self { term: earlier.raft_term, distance }
+    }
+
+    fn mark(self, meta: &mut ObjectMeta, last_revision: i64) {
+        meta.raft_term = self.term;
+        meta.raft_index = u64::try_from(last_revision.saturating_add(self.distance)).unwrap_or(0);
+    }
+}
+
 /// What outlives one delta.
 #[derive(Debug, Default)]
 struct Known {
     /// Granted TTLs of leases seen.
     ttls: HashMap<i64, i64>,
     compact_revision: i64,
-    /// Raft term and applied index, from before the first event of the delta under way.
-    raft: (u64, u64),
+    position: Position,
+    db_size: i64,
     last_hash: Option<Instant>,
+}
+
+/// Events of a message that are not in the delta yet.
+#[derive(Debug)]
+struct Incoming {
+    events: std::iter::Peekable<std::vec::IntoIter<PbEvent>>,
+    received_unix_ms: i64,
+    /// Whether the message's last revision goes on in the next message.
+    fragment: bool,
 }
 
 /// One connection's worth of backing up.
@@ -184,9 +215,15 @@ struct Session<'s> {
     tip: Option<i64>,
     /// When the newest full was begun.
     last_full_ms: Option<i64>,
-    /// Auth revision of the newest full.
-    full_auth: Option<u64>,
+    auth: AuthWatch,
     known: Known,
+    /// The delta that fills.
+    builder: Builder,
+    /// Whether its last revision is whole.
+    complete: bool,
+    incoming: Option<Incoming>,
+    full_running: bool,
+    delta_running: bool,
 }
 
 /// Why a full snapshot is due.
@@ -204,59 +241,48 @@ enum Done {
 }
 
 impl<'s> Session<'s> {
-    async fn begin(
-        settings: &'s Settings,
-        mut etcd: Etcd,
-        mut status: Status,
-        stop: &CancellationToken,
-    ) -> Result<Self> {
+    async fn begin(settings: &'s Settings, mut etcd: Etcd, status: Status) -> Result<Self> {
         let store = &settings.store;
         let catalog = store.catalog().await?;
         for (name, _) in &catalog.uploading {
             if matches!(name, ObjectName::Uploading { unix_ms, .. } if *unix_ms < now_ms() - ABANDONED_AFTER_MS) {
-                tracing::info!(object = %name, "remove an upload that was never finished");
-                store.remove_uploading(name).await?;
-            }
-        }
-        let deadline = Instant::now() + CATCH_UP;
-        let seen = timeline::look(store, &catalog).await?;
-        let decision = loop {
-            let decision = decide(seen.as_ref(), &status);
-            let may_pass = matches!(&decision, Decision::Begin { lag: true, .. })
-                && Instant::now() < deadline
-                && !stop.is_cancelled();
-            if !may_pass {
-                break decision;
-            }
-            tokio::time::sleep(Duration::from_millis(250)).await;
-            status = etcd.status().await?;
-        };
-        let known = Known { raft: (status.raft_term, status.raft_applied_index), ..Known::default() };
-        let mut session =
-            Self { settings, etcd, status, timeline: 1, tip: None, last_full_ms: None, full_auth: None, known };
-        match decision {
-            Decision::Continue { timeline } => {
-                session.timeline = timeline;
-                let history = catalog.timelines.get(&timeline).cloned().unwrap_or_default();
-                if let Some(chain) = history.newest_chain() {
-                    let newest = history.fulls.iter().map(|full| full.unix_ms).max();
-                    session.tip = chain.gap.is_none().then_some(chain.last);
-                    session.last_full_ms = newest;
-                    if let Some(gap) = chain.gap {
-                        tracing::error!(
-                            after = gap.after,
-                            before = gap.before,
-                            "revisions are missing in the store: a full snapshot is taken"
-                        );
-                    }
-                    let full =
-                        ObjectName::Full { timeline, revision: chain.full.revision, unix_ms: chain.full.unix_ms };
-                    let meta = store.meta(&full, chain.full.size).await?;
-                    session.full_auth = Some(meta.auth_revision);
-                    session.known.compact_revision = meta.compact_revision;
+                match store.remove_uploading(name).await {
+                    Ok(()) => tracing::info!(object = %name, "remove an upload that was never finished"),
+                    Err(error) => tracing::warn!(%error, "an upload that was never finished stays"),
                 }
             }
-            Decision::Begin { timeline, parent, ref reason, .. } => {
+        }
+        let (seen, damaged) = timeline::look(store, &catalog).await?;
+        let later = etcd.status().await?;
+        let known = Known {
+            position: Position::between(&status, &later),
+            db_size: status.db_size,
+            last_hash: Some(Instant::now()),
+            ..Known::default()
+        };
+        let mut session = Self {
+            settings,
+            builder: Builder::new(status.revision)?,
+            etcd,
+            status,
+            timeline: 1,
+            tip: None,
+            last_full_ms: None,
+            auth: AuthWatch::default(),
+            known,
+            complete: true,
+            incoming: None,
+            full_running: false,
+            delta_running: false,
+        };
+        match decide(seen.as_ref(), &session.status) {
+            Decision::Continue { timeline } => {
+                session.timeline = timeline;
+                if let Some(history) = catalog.timelines.get(&timeline) {
+                    session.resume(history, damaged).await?;
+                }
+            }
+            Decision::Begin { timeline, parent, ref reason } => {
                 if parent == 0 {
                     tracing::info!(timeline, "begin the first timeline");
                 } else {
@@ -272,6 +298,9 @@ impl<'s> Session<'s> {
                 session.timeline = timeline;
             }
         }
+        if let Some(tip) = session.tip {
+            session.builder = Builder::new(tip)?;
+        }
         tracing::info!(
             endpoint = session.etcd.endpoint(),
             version = session.status.version,
@@ -283,76 +312,159 @@ impl<'s> Session<'s> {
         Ok(session)
     }
 
+    /// Finds where to go on in a timeline. Without a chain that can be trusted there is no tip, and a full is taken.
+    async fn resume(&mut self, history: &History, damaged: bool) -> Result<()> {
+        let Some(chain) = history.newest_chain() else { return Ok(()) };
+        // A clock that was set back must not stop scheduled fulls until it has caught up.
+        self.last_full_ms = history.fulls.iter().map(|full| full.unix_ms.min(now_ms())).max();
+        if let Some(gap) = chain.gap {
+            tracing::error!(after = gap.after, before = gap.before, "revisions are missing in the store");
+            return Ok(());
+        }
+        let full =
+            ObjectName::Full { timeline: self.timeline, revision: chain.full.revision, unix_ms: chain.full.unix_ms };
+        match self.settings.store.meta(&full, chain.full.size).await {
+            Ok(meta) => {
+                self.auth = AuthWatch::since(&meta);
+                self.known.compact_revision = meta.compact_revision;
+                self.tip = (!damaged).then_some(chain.last);
+            }
+            Err(error) if matches!(error.class(), Class::Corrupt | Class::Missing) => {
+                tracing::error!(%error, "the full snapshot that the chain starts from is damaged");
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
     fn meta(&self) -> ObjectMeta {
         ObjectMeta {
             layout: 1,
             cluster_id: self.status.cluster_id,
             member_id: self.status.member_id,
             etcd_version: self.status.version.clone(),
-            raft_term: self.known.raft.0,
-            raft_index: self.known.raft.1,
             started_unix_ms: now_ms(),
             ..ObjectMeta::default()
         }
     }
 
-    fn full_job(&self) -> full::Job {
-        full::Job {
-            etcd: self.etcd.clone(),
-            store: self.settings.store.clone(),
-            timeline: self.timeline,
-            meta: self.meta(),
+    async fn full_job(&mut self) -> full::Job {
+        // Before the snapshot: a change in between then shows as one after it.
+        self.auth.rebase(&mut self.etcd).await;
+        let mut meta = self.meta();
+        if let Some(Auth::Fingerprint(fingerprint)) = self.auth.baseline {
+            meta.auth_fingerprint = fingerprint;
         }
+        full::Job { etcd: self.etcd.clone(), store: self.settings.store.clone(), timeline: self.timeline, meta }
     }
 
-    async fn delta_once(&mut self, tip: i64, stop: &CancellationToken) -> Result<Taken> {
+    /// Puts the events of the message at hand into the delta, up to its end or until the delta is full; then what is in it
+    /// are whole revisions.
+    fn absorb(&mut self) -> Result<()> {
+        let Some(incoming) = &mut self.incoming else { return Ok(()) };
+        let fragment = incoming.fragment;
+        while let Some(event) = incoming.events.peek() {
+            let Some(kv) = &event.kv else { return Err(Error::corrupt("etcd sent an event without a key")) };
+            let (main, last) = (kv.mod_revision, self.builder.last());
+            if main > last {
+                self.complete = true;
+                if self.builder.content_bytes() >= self.settings.delta_max_bytes && self.builder.events() > 0 {
+                    return Ok(());
+                }
+                self.builder.revision(main, incoming.received_unix_ms)?;
+                self.complete = false;
+            } else if main < last || main < self.builder.first() {
+                incoming.events.next();
+                continue;
+            }
+            if event.r#type() == EventType::Put {
+                self.builder.put(&KeyValue {
+                    key: &kv.key,
+                    create_revision: kv.create_revision,
+                    mod_revision: kv.mod_revision,
+                    version: kv.version,
+                    value: &kv.value,
+                    lease: kv.lease,
+                })?;
+            } else {
+                self.builder.delete(&kv.key)?;
+            }
+            incoming.events.next();
+        }
+        self.incoming = None;
+        self.complete = !fragment;
+        Ok(())
+    }
+
+    fn receive(&mut self, message: WatchResponse) {
+        let message = message.0;
+        let events = message.events.into_iter().peekable();
+        self.incoming = Some(Incoming { events, received_unix_ms: now_ms(), fragment: message.fragment });
+    }
+
+    fn is_full(&self) -> bool {
+        self.builder.content_bytes() >= self.settings.delta_max_bytes
+    }
+
+    async fn deltas_once(&mut self, tip: i64, stop: &CancellationToken) -> Result<Vec<TakenDelta>> {
         let target = self.status.revision;
+        let mut taken = Vec::new();
         if target <= tip {
-            return Ok(Taken::Nothing(tip));
+            return Ok(taken);
         }
         let mut watch = self.etcd.watch(tip + 1).await?;
-        let mut builder = Builder::new(tip)?;
-        let mut whole = true;
-        while builder.last() < target || !whole {
+        loop {
+            self.absorb()?;
+            let done = self.incoming.is_none() && self.complete && self.builder.last() >= target;
+            if done || (self.complete && self.is_full()) {
+                let job = self.close_job(if done { Ask::Last } else { Ask::All })?;
+                let (delta, known) = close_delta(job, std::mem::take(&mut self.known), stop.clone()).await;
+                self.known = known;
+                taken.push(delta?);
+            }
+            if done {
+                return Ok(taken);
+            }
+            if self.incoming.is_some() {
+                continue;
+            }
             let message = tokio::select! {
                 message = watch.message() => message.map_err(|source| self.etcd.stream_error("read the watch", source))?,
                 () = stop.cancelled() => return Err(Error::Cancelled),
                 () = tokio::time::sleep(Duration::from_secs(60)) => {
-                    return Err(Error::precondition(format!("etcd is at revision {target} but sent nothing after {} for a minute", builder.last())));
+                    let have = self.builder.last();
+                    return Err(Error::precondition(format!("etcd is at revision {target} but sent nothing after {have} for a minute")));
                 }
             };
             let Some(message) = message else { return Err(watch_ended(&self.etcd)) };
             if message.canceled() {
-                return Err(cancelled_watch(&self.etcd, &message, builder.last()));
+                return Err(cancelled_watch(&self.etcd, &message, self.builder.last()));
             }
-            whole = take_events(&mut builder, message)?;
+            self.receive(message);
         }
-        let job = self.close_job(builder, true);
-        let known = std::mem::take(&mut self.known);
-        let (taken, _) = close_delta(job, known, stop.clone()).await;
-        taken.map(Taken::Delta)
     }
 
-    fn close_job(&self, builder: Builder, final_hash: bool) -> CloseJob {
-        let hash_due = final_hash
-            || self.status.db_size < SMALL_DB_BYTES
+    /// Takes the delta that fills, and begins the next one.
+    fn close_job(&mut self, ask: Ask) -> Result<CloseJob> {
+        let next = Builder::new(self.builder.last())?;
+        let builder = std::mem::replace(&mut self.builder, next);
+        let hash_due = matches!(ask, Ask::Last)
+            || self.known.db_size < SMALL_DB_BYTES
             || self.known.last_hash.is_some_and(|last| last.elapsed() >= HASH_PERIOD);
-        CloseJob {
+        Ok(CloseJob {
             etcd: self.etcd.clone(),
             store: self.settings.store.clone(),
             timeline: self.timeline,
             meta: self.meta(),
             builder,
             hash_due,
-            is_last: final_hash,
-        }
+            ask,
+        })
     }
 
     fn schedule_due(&self, now: chrono::DateTime<Utc>) -> bool {
         let (Some(cron), Some(last)) = (&self.settings.full_schedule, self.last_full_ms) else { return false };
         let last = chrono::DateTime::from_timestamp_millis(last).unwrap_or_default().with_timezone(&chrono::Local);
-        // A clock that was set back must not stop full snapshots.
-        let last = last.min(now.with_timezone(&chrono::Local));
         cron.find_next_occurrence(&last, false).is_ok_and(|next| next <= now)
     }
 
@@ -361,13 +473,62 @@ impl<'s> Session<'s> {
         let _stop_tasks = tasks_stop.clone().drop_guard();
         let mut tasks: JoinSet<Done> = JoinSet::new();
         let result = self.follow(stop, &tasks_stop, &mut tasks).await;
-        // A full that is under way is given up and cleaned up; a delta on its way is waited for.
+        // A full that is under way is given up and cleaned up; what is pending is brought home, also when etcd is gone: it
+        // may be all that is left of the last seconds.
         tasks_stop.cancel();
+        let ask = if result.is_ok() { Ask::Last } else { Ask::Nothing };
+        let home = tokio::time::timeout(FLUSH_DEADLINE, self.bring_home(ask, &mut tasks)).await.unwrap_or_else(|_| {
+            let what = "the store did not take the last delta in time; the next run continues from what it has";
+            Err(Error::precondition(what))
+        });
         let drain = async { while tasks.join_next().await.is_some() {} };
-        if tokio::time::timeout(FLUSH_DEADLINE, drain).await.is_err() {
-            tracing::warn!("an upload did not end within {FLUSH_DEADLINE:?}");
+        if tokio::time::timeout(Duration::from_secs(5), drain).await.is_err() {
+            tracing::warn!("an upload did not end in time");
         }
-        result
+        match (result, home) {
+            (Err(error), Err(flush)) => {
+                tracing::error!(error = %flush, "pending events could not be saved");
+                Err(error)
+            }
+            (Err(error), Ok(())) => Err(error),
+            (Ok(()), home) => home,
+        }
+    }
+
+    /// Waits for the delta on its way and uploads the one that fills, as far as it has whole revisions.
+    async fn bring_home(&mut self, ask: Ask, tasks: &mut JoinSet<Done>) -> Result<()> {
+        while self.delta_running {
+            match tasks.join_next().await {
+                Some(Ok(Done::Delta(taken, known))) => {
+                    self.delta_running = false;
+                    self.known = *known;
+                    log_delta(&taken?);
+                }
+                Some(_) => {}
+                None => self.delta_running = false,
+            }
+        }
+        loop {
+            // A gap ends what can be taken in; what is before it is whole.
+            let absorbed = self.absorb().is_ok();
+            if !self.complete {
+                self.builder.cut_last_revision()?;
+                self.complete = true;
+                self.incoming = None;
+            }
+            if self.builder.events() == 0 {
+                tracing::info!("nothing is pending");
+                return Ok(());
+            }
+            tracing::info!(first = self.builder.first(), last = self.builder.last(), "flush the pending delta");
+            let job = self.close_job(ask)?;
+            let (taken, known) = close_delta(job, std::mem::take(&mut self.known), CancellationToken::new()).await;
+            self.known = known;
+            log_delta(&taken?);
+            if self.incoming.is_none() || !absorbed {
+                return Ok(());
+            }
+        }
     }
 
     async fn follow(
@@ -376,170 +537,125 @@ impl<'s> Session<'s> {
         tasks_stop: &CancellationToken,
         tasks: &mut JoinSet<Done>,
     ) -> Result<()> {
-        self.known.last_hash = Some(Instant::now());
-        let start = self.tip.unwrap_or(self.status.revision);
-        let mut watch = self.etcd.watch(start + 1).await?;
-        let mut builder = Builder::new(start)?;
-        let mut whole = true;
+        let mut watch = self.etcd.watch(self.builder.last() + 1).await?;
         let mut due = if self.tip.is_none() { Some(Due::NoChain) } else { None };
-        let (mut full_running, mut delta_running) = (false, false);
         let mut full_retry: Option<Instant> = None;
         let mut rotate = tokio::time::interval(self.settings.delta_period);
         rotate.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut watch_auth = AuthWatch::default();
         let mut auth_tick =
             tokio::time::interval(AUTH_PERIOD.min(self.settings.delta_period.max(Duration::from_secs(1))));
         auth_tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut rotation_wanted = false;
         loop {
-            if due.is_none() && self.schedule_due(Utc::now()) {
+            if due.is_none() && !self.full_running && self.schedule_due(Utc::now()) {
                 due = Some(Due::Schedule);
             }
-            if let Some(why) = due.filter(|_| !full_running && full_retry.is_none_or(|at| at <= Instant::now())) {
+            if let Some(why) = due.filter(|_| !self.full_running && full_retry.is_none_or(|at| at <= Instant::now())) {
                 due = None;
-                full_running = true;
+                self.full_running = true;
                 tracing::info!(?why, "take a full snapshot");
-                let (job, stop) = (self.full_job(), tasks_stop.clone());
+                let (job, stop) = (self.full_job().await, tasks_stop.clone());
                 tasks.spawn(async move { Done::Full(full::take(job, &stop).await) });
             }
-            let big = builder.content_bytes() >= self.settings.delta_max_bytes;
-            if whole && (rotation_wanted || big) && !delta_running {
+            if let Err(error) = self.absorb() {
+                if error.class() != Class::Missing {
+                    return Err(error);
+                }
+                // Releases that drop a tombstone at the compaction revision leave such a hole.
+                tracing::error!(%error, "etcd left out revisions; a full snapshot is taken");
+                watch = self.restart(stop).await?;
+                due = Some(Due::Compacted);
+            }
+            if self.complete && (rotation_wanted || self.is_full()) && !self.delta_running {
                 rotation_wanted = false;
-                if builder.events() > 0 {
-                    let next = Builder::new(builder.last())?;
-                    let job = self.close_job(std::mem::replace(&mut builder, next), false);
-                    let (known, stop) = (std::mem::take(&mut self.known), tasks_stop.clone());
-                    delta_running = true;
+                if self.builder.events() > 0 {
+                    let (job, stop) = (self.close_job(Ask::All)?, tasks_stop.clone());
+                    let known = std::mem::take(&mut self.known);
+                    self.delta_running = true;
                     tasks.spawn(async move {
                         let (taken, known) = close_delta(job, known, stop).await;
                         Done::Delta(taken, Box::new(known))
                     });
                 }
             }
+            if self.incoming.is_some() && !self.is_full() {
+                continue;
+            }
             // Back-pressure: with one delta on its way and the next one full, events stay with etcd.
-            let read = !(whole && delta_running && big);
+            let read = self.incoming.is_none() && !(self.complete && self.is_full());
             tokio::select! {
                 message = watch.message(), if read => {
                     let message = message.map_err(|source| self.etcd.stream_error("read the watch", source))?;
                     let Some(message) = message else { return Err(watch_ended(&self.etcd)) };
                     if !message.canceled() {
-                        whole = take_events(&mut builder, message)?;
+                        self.receive(message);
                         continue;
                     }
                     if message.compact_revision() == 0 {
-                        return Err(cancelled_watch(&self.etcd, &message, builder.last()));
+                        return Err(cancelled_watch(&self.etcd, &message, self.builder.last()));
                     }
-                    (watch, builder) = self.restart_after_compaction(builder, message.compact_revision(), stop).await?;
-                    whole = true;
+                    tracing::error!(
+                        backed_up_to = self.builder.last(), compacted = message.compact_revision(),
+                        "etcd compacted revisions that are in no delta yet; a full snapshot is taken, and no point in time between can be restored"
+                    );
+                    watch = self.restart(stop).await?;
                     due = Some(Due::Compacted);
                 }
                 _ = rotate.tick() => rotation_wanted = true,
-                _ = auth_tick.tick() => {
-                    if watch_auth.changed(&mut self.etcd, self.full_auth).await {
-                        due = due.or(Some(Due::AuthChanged)).filter(|_| !full_running);
+                _ = auth_tick.tick(), if !self.full_running && due.is_none() => {
+                    if self.auth.changed(&mut self.etcd).await {
+                        due = Some(Due::AuthChanged);
                     }
                 }
                 Some(done) = tasks.join_next() => match done.map_err(|error| Error::task(&error))? {
                     Done::Delta(taken, known) => {
-                        delta_running = false;
+                        self.delta_running = false;
                         self.known = *known;
                         log_delta(&taken?);
                     }
                     Done::Full(Ok(taken)) => {
-                        full_running = false;
+                        self.full_running = false;
                         full_retry = None;
                         self.tip = Some(taken.revision);
                         self.last_full_ms = Some(taken.unix_ms);
-                        self.full_auth = Some(taken.auth_revision);
-                        watch_auth.rebase();
                         log_full(&taken);
                     }
                     Done::Full(Err(error)) => {
-                        full_running = false;
+                        self.full_running = false;
                         let passes = matches!(error.class(), Class::Transient | Class::Denied | Class::Missing | Class::Machine | Class::Corrupt);
                         if !passes {
                             return Err(error);
                         }
                         tracing::error!(%error, "full snapshot failed; deltas go on, it is tried again in 15 s");
                         full_retry = Some(Instant::now() + Duration::from_secs(15));
-                        due = Some(if self.tip.is_none() { Due::NoChain } else { Due::Schedule });
+                        let again = if self.tip.is_none() { Due::NoChain } else { Due::Schedule };
+                        due = due.or(Some(again));
                     }
                 },
-                () = stop.cancelled() => break,
+                () = stop.cancelled() => return Ok(()),
                 // Wakes up to look at the schedule and at retries.
                 () = tokio::time::sleep(Duration::from_secs(1)) => {}
             }
         }
-        self.flush(builder, whole, delta_running, tasks).await
     }
 
-    /// Brings the last delta home. Events of a revision that etcd had not sent whole yet are left to the next run.
-    async fn flush(
-        &mut self,
-        builder: Builder,
-        whole: bool,
-        delta_running: bool,
-        tasks: &mut JoinSet<Done>,
-    ) -> Result<()> {
-        let deadline = Instant::now() + FLUSH_DEADLINE;
-        let mut waiting = delta_running;
-        while waiting {
-            match tokio::time::timeout_at(deadline, tasks.join_next()).await {
-                Ok(Some(Ok(Done::Delta(taken, known)))) => {
-                    self.known = *known;
-                    log_delta(&taken?);
-                    waiting = false;
-                }
-                Ok(Some(_)) => {}
-                Ok(None) => waiting = false,
-                Err(_) => {
-                    return Err(Error::precondition(
-                        "the store did not take the last delta in time; the next run continues from what it has",
-                    ));
-                }
-            }
+    /// Brings home what is there and watches from now on: between the two lies a hole that only a full snapshot spans.
+    async fn restart(&mut self, stop: &CancellationToken) -> Result<WatchStream> {
+        self.incoming = None;
+        if !self.complete {
+            self.builder.cut_last_revision()?;
+            self.complete = true;
         }
-        if builder.events() == 0 || !whole {
-            tracing::info!("stopped; nothing was pending");
-            return Ok(());
-        }
-        tracing::info!(first = builder.first(), last = builder.last(), "stopping; flush the pending delta");
-        let job = self.close_job(builder, true);
-        let closing = close_delta(job, std::mem::take(&mut self.known), CancellationToken::new());
-        match tokio::time::timeout_at(deadline, closing).await {
-            Ok((taken, _)) => {
-                log_delta(&taken?);
-                Ok(())
-            }
-            Err(_) => Err(Error::precondition(
-                "the store did not take the last delta in time; the next run continues from what it has",
-            )),
-        }
-    }
-
-    async fn restart_after_compaction(
-        &mut self,
-        builder: Builder,
-        compacted: i64,
-        stop: &CancellationToken,
-    ) -> Result<(WatchStream, Builder)> {
-        let have = builder.last();
-        tracing::error!(
-            backed_up_to = have,
-            compacted,
-            "etcd compacted revisions that are in no delta yet; a full snapshot is taken, and no point in time between can be restored"
-        );
-        if builder.events() > 0 {
-            let job = self.close_job(builder, false);
+        if self.builder.events() > 0 {
+            let job = self.close_job(Ask::All)?;
             let (taken, known) = close_delta(job, std::mem::take(&mut self.known), stop.clone()).await;
             self.known = known;
             log_delta(&taken?);
         }
-        self.status = self.etcd.status().await?;
+        self.status = self.etcd.current_status().await?;
         self.tip = None;
-        self.known.raft = (self.status.raft_term, self.status.raft_applied_index);
-        let now = self.status.revision;
-        Ok((self.etcd.watch(now + 1).await?, Builder::new(now)?))
+        self.builder = Builder::new(self.status.revision)?;
+        self.etcd.watch(self.status.revision + 1).await
     }
 }
 
@@ -551,72 +667,75 @@ fn cancelled_watch(etcd: &Etcd, message: &WatchResponse, have: i64) -> Error {
     if message.compact_revision() > 0 {
         return Error::Compacted { have, compacted: message.compact_revision() };
     }
-    etcd.stream_error(
-        "watch",
-        tonic::Status::unavailable(format!("etcd cancelled the watch: {}", message.cancel_reason())).into(),
-    )
+    let why = format!("etcd cancelled the watch: {}", message.cancel_reason());
+    etcd.stream_error("watch", tonic::Status::unavailable(why).into())
 }
 
-/// Adds a message's events; returns whether the message ended its last revision.
-fn take_events(builder: &mut Builder, message: WatchResponse) -> Result<bool> {
-    let message = message.0;
-    let received = now_ms();
-    for event in message.events {
-        let is_put = event.r#type() == EventType::Put;
-        let Some(kv) = event.kv else { return Err(Error::corrupt("etcd sent an event without a key")) };
-        if kv.mod_revision > builder.last() {
-            builder.revision(kv.mod_revision, received)?;
-        } else if kv.mod_revision < builder.last() || kv.mod_revision < builder.first() {
-            continue;
-        }
-        if is_put {
-            builder.put(&KeyValue {
-                key: &kv.key,
-                create_revision: kv.create_revision,
-                mod_revision: kv.mod_revision,
-                version: kv.version,
-                value: &kv.value,
-                lease: kv.lease,
-            })?;
-        } else {
-            builder.delete(&kv.key)?;
-        }
-    }
-    Ok(!message.fragment)
+/// What can be seen of users, roles and whether auth is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Auth {
+    /// The auth revision, where etcd tells it.
+    Revision(u64),
+    /// What users and roles look like.
+    Fingerprint(u64),
 }
 
-/// Notices that users, roles or whether auth is on have changed since the newest full snapshot.
+/// Notices that auth has changed since the newest full snapshot.
 #[derive(Debug, Default)]
 struct AuthWatch {
-    fingerprint: Option<u64>,
+    baseline: Option<Auth>,
     off: bool,
 }
 
 impl AuthWatch {
-    async fn changed(&mut self, etcd: &mut Etcd, full_auth: Option<u64>) -> bool {
-        if self.off {
-            return false;
-        }
-        let looked = match etcd.auth_revision().await {
-            Ok(Some(revision)) => Ok(full_auth.is_some_and(|full| full != revision)),
-            Ok(None) => etcd
-                .auth_fingerprint()
-                .await
-                .map(|now| self.fingerprint.replace(now).is_some_and(|before| before != now)),
-            Err(error) => Err(error),
+    fn since(full: &ObjectMeta) -> Self {
+        let baseline = match full.auth_fingerprint {
+            0 => Auth::Revision(full.auth_revision),
+            fingerprint => Auth::Fingerprint(fingerprint),
         };
-        looked.unwrap_or_else(|error| {
-            if error.class() == Class::Denied {
-                self.off = true;
-                tracing::warn!(%error, "this user may not see auth changes; they are backed up with the next scheduled full snapshot only");
-            }
-            false
-        })
+        Self { baseline: Some(baseline), off: false }
     }
 
-    fn rebase(&mut self) {
-        self.fingerprint = None;
+    async fn look(&mut self, etcd: &mut Etcd) -> Option<Auth> {
+        if self.off {
+            return None;
+        }
+        let looked = match etcd.auth_revision().await {
+            Ok(Some(revision)) => Ok(Auth::Revision(revision)),
+            Ok(None) => etcd.auth_fingerprint().await.map(Auth::Fingerprint),
+            Err(error) => Err(error),
+        };
+        match looked {
+            Ok(auth) => Some(auth),
+            Err(error) => {
+                if error.class() == Class::Denied {
+                    self.off = true;
+                    tracing::warn!(%error, "this user may not see auth changes; they are backed up with scheduled full snapshots only");
+                }
+                None
+            }
+        }
     }
+
+    async fn changed(&mut self, etcd: &mut Etcd) -> bool {
+        let now = self.look(etcd).await;
+        now.is_some() && self.baseline.is_some() && now != self.baseline
+    }
+
+    async fn rebase(&mut self, etcd: &mut Etcd) {
+        self.baseline = self.look(etcd).await;
+    }
+}
+
+/// What is asked of etcd when a delta is closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ask {
+    /// Everything.
+    All,
+    /// Everything that is answered quickly, and the hash: the run ends.
+    Last,
+    /// Nothing: etcd is gone.
+    Nothing,
 }
 
 /// What closing a delta needs.
@@ -627,50 +746,77 @@ struct CloseJob {
     meta: ObjectMeta,
     builder: Builder,
     hash_due: bool,
-    is_last: bool,
+    ask: Ask,
+}
+
+/// A question that the delta can do without.
+async fn ask<T>(limit: Duration, what: &str, question: impl Future<Output = Result<T>>) -> Option<T> {
+    match tokio::time::timeout(limit, question).await {
+        Ok(Ok(answer)) => Some(answer),
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "{what} is not known");
+            None
+        }
+        Err(_) => {
+            tracing::debug!("{what} is not known in time");
+            None
+        }
+    }
 }
 
 /// Asks etcd what belongs next to the events, and uploads until it is done. An etcd that does not answer costs the delta
 /// nothing but those answers.
 async fn close_delta(mut job: CloseJob, mut known: Known, stop: CancellationToken) -> (Result<TakenDelta>, Known) {
-    let etcd = &mut job.etcd;
-    match etcd.compact_revision(known.compact_revision).await {
-        Ok(revision) => known.compact_revision = revision,
-        Err(error) => tracing::debug!(%error, "compaction revision is not known"),
-    }
-    let (leases, leases_complete) = leases_of(etcd, &job.builder, &mut known.ttls).await;
-    let mut meta = job.meta.clone();
-    if job.hash_due {
-        match etcd.hash_kv(job.builder.last()).await {
-            Ok(live) => {
-                known.last_hash = Some(Instant::now());
-                meta.hash_kv = Some(HashKv {
-                    hash: live.hash,
-                    revision: job.builder.last(),
-                    compact_revision: live.compact_revision,
-                });
-            }
-            Err(error) => tracing::debug!(%error, "no hash is recorded with this delta"),
+    let last = job.builder.last();
+    let mut end = DeltaEnd { compact_revision: known.compact_revision, ..DeltaEnd::default() };
+    end.leases = job.builder.leases().iter().map(|id| known.granted(*id)).collect();
+    if job.ask != Ask::Nothing {
+        let limit = if job.ask == Ask::Last { LAST_QUESTION } else { Duration::from_secs(120) };
+        let etcd = &mut job.etcd;
+        if let Some((leases, complete)) =
+            ask(limit, "leases", async { Ok(leases_of(etcd, &job.builder, &mut known.ttls).await) }).await
+        {
+            end.leases = leases;
+            end.leases_complete = complete;
+        }
+        if let Some(revision) = ask(limit, "compaction revision", etcd.compact_revision(known.compact_revision)).await {
+            known.compact_revision = revision;
+            end.compact_revision = revision;
+        }
+        let position = async {
+            let earlier = etcd.status().await?;
+            Ok((earlier, etcd.status().await?))
+        };
+        if let Some((earlier, later)) = ask(limit, "raft index", position).await {
+            known.position = Position::between(&earlier, &later);
+            known.db_size = later.db_size;
+        }
+        if job.hash_due
+            && let Some(live) = ask(limit, "hash", etcd.hash_kv(last)).await
+        {
+            known.last_hash = Some(Instant::now());
+            job.meta.hash_kv =
+                Some(HashKv { hash: live.hash, revision: last, compact_revision: live.compact_revision });
         }
     }
-    match etcd.status().await {
-        Ok(status) => known.raft = (status.raft_term, status.raft_applied_index),
-        Err(error) => tracing::debug!(%error, "raft index is not known"),
-    }
-    let end = DeltaEnd { compact_revision: known.compact_revision, leases, leases_complete, ..DeltaEnd::default() };
-    let uploaded = upload_delta(job, end, meta, &stop).await;
+    known.position.mark(&mut job.meta, last);
+    let uploaded = upload_delta(job, end, &stop).await;
     (uploaded, known)
 }
 
-async fn upload_delta(job: CloseJob, end: DeltaEnd, meta: ObjectMeta, stop: &CancellationToken) -> Result<TakenDelta> {
-    let CloseJob { store, timeline, builder, is_last, .. } = job;
+impl Known {
+    fn granted(&self, id: i64) -> GrantedLease {
+        GrantedLease { id, ttl: self.ttls.get(&id).copied().unwrap_or(0) }
+    }
+}
+
+async fn upload_delta(job: CloseJob, end: DeltaEnd, stop: &CancellationToken) -> Result<TakenDelta> {
+    let CloseJob { store, timeline, builder, meta, .. } = job;
     let name = ObjectName::Delta { timeline, first: builder.first(), last: builder.last(), unix_ms: now_ms() };
     let events = builder.events();
     let content =
         tokio::task::spawn_blocking(move || builder.finish(end, meta)).await.map_err(|error| Error::task(&error))??;
     let size = content.iter().map(Bytes::len).sum::<usize>() as u64;
-    let never = CancellationToken::new();
-    let stop = if is_last { &never } else { stop };
     store.persist("upload of a delta", stop, || store.put_new(&name, &content)).await?;
     Ok(TakenDelta { name, events, size })
 }
@@ -697,6 +843,8 @@ async fn leases_of(etcd: &mut Etcd, builder: &Builder, ttls: &mut HashMap<i64, i
     let mut asked = asked.buffer_unordered(16);
     while let Some(answer) = asked.next().await {
         match answer {
+            // Gone: not remembered, an id may be granted again.
+            Ok((_, 0)) => {}
             Ok((id, ttl)) => drop(ttls.insert(id, ttl)),
             Err(error) => {
                 complete = false;

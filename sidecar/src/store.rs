@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use futures::{StreamExt, TryStreamExt};
+use futures::TryStreamExt;
 use object_store::aws::{AmazonS3Builder, S3CopyIfNotExists};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
@@ -182,8 +182,8 @@ impl Store {
         Ok(Catalog::new(objects))
     }
 
-    /// Puts a whole object that must not exist. One that exists with the same size counts as ours: the answer to an earlier
-    /// attempt was lost.
+    /// Puts a whole object that must not exist. One that exists with the same content counts as ours: the answer to an
+    /// earlier attempt was lost.
     pub async fn put_new(&self, name: &ObjectName, content: &[Bytes]) -> Result<()> {
         self.put_new_at(&name.to_string(), content).await
     }
@@ -195,9 +195,18 @@ impl Store {
         match self.inner.put_opts(&self.path(name), payload, options).await {
             Ok(_) => Ok(()),
             Err(object_store::Error::AlreadyExists { path, source }) => {
-                let there = self.inner.head(&self.path(name)).await.map_err(self.fail("look at", &name))?;
-                if there.size == size as u64 {
-                    return Ok(());
+                let there = self.inner.get(&self.path(name)).await.map_err(self.fail("look at", &name))?;
+                if there.meta.size == size as u64 {
+                    let there = there.bytes().await.map_err(self.fail("look at", &name))?;
+                    let mut rest = there.as_ref();
+                    let same = content.iter().all(|piece| {
+                        let (head, tail) = rest.split_at(piece.len().min(rest.len()));
+                        rest = tail;
+                        head == piece
+                    });
+                    if same {
+                        return Ok(());
+                    }
                 }
                 Err(self.fail("put", &name)(object_store::Error::AlreadyExists { path, source }))
             }
@@ -277,7 +286,11 @@ impl Store {
     }
 }
 
-type Part = futures::stream::FuturesUnordered<object_store::UploadPart>;
+type Part = tokio::task::JoinSet<object_store::Result<()>>;
+
+fn joined(part: Option<Result<object_store::Result<()>, tokio::task::JoinError>>) -> object_store::Result<()> {
+    part.transpose()?.unwrap_or(Ok(()))
+}
 
 /// An object being uploaded. Up to one part it waits in memory and is put at once under its name; beyond that its parts
 /// go to a staging name, and its name is given by a copy within the store when it is whole.
@@ -321,9 +334,10 @@ impl Upload {
         }
         let Some((upload, parts)) = &mut self.parts else { return Ok(()) };
         self.sent += part.len() as u64;
-        parts.push(upload.put_part(part.into()));
+        // Parts go on their way also while etcd's stream pauses.
+        parts.spawn(upload.put_part(part.into()));
         while parts.len() > 2 {
-            parts.next().await.transpose().map_err(self.store.fail("upload a part of", &staging))?;
+            joined(parts.join_next().await).map_err(self.store.fail("upload a part of", &staging))?;
         }
         Ok(())
     }
@@ -351,8 +365,8 @@ impl Upload {
         }
         let staging = self.staging.to_string();
         let Some((upload, parts)) = &mut self.parts else { return Ok(()) };
-        while let Some(part) = parts.next().await {
-            part.map_err(self.store.fail("upload a part of", &staging))?;
+        while !parts.is_empty() {
+            joined(parts.join_next().await).map_err(self.store.fail("upload a part of", &staging))?;
         }
         upload.complete().await.map_err(self.store.fail("complete upload of", &staging))?;
         let (from, to) = (self.store.path(&staging), self.store.path(&name.to_string()));

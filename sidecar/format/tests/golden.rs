@@ -1,5 +1,12 @@
 //! Files that each real etcd minor wrote, and what etcd said of them. `cargo run --package tests --bin golden` makes them.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test may stop where it finds the fault"
+)]
+
 use std::path::{Path, PathBuf};
 
 use etcd_format::bolt::Db;

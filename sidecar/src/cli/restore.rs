@@ -64,6 +64,9 @@ pub struct Args {
     /// Restore this timeline rather than the newest.
     #[arg(long, value_name = "N", conflicts_with = "snapshot_file")]
     timeline: Option<Timeline>,
+    /// Start from the full snapshot of this revision, for when a newer one is damaged; the deltas after it follow.
+    #[arg(long, value_name = "REVISION", conflicts_with = "snapshot_file")]
+    full_revision: Option<i64>,
     /// When revisions are missing in the backup, restore up to there.
     #[arg(long, conflicts_with = "snapshot_file")]
     accept_gap: bool,
@@ -86,7 +89,7 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
         (None, Some(url)) => {
             let store = Store::open(url, Open::Existing)?;
             let catalog = store.catalog().await?;
-            (choose(&catalog, store.url(), args.timeline, args.accept_gap)?, Some(store))
+            (choose(&catalog, store.url(), args.timeline, args.full_revision, args.accept_gap)?, Some(store))
         }
         (None, None) => return Err(Error::invalid("give --store or --snapshot-file")),
     };

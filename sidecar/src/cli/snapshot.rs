@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Output, StoreFlag, bytes, print};
 use crate::catalog::ObjectName;
 use crate::etcd::EtcdFlags;
-use crate::snapshotter::{self, Kind, Settings, Taken};
+use crate::snapshotter::{self, Kind, Settings, Taken, TakenDelta};
 use crate::store::{Open, Store};
 use crate::{Error, Result};
 
@@ -111,15 +111,18 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
         Taken::Full(full) => json!({
             "kind": "full", "object": settings.store.location(&full.name), "revision": full.revision, "bytes": full.size, "dbBytes": full.db_size,
         }),
-        Taken::Delta(delta) => {
-            let (first, last) = match delta.name {
-                ObjectName::Delta { first, last, .. } => (first, last),
-                _ => (0, 0),
+        Taken::Deltas(deltas) => {
+            let delta = |delta: &TakenDelta| {
+                let (first, last) = match delta.name {
+                    ObjectName::Delta { first, last, .. } => (first, last),
+                    _ => (0, 0),
+                };
+                json!({
+                    "object": settings.store.location(&delta.name), "firstRevision": first, "lastRevision": last,
+                    "events": delta.events, "bytes": delta.size,
+                })
             };
-            json!({
-                "kind": "delta", "object": settings.store.location(&delta.name), "firstRevision": first, "lastRevision": last,
-                "events": delta.events, "bytes": delta.size,
-            })
+            json!({ "kind": "delta", "deltas": deltas.iter().map(delta).collect::<Vec<_>>() })
         }
         Taken::Nothing(revision) => json!({ "kind": "none", "revision": revision }),
     };
@@ -130,12 +133,13 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
             bytes(full.size),
             settings.store.location(&full.name)
         ),
-        Taken::Delta(delta) => format!(
-            "delta of {} changes ({}) is {}",
-            delta.events,
-            bytes(delta.size),
-            settings.store.location(&delta.name)
-        ),
+        Taken::Deltas(deltas) => {
+            let line = |delta: &TakenDelta| {
+                let place = settings.store.location(&delta.name);
+                format!("delta of {} changes ({}) is {place}\n", delta.events, bytes(delta.size))
+            };
+            deltas.iter().map(line).collect()
+        }
         Taken::Nothing(revision) => {
             format!("nothing to do: the backup has revision {revision}, which is etcd's current one")
         }

@@ -6,6 +6,7 @@ use proto::backup::{HashKv, ObjectMeta};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::Position;
 use crate::catalog::{ObjectName, Timeline};
 use crate::container::{LEVEL_FULL, Writer};
 use crate::etcd::Etcd;
@@ -72,8 +73,8 @@ pub(super) async fn take(mut job: Job, stop: &CancellationToken) -> Result<Taken
 
 async fn transfer(job: &mut Job, upload: &mut Upload) -> Result<Scanned> {
     let before = job.etcd.status().await?;
-    job.meta.raft_term = before.raft_term;
-    job.meta.raft_index = before.raft_applied_index;
+    let later = job.etcd.status().await?;
+    let position = Position::between(&before, &later);
     let (to_scan, scan_in) = mpsc::channel::<Bytes>(PIECES_AHEAD);
     let (to_compress, compress_in) = mpsc::channel::<Bytes>(PIECES_AHEAD);
     let (compressed, mut compressed_out) = mpsc::channel::<Bytes>(2);
@@ -92,7 +93,7 @@ async fn transfer(job: &mut Job, upload: &mut Upload) -> Result<Scanned> {
     let scanned = scanning.await.map_err(|error| Error::task(&error))?;
     let mut writer = compressing.await.map_err(|error| Error::task(&error))??;
     let scanned = scanned.map_err(Error::format("snapshot from etcd"))?;
-    let trailer = ObjectMeta {
+    let mut trailer = ObjectMeta {
         first_revision: scanned.revision,
         last_revision: scanned.revision,
         compact_revision: scanned.compaction.revision(),
@@ -101,6 +102,7 @@ async fn transfer(job: &mut Job, upload: &mut Upload) -> Result<Scanned> {
         hash_kv: live_hash(&mut job.etcd, &scanned).await,
         ..ObjectMeta::default()
     };
+    position.mark(&mut trailer, scanned.revision);
     writer.put_meta(&trailer)?;
     upload.write(writer.finish()?).await?;
     Ok(scanned)
@@ -158,7 +160,7 @@ fn compress(mut pieces: mpsc::Receiver<Bytes>, out: &mpsc::Sender<Bytes>, meta: 
 async fn live_hash(etcd: &mut Etcd, scanned: &Scanned) -> Option<HashKv> {
     match etcd.hash_kv(scanned.revision).await {
         // A hash that etcd remembers from before a compaction is of rows that are gone.
-        Ok(live) if live.compact_revision < scanned.compaction.finished => None,
+        Ok(live) if live.compact_revision < scanned.compaction.revision() => None,
         Ok(live) => {
             Some(HashKv { hash: live.hash, revision: scanned.revision, compact_revision: live.compact_revision })
         }

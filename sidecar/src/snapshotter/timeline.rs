@@ -7,7 +7,10 @@ use serde::Serialize;
 use crate::catalog::{Catalog, ObjectName, Timeline};
 use crate::etcd::Status;
 use crate::store::Store;
-use crate::{Error, Result};
+use crate::{Class, Error, Result};
+
+/// Damaged objects that are passed over before the search is given up.
+const MOST_LOOKS: usize = 16;
 
 /// The newest object of the newest timeline.
 #[derive(Debug, Clone, PartialEq)]
@@ -34,62 +37,69 @@ pub enum Decision {
         parent: Timeline,
         /// Why.
         reason: String,
-        /// Whether a member that lags behind its cluster would look the same.
-        lag: bool,
     },
 }
 
-/// Decides by what never goes back in the life of a cluster: its id, its revision, and the distance between raft index
-/// and revision, which grows because every revision takes an entry of the log and not every entry makes a revision. A
-/// restore starts the log anew, so the distance falls.
+/// Decides by what never goes back in the life of a cluster: its id, its term, its revision, and the distance between raft
+/// index and revision, which grows because every revision takes an entry of the log and not every entry makes a revision.
+/// A restore starts the log anew, so the distance falls.
+///
+/// `live` must have been asked after a linearizable read: a member that lags looks like one that was restored.
 pub fn decide(seen: Option<&Seen>, live: &Status) -> Decision {
     let Some(seen) = seen else {
-        return Decision::Begin { timeline: 1, parent: 0, reason: "first backup into this store".into(), lag: false };
+        return Decision::Begin { timeline: 1, parent: 0, reason: "first backup into this store".into() };
     };
-    let begin = |reason, lag| Decision::Begin { timeline: seen.timeline + 1, parent: seen.timeline, reason, lag };
+    let begin = |reason| Decision::Begin { timeline: seen.timeline.saturating_add(1), parent: seen.timeline, reason };
     let Some(newest) = &seen.newest else { return Decision::Continue { timeline: seen.timeline } };
     if newest.cluster_id != live.cluster_id {
-        let reason = format!(
+        return begin(format!(
             "cluster {:x} is not the cluster {:x} whose backups the store has",
             live.cluster_id, newest.cluster_id
-        );
-        return begin(reason, false);
+        ));
     }
     if live.revision < newest.last_revision {
-        let reason = format!(
+        return begin(format!(
             "etcd is at revision {}, the backup at {}: this etcd was restored from an earlier point",
             live.revision, newest.last_revision
-        );
-        return begin(reason, true);
+        ));
     }
     let distance = |index: u64, revision: i64| i128::from(index) - i128::from(revision);
-    if distance(live.raft_index, live.revision) < distance(newest.raft_index, newest.last_revision) {
-        let reason = format!(
-            "raft log of this etcd (index {}) is not the one that was backed up (index {}): this etcd was restored",
-            live.raft_index, newest.raft_index
-        );
-        return begin(reason, true);
+    let log_is_younger = distance(live.raft_index, live.revision) < distance(newest.raft_index, newest.last_revision);
+    if log_is_younger || live.raft_term < newest.raft_term {
+        return begin(format!(
+            "raft log of this etcd (term {}, index {}) is not the one that was backed up (term {}, index {}): this etcd was restored",
+            live.raft_term, live.raft_index, newest.raft_term, newest.raft_index
+        ));
     }
     Decision::Continue { timeline: seen.timeline }
 }
 
-/// Reads what [`decide`] needs from the store.
-pub async fn look(store: &Store, catalog: &Catalog) -> Result<Option<Seen>> {
-    let Some((timeline, history)) = catalog.newest() else { return Ok(None) };
-    let delta = history.deltas.iter().max_by_key(|delta| (delta.last, delta.unix_ms));
-    let full = history.fulls.last();
-    let newest = match (full, delta) {
-        (full, Some(delta)) if full.is_none_or(|full| delta.last >= full.revision) => {
-            let name = ObjectName::Delta { timeline, first: delta.first, last: delta.last, unix_ms: delta.unix_ms };
-            Some(store.meta(&name, delta.size).await?)
+/// Reads what [`decide`] needs from the store: the metadata of the newest object that can be read. Also says whether a newer
+/// one could not, so that nothing should be built upon it.
+pub async fn look(store: &Store, catalog: &Catalog) -> Result<(Option<Seen>, bool)> {
+    let Some((timeline, history)) = catalog.newest() else { return Ok((None, false)) };
+    let fulls = history.fulls.iter().map(|full| {
+        let name = ObjectName::Full { timeline, revision: full.revision, unix_ms: full.unix_ms };
+        (full.revision, full.unix_ms, name, full.size)
+    });
+    let deltas = history.deltas.iter().map(|delta| {
+        let name = ObjectName::Delta { timeline, first: delta.first, last: delta.last, unix_ms: delta.unix_ms };
+        (delta.last, delta.unix_ms, name, delta.size)
+    });
+    let mut objects: Vec<_> = fulls.chain(deltas).collect();
+    objects.sort_unstable_by_key(|(last, unix_ms, ..)| std::cmp::Reverse((*last, *unix_ms)));
+    let mut damaged = false;
+    for (_, _, name, size) in objects.into_iter().take(MOST_LOOKS) {
+        match store.meta(&name, size).await {
+            Ok(meta) => return Ok((Some(Seen { timeline, newest: Some(meta) }), damaged)),
+            Err(error) if matches!(error.class(), Class::Corrupt | Class::Missing) => {
+                tracing::error!(%error, "a backup object is damaged; look at the one before it");
+                damaged = true;
+            }
+            Err(error) => return Err(error),
         }
-        (Some(full), _) => {
-            let name = ObjectName::Full { timeline, revision: full.revision, unix_ms: full.unix_ms };
-            Some(store.meta(&name, full.size).await?)
-        }
-        _ => None,
-    };
-    Ok(Some(Seen { timeline, newest }))
+    }
+    Ok((Some(Seen { timeline, newest: None }), damaged))
 }
 
 #[derive(Serialize)]

@@ -113,7 +113,7 @@ async fn keep(member: &Path, to: &Path) -> Result<()> {
         for entry in std::fs::read_dir(member.join(sub))? {
             let path = entry?.path();
             let name = path.file_name().context("no name")?.to_string_lossy().into_owned();
-            if !name.ends_with(".tmp") {
+            if path.extension().is_some_and(|extension| extension != "tmp") {
                 compress(&path, &to.join(sub).join(format!("{name}.zst"))).await?;
             }
         }

@@ -140,7 +140,7 @@ pub struct Staged<'d, D: Disk + ?Sized> {
     /// Whether what lies in the staging directory is ours to remove.
     owns_staging: bool,
     /// Held so that no two restores work on one directory.
-    _lock: Option<File>,
+    lock: Option<File>,
 }
 
 impl<'d, D: Disk + ?Sized> Staged<'d, D> {
@@ -153,7 +153,7 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
             layout: Layout::of_member(data_dir.join(RESTORING)),
             made: Vec::new(),
             owns_staging: false,
-            _lock: None,
+            lock: None,
         };
         staged.make_data_dir()?;
         staged.lock()?;
@@ -187,14 +187,11 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
         use rustix::fs::{FlockOperation, flock};
         let dir = &self.data_dir;
         let file = File::open(dir).map_err(Error::io("open", dir))?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(Error::precondition(format!("another restore works on {}; wait for it", dir.display())));
-            }
-            // A file system without locks does not stop a restore.
-            Ok(()) | Err(_) => {}
+        // A file system without locks does not stop a restore.
+        if flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(rustix::io::Errno::WOULDBLOCK) {
+            return Err(Error::precondition(format!("another restore works on {}; wait for it", dir.display())));
         }
-        self._lock = Some(file);
+        self.lock = Some(file);
         Ok(())
     }
 
@@ -223,7 +220,7 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
     fn clear_staging(&self, staging: &Path) -> Result<()> {
         if !staging.join(UNFINISHED).exists() && staging.join("snap/db").exists() {
             let free =
-                (0..).map(|n| self.data_dir.join(format!("member.replaced-found-{n}"))).find(|path| !path.exists());
+                (0..1000).map(|n| self.data_dir.join(format!("member.replaced-found-{n}"))).find(|path| !path.exists());
             let Some(aside) = free else { return Ok(()) };
             return self.disk.rename(staging, &aside).map_err(Error::io("move the replaced member to", &aside));
         }

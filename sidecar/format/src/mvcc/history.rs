@@ -95,11 +95,12 @@ pub fn check_rows<R: ReadAt>(db: &Db<R>, check: &CheckRows, visited: Visited) ->
         // time; one that overflows cuts all of them anew.
         let chains = 'cut: loop {
             let mut chains = Counted::default();
-            for partition in 0..partitions {
-                let mut walk = walk(partition, partitions);
+            let cut = partitions;
+            for partition in 0..cut {
+                let mut walk = walk(partition, cut);
                 walk.only_chains = true;
                 walk.run(&mut db.cursor(&root))?;
-                if walk.keys.partitions() > partitions {
+                if walk.keys.partitions() > cut {
                     partitions = walk.keys.partitions();
                     continue 'cut;
                 }
@@ -398,9 +399,10 @@ impl CompactionFilter {
             let dropped = 'cut: loop {
                 let mut dropped = Vec::new();
                 filter.keeps_any = false;
-                for partition in 0..partitions {
-                    let table = filter.newest_rows(db, KeyTable::new(partition, partitions, slots))?;
-                    if table.partitions() > partitions {
+                let cut = partitions;
+                for partition in 0..cut {
+                    let table = filter.newest_rows(db, KeyTable::new(partition, cut, slots))?;
+                    if table.partitions() > cut {
                         partitions = table.partitions();
                         continue 'cut;
                     }
