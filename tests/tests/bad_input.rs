@@ -36,7 +36,7 @@ fn restore(store: &Path, target: &Path) -> Sidecar {
 fn full_and_deltas(store: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
     let mut deltas = objects(store)?;
     let full = deltas.pop().context("no objects")?;
-    ensure!(full.to_string_lossy().contains("/full/"), "{full:?} is not the full");
+    ensure!(full.to_string_lossy().contains("/full/"), "{} is not the full", full.display());
     Ok((full, deltas))
 }
 

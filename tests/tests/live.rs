@@ -145,9 +145,9 @@ async fn an_etcd_that_restarts_is_waited_for() -> Result<()> {
     for seed in 1..4 {
         writes(seed).run(&mut etcd.client().await?).await?;
         if seed == 2 {
-            etcd.stop()?
+            etcd.stop()?;
         } else {
-            etcd.kill9()?
+            etcd.kill9()?;
         }
         backup.logs_times("backup is interrupted", usize::try_from(seed)?, LONG).await?;
         etcd = member.start().await?;

@@ -15,6 +15,8 @@ pub mod bolt;
 mod cursor;
 pub mod datadir;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod membership;
 pub mod mvcc;
 mod read_at;

@@ -306,7 +306,7 @@ async fn run(scenario: Scenario, dir: &Path, runs: usize) -> Result<()> {
     let initial_cluster = "default=http://localhost:2380".to_owned();
     let member =
         Member { initial_cluster, ..Member::single("3.6", &restored)?.flag("--quota-backend-bytes=8589934592") };
-    let _etcd = member.start().await?;
+    let etcd = member.start().await?;
     let endpoint = member.client_url();
     let full_store = dir.join("full");
     let full = || {
@@ -329,7 +329,7 @@ async fn run(scenario: Scenario, dir: &Path, runs: usize) -> Result<()> {
     })?;
     let object = tests::objects(&full_store)?.first().context("no full")?.metadata()?.len();
     println!("{:<34} {:.0} MB of {:.0} MB", "size of the full", object as f64 / 1e6, size as f64 / 1e6);
-    drop(_etcd);
+    drop(etcd);
     fresh(&dir)
 }
 
