@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -27,7 +28,7 @@ use crate::delta::{Reader as DeltaReader, Record};
 use crate::store::Store;
 use crate::{Error, Result};
 
-/// Pieces fetched ahead of the one being decoded, 4 MiB each at most.
+/// Pieces fetched ahead of the one being decoded, 2 MiB each at most.
 const PIECES_AHEAD: usize = 2;
 
 /// What to restore from.
@@ -474,7 +475,63 @@ fn append_delta(
             "{location}: delta is of cluster {cluster_id:x}, the full snapshot before it of cluster {full:x}"
         )));
     }
-    let mut reader = DeltaReader::new(source, location);
+    std::thread::scope(|scope| {
+        // Decompressing and appending are about as much work, so each has a thread.
+        let (full, filled) = sync_channel::<io::Result<Vec<u8>>>(4);
+        scope.spawn(move || decompress_ahead(source, &full));
+        append_changes(
+            tail,
+            DeltaReader::new(ChunkReader { filled, current: Vec::new(), at: 0 }, location),
+            location,
+            aside,
+        )
+    })?;
+    aside.recorded = recorded.or(aside.recorded);
+    Ok(())
+}
+
+const CHUNK_BYTES: usize = 256 << 10;
+
+fn decompress_ahead(mut source: impl Read, full: &SyncSender<io::Result<Vec<u8>>>) {
+    loop {
+        let mut chunk = Vec::with_capacity(CHUNK_BYTES);
+        let read = source.by_ref().take(CHUNK_BYTES as u64).read_to_end(&mut chunk);
+        let ended = !matches!(read, Ok(1..));
+        if full.send(read.map(|_| chunk)).is_err() || ended {
+            return;
+        }
+    }
+}
+
+/// Reads what [`decompress_ahead`] sends; an empty chunk is the end.
+struct ChunkReader {
+    filled: Receiver<io::Result<Vec<u8>>>,
+    current: Vec<u8>,
+    at: usize,
+}
+
+impl Read for ChunkReader {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if self.at >= self.current.len() {
+            let next = self.filled.recv().unwrap_or_else(|_| Ok(Vec::new()));
+            self.current = next?;
+            self.at = 0;
+        }
+        let rest = self.current.get(self.at..).unwrap_or_default();
+        let length = buf.len().min(rest.len());
+        let (head, _) = rest.split_at(length);
+        buf.get_mut(..length).unwrap_or_default().copy_from_slice(head);
+        self.at += length;
+        Ok(length)
+    }
+}
+
+fn append_changes(
+    tail: &mut LocalTail<'_>,
+    mut reader: DeltaReader<ChunkReader>,
+    location: &str,
+    aside: &mut Aside,
+) -> Result<()> {
     let mut wanted = false;
     while let Some(record) = reader.next()? {
         match record {
@@ -493,7 +550,6 @@ fn append_delta(
             }
         }
     }
-    aside.recorded = recorded.or(aside.recorded);
     Ok(())
 }
 

@@ -23,7 +23,7 @@ use crate::{Class, Error, Result};
 /// Parts of a multipart upload. At 10,000 parts, S3's limit, an object may have 80 GB.
 const PART_BYTES: usize = 8 << 20;
 /// Bytes of one ranged read.
-const RANGE_BYTES: u64 = 4 << 20;
+const RANGE_BYTES: u64 = 2 << 20;
 /// Enough for the metadata at the end of any but the largest objects.
 const TAIL_BYTES: u64 = 64 << 10;
 
