@@ -117,6 +117,12 @@ pub enum Error {
         /// What is gone.
         compacted: i64,
     },
+    /// Something outside did not answer in time.
+    #[error("{what}")]
+    Unanswered {
+        /// What, and what becomes of it.
+        what: String,
+    },
     /// Stopped on request.
     #[error("stopped on request")]
     Cancelled,
@@ -170,6 +176,7 @@ impl Error {
             Self::Missing { .. } => Class::Missing,
             Self::Precondition { .. } | Self::Compacted { .. } => Class::Precondition,
             Self::Invalid { .. } => Class::Invalid,
+            Self::Unanswered { .. } => Class::Transient,
             Self::Cancelled => Class::Cancelled,
             Self::Bug { .. } => Class::Bug,
         }

@@ -96,6 +96,14 @@ impl EtcdFlags {
         } else {
             format!("http://{text}")
         };
+        let parsed = url::Url::parse(&url).ok();
+        if !parsed.is_some_and(|url| {
+            ["http", "https"].contains(&url.scheme()) && url.host_str().is_some_and(|host| !host.is_empty())
+        }) {
+            return Err(Error::invalid(format!(
+                "endpoint {text:?} is not of the form http://host:port or https://host:port"
+            )));
+        }
         let endpoint = Endpoint::from_shared(url.clone())
             .map_err(|error| Error::invalid(format!("endpoint {text:?} is not a URL: {error}")))?
             .connect_timeout(self.timeout())

@@ -1,6 +1,6 @@
 //! From a store, or a snapshot file, to a data directory that etcd starts on.
 //!
-//! [`plan`] decides what is to be read and written and can be printed; [`execute`] does it: objects are fetched ahead in
+//! [`choose`] decides what a [`Plan`] reads, which can be printed; [`execute`] carries it out: objects are fetched ahead in
 //! order, decompressed, the database placed page by page, the changes appended as rows, log and members written, the
 //! result verified while it is synced, and only then put in its place.
 
@@ -21,6 +21,7 @@ use futures::StreamExt;
 use proto::backup::{HashKv, ObjectMeta};
 use serde::Serialize;
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use crate::catalog::{Catalog, Chain, ObjectName, Timeline};
 use crate::container;
@@ -103,6 +104,10 @@ pub fn choose(
     };
     if let Some((newest, _)) = catalog.newest().filter(|(newest, _)| *newest > timeline) {
         tracing::warn!(newest, timeline, "the newest timeline has no full snapshot yet; restore from the one before");
+    }
+    let looks_like_one = |name: &str| Path::new(name).extension().is_some_and(|extension| extension == "zst");
+    for (name, _) in catalog.foreign.iter().filter(|(name, _)| looks_like_one(name)) {
+        tracing::warn!(object = name, "leave out an object that looks like a backup and is not named like one");
     }
     let chain = match full_revision {
         Some(revision) => {
@@ -203,6 +208,7 @@ pub struct Outcome {
 pub async fn execute(
     plan: Plan,
     store: Option<Store>,
+    stop: CancellationToken,
     progress: impl Fn(Progress) + Send + Sync + 'static,
 ) -> Result<Outcome> {
     let mut full = ObjectMeta::default();
@@ -226,7 +232,7 @@ pub async fn execute(
         (Source::Chain { .. }, None) => return Err(Error::Bug { what: "a chain without its store".into() }),
     };
     progress(Progress::Snapshot(Some(full.content_bytes).filter(|bytes| *bytes > 0)));
-    let assembled = tokio::task::spawn_blocking(move || assemble(&plan, objects, &full, &progress)).await;
+    let assembled = tokio::task::spawn_blocking(move || assemble(&plan, objects, &full, &stop, &progress)).await;
     if let Some(feeder) = feeder {
         feeder.abort();
     }
@@ -320,6 +326,21 @@ impl Read for PieceReader<'_> {
     }
 }
 
+/// Fails once somebody asked to stop.
+struct Stoppable<'s, R> {
+    inner: R,
+    stop: &'s CancellationToken,
+}
+
+impl<R: Read> Read for Stoppable<'_, R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if self.stop.is_cancelled() {
+            return Err(io::Error::other(Error::Cancelled));
+        }
+        self.inner.read(buf)
+    }
+}
+
 /// An error of the source that travelled through a reader comes out as itself.
 fn unwrap_source(what: &str) -> impl FnOnce(etcd_format::Error) -> Error {
     let what = what.to_owned();
@@ -342,7 +363,13 @@ struct Aside {
     recorded: Option<Recorded>,
 }
 
-fn assemble(plan: &Plan, objects: Objects, full: &ObjectMeta, progress: &dyn Fn(Progress)) -> Result<Outcome> {
+fn assemble(
+    plan: &Plan,
+    objects: Objects,
+    full: &ObjectMeta,
+    stop: &CancellationToken,
+    progress: &dyn Fn(Progress),
+) -> Result<Outcome> {
     let started = Instant::now();
     let disk = RealDisk;
     let first = plan.targets.first().ok_or_else(|| Error::Bug { what: "a plan without a member".into() })?;
@@ -354,8 +381,10 @@ fn assemble(plan: &Plan, objects: Objects, full: &ObjectMeta, progress: &dyn Fn(
     }
     let mut aside = Aside { recorded: recorded_hash(full), cluster_id: full.cluster_id, ..Aside::default() };
     let tail = match objects {
-        Objects::File { path, skip_hash_check } => base_from_file(&staged, &path, skip_hash_check, progress)?,
-        Objects::Store { named, mut received } => from_store(&staged, &named, &mut received, &mut aside, progress)?,
+        Objects::File { path, skip_hash_check } => base_from_file(&staged, &path, skip_hash_check, stop, progress)?,
+        Objects::Store { named, mut received } => {
+            from_store(&staged, &named, &mut received, &mut aside, stop, progress)?
+        }
     };
     let restored = tail.finish(&spec(plan, &aside)).map_err(in_dir(&first.data_dir))?;
     staged.write_log(&plan.cluster, &first.name).map_err(in_dir(&first.data_dir))?;
@@ -371,6 +400,10 @@ fn assemble(plan: &Plan, objects: Objects, full: &ObjectMeta, progress: &dyn Fn(
     }
     progress(Progress::Verify);
     let proof = prove(&staged, &restored, aside.recorded, plan)?;
+    // The last moment: from here on it is done, and said to be.
+    if stop.is_cancelled() {
+        return Err(Error::Cancelled);
+    }
     let stamp = chrono::Utc::now().format("%Y%m%dT%H%M%S%.3fZ").to_string();
     let mut replaced = Vec::new();
     replaced.extend(staged.commit(&stamp).map_err(in_dir(&first.data_dir))?);
@@ -409,10 +442,12 @@ fn base_from_file<'d>(
     staged: &Staged<'d, RealDisk>,
     path: &Path,
     skip_hash: bool,
+    stop: &CancellationToken,
     progress: &dyn Fn(Progress),
 ) -> Result<LocalTail<'d>> {
     let name = path.display().to_string();
-    let mut file = File::open(path).map_err(Error::io("open", &name))?;
+    let file = File::open(path).map_err(Error::io("open", &name))?;
+    let mut file = Stoppable { inner: file, stop };
     let mut magic = Vec::new();
     file.by_ref().take(4).read_to_end(&mut magic).map_err(Error::io("read", &name))?;
     let mut source: Box<dyn Read> = if container::is_compressed(&magic) {
@@ -429,12 +464,13 @@ fn from_store<'d>(
     named: &[(ObjectName, String)],
     received: &mut mpsc::Receiver<Piece>,
     aside: &mut Aside,
+    stop: &CancellationToken,
     progress: &dyn Fn(Progress),
 ) -> Result<LocalTail<'d>> {
     let Some(((full_name, location), deltas)) = named.split_first() else {
         return Err(Error::Bug { what: "a chain without objects".into() });
     };
-    let mut source = container::Reader::new(PieceReader::new(received), location)?;
+    let mut source = container::Reader::new(Stoppable { inner: PieceReader::new(received), stop }, location)?;
     let base = staged.write_base(&mut source, true, &mut |bytes| progress(Progress::Bytes(bytes)));
     let mut tail = base.map_err(unwrap_source(location))?.into_tail().map_err(Error::format(location))?;
     if let ObjectName::Full { revision, .. } = full_name
@@ -447,7 +483,7 @@ fn from_store<'d>(
     }
     progress(Progress::Deltas(deltas.len() as u64));
     for (name, location) in deltas {
-        append_delta(&mut tail, location, received, aside)?;
+        append_delta(&mut tail, location, received, aside, stop)?;
         if let ObjectName::Delta { last, .. } = name
             && tail.last_revision() != *last
         {
@@ -466,8 +502,9 @@ fn append_delta(
     location: &str,
     received: &mut mpsc::Receiver<Piece>,
     aside: &mut Aside,
+    stop: &CancellationToken,
 ) -> Result<()> {
-    let source = container::Reader::new(PieceReader::new(received), location)?;
+    let source = container::Reader::new(Stoppable { inner: PieceReader::new(received), stop }, location)?;
     let recorded = source.meta().and_then(recorded_hash);
     if let Some(cluster_id) = source.meta().map(|meta| meta.cluster_id).filter(|id| *id != aside.cluster_id) {
         let full = aside.cluster_id;

@@ -254,12 +254,7 @@ impl<'s> Session<'s> {
         }
         let (seen, damaged) = timeline::look(store, &catalog).await?;
         let later = etcd.status().await?;
-        let known = Known {
-            position: Position::between(&status, &later),
-            db_size: status.db_size,
-            last_hash: Some(Instant::now()),
-            ..Known::default()
-        };
+        let known = Known { position: Position::between(&status, &later), db_size: status.db_size, ..Known::default() };
         let mut session = Self {
             settings,
             builder: Builder::new(status.revision)?,
@@ -283,24 +278,13 @@ impl<'s> Session<'s> {
                 }
             }
             Decision::Begin { timeline, parent, ref reason } => {
-                if parent == 0 {
-                    tracing::info!(timeline, "begin the first timeline");
-                } else {
-                    tracing::warn!(
-                        timeline,
-                        parent,
-                        reason,
-                        "begin a new timeline; nothing of the one before is touched"
-                    );
-                }
-                let json = timeline::describe(timeline, parent, reason, &session.status)?;
-                store.put_timeline(timeline, json).await?;
-                session.timeline = timeline;
+                session.begin_timeline(timeline, parent, reason).await?;
             }
         }
         if let Some(tip) = session.tip {
             session.builder = Builder::new(tip)?;
         }
+        session.known.last_hash = None;
         tracing::info!(
             endpoint = session.etcd.endpoint(),
             version = session.status.version,
@@ -310,6 +294,19 @@ impl<'s> Session<'s> {
             "connected"
         );
         Ok(session)
+    }
+
+    async fn begin_timeline(&mut self, timeline: Timeline, parent: Timeline, reason: &str) -> Result<()> {
+        if parent == 0 {
+            tracing::info!(timeline, "begin the first timeline");
+        } else {
+            tracing::warn!(timeline, parent, reason, "begin a new timeline; nothing of the one before is touched");
+        }
+        let json = timeline::describe(timeline, parent, reason, &self.status)?;
+        self.settings.store.put_timeline(timeline, json).await?;
+        self.timeline = timeline;
+        self.last_full_ms = None;
+        Ok(())
     }
 
     /// Finds where to go on in a timeline. Without a chain that can be trusted there is no tip, and a full is taken.
@@ -325,6 +322,13 @@ impl<'s> Session<'s> {
             ObjectName::Full { timeline: self.timeline, revision: chain.full.revision, unix_ms: chain.full.unix_ms };
         match self.settings.store.meta(&full, chain.full.size).await {
             Ok(meta) => {
+                if !damaged
+                    && let Some(reason) =
+                        timeline::contradiction(&self.settings.store, &mut self.etcd, self.timeline, &chain, &meta)
+                            .await?
+                {
+                    return self.begin_timeline(self.timeline.saturating_add(1), self.timeline, &reason).await;
+                }
                 self.auth = AuthWatch::since(&meta);
                 self.known.compact_revision = meta.compact_revision;
                 self.tip = (!damaged).then_some(chain.last);
@@ -450,7 +454,7 @@ impl<'s> Session<'s> {
         let builder = std::mem::replace(&mut self.builder, next);
         let hash_due = matches!(ask, Ask::Last)
             || self.known.db_size < SMALL_DB_BYTES
-            || self.known.last_hash.is_some_and(|last| last.elapsed() >= HASH_PERIOD);
+            || self.known.last_hash.is_none_or(|last| last.elapsed() >= HASH_PERIOD);
         Ok(CloseJob {
             etcd: self.etcd.clone(),
             store: self.settings.store.clone(),
@@ -479,7 +483,7 @@ impl<'s> Session<'s> {
         let ask = if result.is_ok() { Ask::Last } else { Ask::Nothing };
         let home = tokio::time::timeout(FLUSH_DEADLINE, self.bring_home(ask, &mut tasks)).await.unwrap_or_else(|_| {
             let what = "the store did not take the last delta in time; the next run continues from what it has";
-            Err(Error::precondition(what))
+            Err(Error::Unanswered { what: what.to_owned() })
         });
         let drain = async { while tasks.join_next().await.is_some() {} };
         if tokio::time::timeout(Duration::from_secs(5), drain).await.is_err() {
@@ -835,7 +839,9 @@ async fn leases_of(etcd: &mut Etcd, builder: &Builder, ttls: &mut HashMap<i64, i
         ttls.clear();
     }
     ids.extend(builder.leases());
-    let unknown: Vec<i64> = ids.iter().copied().filter(|id| !ttls.contains_key(id)).collect();
+    // An id may have been revoked and granted anew, which its puts then show.
+    let asked_again = |id: &i64| !ttls.contains_key(id) || builder.leases().contains(id);
+    let unknown: Vec<i64> = ids.iter().copied().filter(asked_again).collect();
     let asked = futures::stream::iter(unknown.into_iter().map(|id| {
         let mut etcd = etcd.clone();
         async move { etcd.lease_ttl(id).await.map(|ttl| (id, ttl)) }

@@ -200,6 +200,63 @@ async fn a_restored_etcd_begins_a_new_timeline() -> Result<()> {
     state::same(&before, &after)
 }
 
+/// Restored once, then again from an older snapshot, and written past every revision that is backed up: neither the ids nor
+/// the numbers tell this etcd from the one before, what it holds does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_restore_is_not_taken_for_the_first() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = file_url(&dir.path().join("store"));
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let endpoint = member.client_url();
+    let once = |kind: &str| Sidecar::new(["snapshot", "--once", kind, "--endpoints", &endpoint, "--store", &store]);
+    let restore = |more: &[&str]| {
+        let restore =
+            Sidecar::new(["restore", "--store", &store, "--initial-cluster", &member.initial_cluster, "--data-dir"]);
+        restore.arg(&member.data_dir).args(more.iter().copied())
+    };
+    let put = |name: &'static str, from: u32, to: u32| {
+        let url = member.clone();
+        async move {
+            let mut client = etcd_client::Client::connect([url.client_url()], None).await?;
+            for n in from..to {
+                client.put(format!("{name}/{n}"), name, None).await?;
+            }
+            anyhow::Ok(())
+        }
+    };
+    let mut etcd = member.start().await?;
+    put("a", 0, 40).await?;
+    once("full").run().await?.expect(0)?;
+    put("b", 0, 60).await?;
+    once("delta").run().await?.expect(0)?;
+    etcd.kill9()?;
+    std::fs::remove_dir_all(&member.data_dir)?;
+    restore(&[]).run().await?.expect(0)?;
+    let mut etcd = member.start().await?;
+    put("c", 0, 10).await?;
+    once("full").run().await?.expect(0)?.says("begin a new timeline")?;
+    put("c", 10, 15).await?;
+    once("delta").run().await?.expect(0)?;
+    etcd.kill9()?;
+    std::fs::remove_dir_all(&member.data_dir)?;
+    // The oldest snapshot, without its deltas.
+    let full =
+        objects(&dir.path().join("store"))?.into_iter().find(|path| path.to_string_lossy().contains("t00000001/full"));
+    let file = Sidecar::new(["restore", "--snapshot-file"])
+        .arg(full.context("no full")?)
+        .arg("--data-dir")
+        .arg(&member.data_dir);
+    file.args(["--initial-cluster", &member.initial_cluster]).run().await?.expect(0)?;
+    let mut etcd = member.start().await?;
+    put("n", 0, 90).await?;
+    once("delta").run().await?.expect(12)?.says("this etcd was restored")?;
+    once("full").run().await?.expect(0)?;
+    let before = state::read(&mut etcd.client().await?).await?;
+    etcd.kill9()?;
+    let after = restore_and_read(&store, &member, &[]).await?;
+    state::same(&before, &after)
+}
+
 /// S3, with a full in several parts, a server that dies half-way and comes back, and one that is gone for good.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_dies_half_way_loses_nothing() -> Result<()> {

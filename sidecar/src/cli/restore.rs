@@ -32,7 +32,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     snapshot_file: Option<PathBuf>,
     /// Take a snapshot file without its sha256, such as a copy of a stopped member's db.
-    #[arg(long, requires = "snapshot_file")]
+    #[arg(long, conflicts_with = "store")]
     skip_hash_check: bool,
     /// The data directory to make. It must be empty or not exist.
     #[arg(long, value_name = "DIR")]
@@ -100,11 +100,7 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
         return Ok(0);
     }
     let watcher = Watcher::new();
-    let outcome = tokio::select! {
-        outcome = execute(plan, store, move |progress| watcher.see(progress)) => outcome?,
-        // The staging directory stays behind; the next restore removes it.
-        () = stop.cancelled() => return Err(Error::Cancelled),
-    };
+    let outcome = execute(plan, store, stop, move |progress| watcher.see(progress)).await?;
     print(output, &outcome, table)?;
     Ok(0)
 }
@@ -216,6 +212,9 @@ fn table(outcome: &Outcome) -> String {
         proof.rows, proof.keys, proof.leases
     ));
     text.push_str(&match (proof.hash, proof.hash_revision) {
+        (Some(hash), Some(revision)) if revision < outcome.revision => format!(
+            "verified: HashKV {hash} at revision {revision} is what etcd itself answered; of the revisions after it etcd gave no hash\n"
+        ),
         (Some(hash), Some(revision)) => {
             format!("verified: HashKV {hash} at revision {revision} is what etcd itself answered\n")
         }

@@ -1,11 +1,19 @@
 //! Whether a live cluster continues the history that the store has.
 
+use std::collections::BTreeMap;
+use std::time::Duration;
+
 use chrono::{SecondsFormat, Utc};
+use etcd_client::EventType;
+use etcd_format::mvcc::KeyValue;
 use proto::backup::ObjectMeta;
 use serde::Serialize;
+use tokio::time::Instant;
 
-use crate::catalog::{Catalog, ObjectName, Timeline};
-use crate::etcd::Status;
+use crate::catalog::{Catalog, Chain, Delta, ObjectName, Timeline};
+use crate::container;
+use crate::delta::{self, Record};
+use crate::etcd::{Etcd, Status};
 use crate::store::Store;
 use crate::{Class, Error, Result};
 
@@ -100,6 +108,136 @@ pub async fn look(store: &Store, catalog: &Catalog) -> Result<(Option<Seen>, boo
         }
     }
     Ok((Some(Seen { timeline, newest: None }), damaged))
+}
+
+/// Whether the live etcd holds another history than the chain that its numbers let it continue: it says why.
+///
+/// Compares what etcd itself says of the last revision backed up: its hash, where one was recorded with it and no compaction
+/// came between; and the events of the last revisions, where the chain ends in a delta.
+pub async fn contradiction(
+    store: &Store,
+    etcd: &mut Etcd,
+    timeline: Timeline,
+    chain: &Chain,
+    full: &ObjectMeta,
+) -> Result<Option<String>> {
+    let last = chain.deltas.last();
+    let name =
+        last.map(|delta| ObjectName::Delta { timeline, first: delta.first, last: delta.last, unix_ms: delta.unix_ms });
+    let recorded = match (name, last) {
+        (Some(name), Some(delta)) => store.meta(&name, delta.size).await?.hash_kv,
+        _ => full.hash_kv,
+    };
+    if let Some(recorded) = recorded.filter(|recorded| recorded.revision == chain.last) {
+        match etcd.hash_kv(recorded.revision).await {
+            Ok(live) if live.compact_revision == recorded.compact_revision.max(0) => {
+                let differs = live.hash != recorded.hash;
+                return Ok(differs.then(|| {
+                    format!(
+                        "HashKV at revision {} is {}, it was {} when it was backed up: this etcd was restored",
+                        chain.last, live.hash, recorded.hash
+                    )
+                }));
+            }
+            Ok(_) => {}
+            Err(error) => tracing::debug!(%error, "no hash to compare with"),
+        }
+    }
+    let (Some(name), Some(delta)) = (name, last) else { return Ok(None) };
+    let expected = last_revisions(store, &name, delta).await?;
+    let Some(first) = expected.keys().next().copied() else { return Ok(None) };
+    let found = match live_revisions(etcd, first, chain.last).await {
+        Ok(found) => found,
+        // Compacted, or nothing sent: what follows finds out.
+        Err(error) => {
+            tracing::debug!(%error, "no events to compare with");
+            return Ok(None);
+        }
+    };
+    let differs = expected.iter().find(|(revision, digest)| found.get(revision) != Some(digest));
+    Ok(differs.map(|(revision, _)| {
+        format!("revision {revision} of this etcd is not the one that was backed up: this etcd was restored")
+    }))
+}
+
+/// Revisions that are compared.
+const COMPARED: usize = 64;
+
+fn digest(before: u64, is_put: bool, bytes: &[u8]) -> u64 {
+    use std::hash::{Hash, Hasher};
+    let mut hasher = std::hash::DefaultHasher::new();
+    (before, is_put, bytes).hash(&mut hasher);
+    hasher.finish()
+}
+
+/// A digest of each of the last revisions of a delta.
+async fn last_revisions(store: &Store, name: &ObjectName, delta: &Delta) -> Result<BTreeMap<i64, u64>> {
+    let mut object = Vec::new();
+    for range in Store::ranges(delta.size) {
+        object.extend_from_slice(&store.get_range(name, range).await?);
+    }
+    let location = store.location(name);
+    let mut reader = delta::Reader::new(container::Reader::new(object.as_slice(), &location)?, &location);
+    let mut digests = BTreeMap::new();
+    let mut at = 0;
+    while let Some(record) = reader.next()? {
+        let (is_put, bytes) = match record {
+            Record::Revision { main, .. } => {
+                at = main;
+                digests.insert(main, 0);
+                if digests.len() > COMPARED {
+                    digests.pop_first();
+                }
+                continue;
+            }
+            Record::Put(value) => (true, value),
+            Record::Delete(key) => (false, key),
+            Record::End(_) => continue,
+        };
+        if let Some(before) = digests.get_mut(&at) {
+            *before = digest(*before, is_put, bytes);
+        }
+    }
+    Ok(digests)
+}
+
+/// The same digests of what etcd sends of these revisions.
+async fn live_revisions(etcd: &Etcd, first: i64, last: i64) -> Result<BTreeMap<i64, u64>> {
+    let mut watch = etcd.watch(first).await?;
+    let mut digests = BTreeMap::new();
+    let limit = Instant::now() + Duration::from_secs(10);
+    loop {
+        let message = tokio::time::timeout_at(limit, watch.message()).await;
+        let message = message.map_err(|_| Error::Unanswered { what: "etcd sent no events to compare".into() })?;
+        let Some(message) = message.map_err(|source| etcd.stream_error("read the watch", source))? else { break };
+        if message.canceled() {
+            return Err(Error::Compacted { have: first, compacted: message.compact_revision() });
+        }
+        let message = message.0;
+        for event in &message.events {
+            let Some(kv) = &event.kv else { continue };
+            if kv.mod_revision > last {
+                return Ok(digests);
+            }
+            let mut value = Vec::new();
+            let is_put = event.r#type() == EventType::Put;
+            let bytes = if is_put {
+                let (create_revision, mod_revision, version, lease) =
+                    (kv.create_revision, kv.mod_revision, kv.version, kv.lease);
+                KeyValue { key: &kv.key, create_revision, mod_revision, version, value: &kv.value, lease }
+                    .encode(&mut value);
+                value.as_slice()
+            } else {
+                &kv.key
+            };
+            let before = digests.entry(kv.mod_revision).or_insert(0);
+            *before = digest(*before, is_put, bytes);
+        }
+        if !message.fragment && digests.contains_key(&last) {
+            break;
+        }
+    }
+    Ok(digests)
 }
 
 #[derive(Serialize)]

@@ -697,7 +697,13 @@ impl<D: Disk + ?Sized> Tail<'_, D> {
                 while let Some((id, ttl)) = more.next_if(|(id, _)| id.to_be_bytes().as_slice() < row.key) {
                     self.builder.push(&id.to_be_bytes(), &record(id as i64, ttl))?;
                 }
-                self.builder.push(row.key, row.value)?;
+                // An id that was revoked and granted anew has another TTL by now.
+                let regranted =
+                    lease_id(row.key).and_then(|id| Some((id, *spec.lease_ttls.get(&id).filter(|ttl| **ttl > 0)?)));
+                match regranted.filter(|(_, ttl)| Lease::decode(row.value).is_ok_and(|lease| lease.ttl() != *ttl)) {
+                    Some((id, ttl)) => self.builder.push(row.key, &record(id, ttl))?,
+                    None => self.builder.push(row.key, row.value)?,
+                }
             }
         }
         for (id, ttl) in more {

@@ -475,12 +475,8 @@ fn verify_members<R: ReadAt>(
     let expected = replay_members(&conf_state, log, start.index(), summary.consistent_index);
     let local = log.metadata.node_id();
     if !expected.is_empty() && !expected.contains(&local) {
-        verdict.add(
-            Severity::Corrupt,
-            path,
-            None,
-            format!("this member, {local:x}, is not a member of its cluster any more"),
-        );
+        let what = format!("this member, {local:x}, was removed from its cluster; etcd refuses to start it");
+        verdict.add(Severity::Remark, path, None, what);
     }
     // 3.4 keeps its members elsewhere and its own restore leaves this bucket stale.
     if summary.schema == Some(Minor::V3_4) || expected.is_empty() {
