@@ -49,6 +49,17 @@ pub async fn eventually<T, F: Future<Output = Result<T>>>(
     }
 }
 
+/// Makes a test of each `name: function(minor)`.
+#[macro_export]
+macro_rules! on_every_minor {
+    ($($name:ident: $test:ident($minor:literal);)*) => {
+        $(#[tokio::test(flavor = "multi_thread")]
+        async fn $name() -> Result<()> {
+            $test($minor).await
+        })*
+    };
+}
+
 /// Runs a program to its end; fails with its output unless it succeeds.
 pub async fn succeed(command: &mut tokio::process::Command) -> Result<String> {
     let output = command.stdin(std::process::Stdio::null()).output().await?;

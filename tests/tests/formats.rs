@@ -247,16 +247,7 @@ async fn bumped_revision_is_above_all_that_clients_saw() -> Result<()> {
     Ok(())
 }
 
-macro_rules! on_every_minor {
-    ($($name:ident: $test:ident($minor:literal);)*) => {
-        $(#[tokio::test(flavor = "multi_thread")]
-        async fn $name() -> Result<()> {
-            $test($minor).await
-        })*
-    };
-}
-
-on_every_minor! {
+tests::on_every_minor! {
     decompressed_full_is_etcds_own_3_4: decompressed_full_is_etcds_own("3.4");
     decompressed_full_is_etcds_own_3_5: decompressed_full_is_etcds_own("3.5");
     decompressed_full_is_etcds_own_3_6: decompressed_full_is_etcds_own("3.6");

@@ -112,24 +112,11 @@ async fn auth_change_makes_a_full_due(minor: &str) -> Result<()> {
     Ok(())
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn auth_change_makes_a_full_due_3_4() -> Result<()> {
-    auth_change_makes_a_full_due("3.4").await
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn auth_change_makes_a_full_due_3_5() -> Result<()> {
-    auth_change_makes_a_full_due("3.5").await
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn auth_change_makes_a_full_due_3_6() -> Result<()> {
-    auth_change_makes_a_full_due("3.6").await
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn auth_change_makes_a_full_due_3_7() -> Result<()> {
-    auth_change_makes_a_full_due("3.7").await
+tests::on_every_minor! {
+    auth_change_makes_a_full_due_3_4: auth_change_makes_a_full_due("3.4");
+    auth_change_makes_a_full_due_3_5: auth_change_makes_a_full_due("3.5");
+    auth_change_makes_a_full_due_3_6: auth_change_makes_a_full_due("3.6");
+    auth_change_makes_a_full_due_3_7: auth_change_makes_a_full_due("3.7");
 }
 
 /// etcd restarts in the middle: the backup waits, goes on where it was, and has every revision.

@@ -158,16 +158,7 @@ async fn three_members(minor: &str) -> Result<()> {
     tests::eventually(LONG, read).await
 }
 
-macro_rules! on_every_minor {
-    ($($name:ident: $test:ident($minor:literal);)*) => {
-        $(#[tokio::test(flavor = "multi_thread")]
-        async fn $name() -> Result<()> {
-            $test($minor).await
-        })*
-    };
-}
-
-on_every_minor! {
+tests::on_every_minor! {
     one_member_3_4: one_member("3.4");
     one_member_3_5: one_member("3.5");
     one_member_3_6: one_member("3.6");

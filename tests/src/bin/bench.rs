@@ -26,6 +26,7 @@ scenarios:
   events   110 MB of database and 1,000,000 events of 1.7 KB
   large    1.1 GB of database and 100,000 events of 1.1 KB
   small    11 MB of database and 10,000 events, to try it
+  tail     a live etcd written to at about 30 MB/s for 20 s while it is backed up
 Without one, events and large. Needs about 10 GB in DIR (default: a temporary directory).";
 
 #[derive(Debug, Clone, Copy)]
@@ -333,10 +334,63 @@ async fn run(scenario: Scenario, dir: &Path, runs: usize) -> Result<()> {
     fresh(&dir)
 }
 
+/// Writes to a live etcd as fast as about 30 MB/s while it is backed up; prints what the backup took.
+async fn tail(dir: &Path) -> Result<()> {
+    const SECONDS: u64 = 20;
+    const VALUE: usize = 16 << 10;
+    const EVERY: Duration = Duration::from_micros(550);
+    let dir = dir.join("tail");
+    fresh(&dir)?;
+    std::fs::create_dir_all(&dir)?;
+    let member = Member::single("3.6", &dir.join("data"))?;
+    let member = member.flag("--quota-backend-bytes=8589934592").flag("--unsafe-no-fsync");
+    let etcd = member.start().await?;
+    let (endpoint, store) = (member.client_url(), tests::file_url(&dir.join("store")));
+    let mut command = Command::new(program::path()?);
+    command.args(["snapshot", "--endpoints", &endpoint, "--store", &store, "--delta-period", "5s"]);
+    let mut child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let written = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let started = Instant::now();
+    let mut writers = tokio::task::JoinSet::new();
+    for writer in 0..16u64 {
+        let (mut client, written) = (etcd.client().await?, written.clone());
+        writers.spawn(async move {
+            let mut values = Values { state: writer, buffer: Vec::new() };
+            let mut tick = tokio::time::interval(EVERY * 16);
+            while started.elapsed() < Duration::from_secs(SECONDS) {
+                tick.tick().await;
+                client.put(format!("/tail/{writer}/{}", values.state % 500), values.next(VALUE), None).await?;
+                written.fetch_add(VALUE as u64, std::sync::atomic::Ordering::Relaxed);
+            }
+            anyhow::Ok(())
+        });
+    }
+    while let Some(done) = writers.join_next().await {
+        done??;
+    }
+    let seconds = started.elapsed().as_secs_f64();
+    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()))?;
+    let peak: f64 = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.trim().parse().ok())
+        .context("no VmHWM")?;
+    let process = rustix::process::Pid::from_child(&child);
+    rustix::process::kill_process(process, rustix::process::Signal::TERM)?;
+    ensure!(child.wait()?.success(), "the backup failed");
+    let megabytes = written.load(std::sync::atomic::Ordering::Relaxed) as f64 / 1e6;
+    println!("tail: {megabytes:.0} MB of events at {:.0} MB/s, peak RSS {:.0} MiB", megabytes / seconds, peak / 1024.0);
+    let restored = dir.join("restored");
+    let restore =
+        measure(Command::new(program::path()?).args(["restore", "--store", &store, "--data-dir"]).arg(&restored))?;
+    println!("tail: restored and verified in {:.1} s", restore.seconds);
+    fresh(&dir)
+}
+
 #[tokio::main]
 async fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
-    let (mut dir, mut runs, mut chosen) = (None, 3, Vec::new());
+    let (mut dir, mut runs, mut chosen, mut with_tail) = (None, 3, Vec::new(), false);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--help" | "-h" => {
@@ -345,13 +399,14 @@ async fn main() -> Result<()> {
             }
             "--dir" => dir = arguments.next().map(PathBuf::from),
             "--runs" => runs = arguments.next().context("--runs needs a number")?.parse()?,
+            "tail" => with_tail = true,
             name => match SCENARIOS.iter().find(|scenario| scenario.name == name) {
                 Some(scenario) => chosen.push(*scenario),
                 None => bail!("there is no scenario {name}\n{USAGE}"),
             },
         }
     }
-    if chosen.is_empty() {
+    if chosen.is_empty() && !with_tail {
         chosen.extend(SCENARIOS.iter().take(2));
     }
     let temporary = tempfile::tempdir()?;
@@ -359,5 +414,5 @@ async fn main() -> Result<()> {
     for scenario in chosen {
         run(scenario, &dir, runs).await?;
     }
-    Ok(())
+    if with_tail { tail(&dir).await } else { Ok(()) }
 }
