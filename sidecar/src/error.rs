@@ -254,7 +254,7 @@ fn server_class(code: &str) -> Option<Class> {
 }
 
 /// The innermost causes say most; a chain of wrappers that each repeat the next is noise.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(inner) = cause {
@@ -286,6 +286,7 @@ fn describe_etcd(error: &etcd_client::Error) -> String {
                 std::error::Error::source(status).map(|source| format!(": {}", chain(source))).unwrap_or_default();
             format!("{} ({:?}){source}", status.message(), status.code())
         }
+        etcd_client::Error::TransportError(error) => chain(error),
         other => chain(other),
     }
 }

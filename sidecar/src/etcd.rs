@@ -119,6 +119,8 @@ impl EtcdFlags {
         let read = |path: &PathBuf| std::fs::read(path).map_err(Error::io("read", path.display()));
         let mut tls = ClientTlsConfig::new();
         tls = match &self.cacert {
+            // Nothing is verified, so there is nothing to verify with; tonic refuses both together.
+            _ if self.insecure_skip_tls_verify => tls,
             Some(path) => tls.ca_certificate(Certificate::from_pem(read(path)?)),
             None => tls.with_native_roots(),
         };
@@ -130,7 +132,7 @@ impl EtcdFlags {
         } else {
             endpoint.tls_config(tls)
         };
-        endpoint.map_err(|error| Error::invalid(format!("TLS to {text}: {error}")))
+        endpoint.map_err(|error| Error::invalid(format!("TLS to {text}: {}", crate::error::chain(&error))))
     }
 }
 
