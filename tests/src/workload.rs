@@ -1,11 +1,14 @@
 //! Writes of every kind, with leases, compactions and a defragmentation in between.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use etcd_client::{Client, DeleteOptions, LeaseGrantOptions, PutOptions, Txn, TxnOp};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
+
+/// Last digit of the ids of leases that expire after one second.
+const SHORT: i64 = 3;
 
 /// What to write.
 #[derive(Debug, Clone, Copy)]
@@ -75,7 +78,7 @@ impl Workload {
         if !round.is_multiple_of(5) {
             return Ok(());
         }
-        let grants = [(base, 3600 + i64::from(round)), (base + 1, 600), (base + 2, 60), (base + 3, 1)];
+        let grants = [(base, 3600 + i64::from(round)), (base + 1, 600), (base + 2, 60), (base + SHORT, 1)];
         for (id, ttl) in grants {
             client.lease_grant(ttl, Some(LeaseGrantOptions::new().with_id(id))).await?;
             let options = || Some(PutOptions::new().with_lease(id));
@@ -102,7 +105,14 @@ async fn large(client: &mut Client) -> Result<()> {
     Ok(())
 }
 
-/// Waits until leases of one second are gone.
-pub async fn expire() {
-    tokio::time::sleep(Duration::from_secs(4)).await;
+/// Waits until the leases of one second are gone, and with them the revisions that their ends make.
+pub async fn expire(client: &mut Client) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let leases = client.leases().await?;
+        let short = leases.leases().iter().map(etcd_client::LeaseStatus::id).find(|id| id % 10 == SHORT);
+        let Some(short) = short else { return Ok(()) };
+        ensure!(Instant::now() < deadline, "lease {short} of one second is still there");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }

@@ -30,7 +30,7 @@ async fn decompressed_full_is_etcds_own(minor: &str) -> Result<()> {
     let mut etcd = member.start().await?;
     let mut client = etcd.client().await?;
     workload(4).run(&mut client).await?;
-    tests::workload::expire().await;
+    tests::workload::expire(&mut client).await?;
     Sidecar::new(["snapshot", "--once", "full", "--endpoints", &member.client_url(), "--store", &file_url(&store)])
         .run()
         .await?
@@ -76,7 +76,7 @@ async fn plain_snapshot_is_restored(minor: &str) -> Result<()> {
     let mut etcd = member.start().await?;
     let mut client = etcd.client().await?;
     workload(5).run(&mut client).await?;
-    tests::workload::expire().await;
+    tests::workload::expire(&mut client).await?;
     let file = dir.path().join("snapshot.db");
     let etcdctl = program(&format!("etcd-{minor}"), "etcdctl")?;
     let endpoint = member.client_url();
@@ -129,7 +129,7 @@ async fn data_moves_up_through_all_minors() -> Result<()> {
             state::same(before, &state::read(&mut client).await?).context(minor)?;
         }
         workload(10 + position as u64).run(&mut client).await?;
-        tests::workload::expire().await;
+        tests::workload::expire(&mut client).await?;
         let store = file_url(&dir.path().join(format!("store-{minor}")));
         let endpoint = member.client_url();
         for kind in ["full", "delta"] {
@@ -175,7 +175,7 @@ async fn data_moves_down_when_the_target_is_named() -> Result<()> {
     let mut etcd = member.start().await?;
     let mut client = etcd.client().await?;
     workload(20).run(&mut client).await?;
-    tests::workload::expire().await;
+    tests::workload::expire(&mut client).await?;
     let store = file_url(&dir.path().join("store"));
     Sidecar::new(["snapshot", "--once", "full", "--endpoints", &member.client_url(), "--store", &store])
         .run()
@@ -204,7 +204,7 @@ async fn bumped_revision_is_above_all_that_clients_saw() -> Result<()> {
         let mut etcd = member.start().await?;
         let mut client = etcd.client().await?;
         workload(30).run(&mut client).await?;
-        tests::workload::expire().await;
+        tests::workload::expire(&mut client).await?;
         let store = file_url(&dir.path().join("store"));
         Sidecar::new(["snapshot", "--once", "full", "--endpoints", &member.client_url(), "--store", &store])
             .run()
@@ -237,7 +237,7 @@ async fn bumped_revision_is_above_all_that_clients_saw() -> Result<()> {
         let refused = client.get("x", Some(old)).await.err().map(|error| error.to_string()).unwrap_or_default();
         ensure!(refused.contains("compacted"), "an old revision gives {refused:?} on {minor}");
         workload(31).run(&mut client).await?;
-        tests::workload::expire().await;
+        tests::workload::expire(&mut client).await?;
         let later = state::read(&mut client).await?;
         etcd.stop()?;
         Sidecar::new(["check", "--data-dir"]).arg(&member.data_dir).run().await?.expect(0)?;

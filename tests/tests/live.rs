@@ -42,7 +42,7 @@ async fn compaction_ahead_of_the_cursor_leads_to_a_full() -> Result<()> {
     backup.logs("etcd compacted revisions that are in no delta yet", LONG).await?;
     backup.logs("full snapshot is in the store", LONG).await?;
     writes(3).run(&mut client).await?;
-    tests::workload::expire().await;
+    tests::workload::expire(&mut client).await?;
     backup.terminate().await?.expect(0)?;
     let before = state::read(&mut client).await?;
     etcd.kill9()?;
@@ -92,7 +92,7 @@ async fn auth_change_makes_a_full_due(minor: &str) -> Result<()> {
     backup.logs("connected", LONG).await?;
     let mut client = etcd.client_as(Some(("root", "secret"))).await?;
     writes(2).run(&mut client).await?;
-    tests::workload::expire().await;
+    tests::workload::expire(&mut client).await?;
     let ended = backup.terminate().await?.expect(0)?;
     ensure!(!ended.stderr.contains("secret"), "the password is in the log: {}", ended.stderr);
     // Turning auth on was after the last full on 3.4, which does not tell; take it along.
@@ -140,8 +140,9 @@ async fn an_etcd_that_restarts_is_waited_for() -> Result<()> {
         etcd = member.start().await?;
         backup.logs_times("connected", usize::try_from(seed)? + 1, LONG).await?;
     }
-    writes(4).run(&mut etcd.client().await?).await?;
-    tests::workload::expire().await;
+    let mut client = etcd.client().await?;
+    writes(4).run(&mut client).await?;
+    tests::workload::expire(&mut client).await?;
     backup.terminate().await?.expect(0)?;
     let before = state::read(&mut etcd.client().await?).await?;
     etcd.kill9()?;
@@ -167,8 +168,9 @@ async fn a_restored_etcd_begins_a_new_timeline() -> Result<()> {
     let once = |kind: &str| Sidecar::new(["snapshot", "--once", kind, "--endpoints", &endpoint, "--store", &store]);
     writes(1).run(&mut etcd.client().await?).await?;
     once("full").run().await?.expect(0)?;
-    writes(2).run(&mut etcd.client().await?).await?;
-    tests::workload::expire().await;
+    let mut client = etcd.client().await?;
+    writes(2).run(&mut client).await?;
+    tests::workload::expire(&mut client).await?;
     once("delta").run().await?.expect(0)?;
     etcd.kill9()?;
     std::fs::remove_dir_all(&member.data_dir)?;
@@ -176,8 +178,9 @@ async fn a_restored_etcd_begins_a_new_timeline() -> Result<()> {
         Sidecar::new(["restore", "--store", &store, "--initial-cluster", &member.initial_cluster, "--data-dir"]);
     restore.arg(&member.data_dir).run().await?.expect(0)?;
     let mut etcd = member.start().await?;
-    writes(3).run(&mut etcd.client().await?).await?;
-    tests::workload::expire().await;
+    let mut client = etcd.client().await?;
+    writes(3).run(&mut client).await?;
+    tests::workload::expire(&mut client).await?;
     // There is no full in the new timeline that a delta could follow.
     once("delta").run().await?.expect(12)?.says("begin a new timeline")?;
     once("full").run().await?.expect(0)?;
@@ -282,7 +285,7 @@ async fn a_store_that_dies_half_way_loses_nothing() -> Result<()> {
     ensure!(failed.stderr.contains("s3://backups/some/prefix"), "{}", failed.stderr);
     let minio = Minio::start_on(&bucket, "backups", port).await?;
     writes(3).run(&mut client).await?;
-    tests::workload::expire().await;
+    tests::workload::expire(&mut client).await?;
     backup.logs_times("delta is in the store", 3, Duration::from_secs(90)).await?;
     backup.terminate().await?.expect(0)?;
     let before = state::read(&mut client).await?;
@@ -344,7 +347,7 @@ async fn a_killed_backup_is_continued() -> Result<()> {
     }
     let mut backup = snapshot.spawn()?;
     backup.logs("connected", LONG).await?;
-    tests::workload::expire().await;
+    tests::workload::expire(&mut client).await?;
     backup.signal(Signal::INT)?;
     backup.wait().await?.expect(0)?;
     let before = state::read(&mut client).await?;

@@ -23,6 +23,7 @@ async fn lives_on(etcd: &mut Etcd, client: &mut Client) -> Result<()> {
     let revision = client.get("x", None).await?.header().map_or(0, etcd_client::ResponseHeader::revision);
     client.compact(revision, Some(etcd_client::CompactionOptions::new().with_physical())).await?;
     client.defragment().await?;
+    workload::expire(client).await?;
     let before = state::read(client).await?;
     etcd.stop()?;
     *etcd = etcd.member.start().await?;
@@ -52,7 +53,7 @@ async fn back_up_and_lose(minor: &str, dir: &Path, members: &mut [Etcd]) -> Resu
     backup.logs("full snapshot is in the store", LONG).await?;
     Workload::everything(2).run(&mut client).await?;
     backup.logs_times("delta is in the store", 3, LONG).await?;
-    workload::expire().await;
+    workload::expire(&mut client).await?;
     Workload { seed: 3, rounds: 10, compact: true, large: false, defragment: false }.run(&mut client).await?;
     let ended = backup.terminate().await?.expect(0)?;
     ensure!(
@@ -61,7 +62,7 @@ async fn back_up_and_lose(minor: &str, dir: &Path, members: &mut [Etcd]) -> Resu
         ended.stderr
     );
     // The leases of one second may expire at any moment, and with each a revision: take them along.
-    workload::expire().await;
+    workload::expire(&mut client).await?;
     Sidecar::new(["snapshot", "--once", "delta", "--endpoints", &endpoint, "--store", &store])
         .run()
         .await?
@@ -148,6 +149,7 @@ async fn three_members(minor: &str) -> Result<()> {
     }
     let mut client = members[1].client().await?;
     Workload { seed: 9, rounds: 6, compact: true, large: false, defragment: false }.run(&mut client).await?;
+    workload::expire(&mut client).await?;
     members[0].stop()?;
     members[0] = cluster[0].start().await?;
     let expected = state::read(&mut members[2].client().await?).await?;

@@ -46,7 +46,7 @@ async fn main() -> Result<()> {
     say("Go on writing: among it 10,000 keys and their deletion, a compaction, a defragmentation.");
     Workload::everything(2).run(&mut client).await?;
     backup.logs_times("delta is in the store", 2, Duration::from_secs(30)).await?;
-    tests::workload::expire().await;
+    tests::workload::expire(&mut client).await?;
 
     say("Stop the backup with SIGTERM; it flushes what is pending.");
     backup.terminate().await?.expect(0)?;
