@@ -198,6 +198,8 @@ pub struct Outcome {
     pub replaced: Vec<PathBuf>,
     /// Leases that live keys need and whose TTL was not in the backup.
     pub leases_with_guessed_ttl: Vec<String>,
+    /// Leases that live keys of the snapshot refer to and that had no record there: they got one, of ten years.
+    pub orphaned_leases: Vec<String>,
     /// What was proved.
     pub proof: Proof,
     /// How long it took, in seconds.
@@ -386,30 +388,30 @@ fn assemble(
             from_store(&staged, &named, &mut received, &mut aside, stop, progress)?
         }
     };
-    let restored = tail.finish(&spec(plan, &aside)).map_err(in_dir(&first.data_dir))?;
+    let mut restored = tail.finish(&spec(plan, &aside)).map_err(in_dir(&first.data_dir))?;
     staged.write_log(&plan.cluster, &first.name).map_err(in_dir(&first.data_dir))?;
+    progress(Progress::Verify);
+    let (proof, orphaned_leases) = prove(&staged, &mut restored, aside.recorded, plan)?;
     if !others.is_empty() {
         progress(Progress::Members(others.len() as u64));
     }
-    for (target, other) in &others {
-        other.copy_database(&staged).map_err(in_dir(&target.data_dir))?;
-        other.write_log(&plan.cluster, &target.name).map_err(in_dir(&target.data_dir))?;
-        other.sync_database().map_err(in_dir(&target.data_dir))?;
-        let options = Verify { hash: None, compaction: Some(restored.compaction) };
-        sound(&other.layout().verify(&options).map_err(in_dir(&target.data_dir))?)?;
+    let mut members = Vec::new();
+    for (target, other) in others {
+        let copied = other.copy_database(&staged).and_then(|()| {
+            other.write_log(&plan.cluster, &target.name)?;
+            other.sync_database()?;
+            other.layout().verify(&Verify { hash: None, compaction: Some(restored.compaction) })
+        });
+        sound(&copied.map_err(in_dir(&target.data_dir))?)?;
+        members.push(other);
     }
-    progress(Progress::Verify);
-    let proof = prove(&staged, &restored, aside.recorded, plan)?;
+    members.push(staged);
     // The last moment: from here on it is done, and said to be.
     if stop.is_cancelled() {
         return Err(Error::Cancelled);
     }
     let stamp = chrono::Utc::now().format("%Y%m%dT%H%M%S%.3fZ").to_string();
-    let mut replaced = Vec::new();
-    replaced.extend(staged.commit(&stamp).map_err(in_dir(&first.data_dir))?);
-    for (target, other) in others {
-        replaced.extend(other.commit(&stamp).map_err(in_dir(&target.data_dir))?);
-    }
+    let replaced = Staged::commit(members, &stamp).map_err(Error::format("put what was restored in its place"))?;
     Ok(Outcome {
         revision: restored.revision.saturating_add(plan.bump_revision),
         snapshot_revision: restored.base_revision,
@@ -420,6 +422,7 @@ fn assemble(
         members: plan.targets.clone(),
         replaced,
         leases_with_guessed_ttl: restored.guessed_leases.iter().map(|id| format!("{id:x}")).collect(),
+        orphaned_leases: orphaned_leases.iter().map(|id| format!("{id:x}")).collect(),
         proof,
         seconds: started.elapsed().as_secs_f64(),
     })
@@ -590,8 +593,13 @@ fn append_changes(
     Ok(())
 }
 
-/// Verifies the staged member while its database is synced.
-fn prove(staged: &Staged<'_, RealDisk>, restored: &Restored, recorded: Option<Recorded>, plan: &Plan) -> Result<Proof> {
+/// Verifies the staged member while its database is synced; adds records of leases that it turns out to lack.
+fn prove(
+    staged: &Staged<'_, RealDisk>,
+    restored: &mut Restored,
+    recorded: Option<Recorded>,
+    plan: &Plan,
+) -> Result<(Proof, BTreeSet<i64>)> {
     let usable = recorded.filter(|recorded| recorded.hash.compact_revision.max(0) >= restored.compaction.revision());
     let request = usable.map(|recorded| HashRequest {
         revision: recorded.hash.revision,
@@ -603,16 +611,28 @@ fn prove(staged: &Staged<'_, RealDisk>, restored: &Restored, recorded: Option<Re
     // appended row is checked.
     let options = Verify { hash: request.map(WantHash::At), compaction: Some(restored.compaction) };
     let layout = staged.layout();
-    let (verdict, synced) = std::thread::scope(|scope| {
-        let synced = scope.spawn(|| staged.sync_database());
-        let verdict = layout.verify(&options);
-        (verdict, synced.join())
-    });
     let dir = layout.member().display().to_string();
-    synced
-        .map_err(|_| Error::Bug { what: "the syncing thread ended unexpectedly".into() })?
-        .map_err(Error::format(&dir))?;
-    let verdict = verdict.map_err(Error::format(&dir))?;
+    let verify = || -> Result<Verdict> {
+        let (verdict, synced) = std::thread::scope(|scope| {
+            let synced = scope.spawn(|| staged.sync_database());
+            let verdict = layout.verify(&options);
+            (verdict, synced.join())
+        });
+        synced
+            .map_err(|_| Error::Bug { what: "the syncing thread ended unexpectedly".into() })?
+            .map_err(Error::format(&dir))?;
+        verdict.map_err(Error::format(&dir))
+    };
+    let mut verdict = verify()?;
+    let orphaned = verdict.summary.as_ref().map(|summary| summary.dangling_leases.clone()).unwrap_or_default();
+    if !orphaned.is_empty() {
+        tracing::warn!(
+            leases = orphaned.len(),
+            "the snapshot has live keys whose leases have no record; records of ten years are added"
+        );
+        restored.db_size = staged.add_orphaned_leases(&orphaned).map_err(Error::format(&dir))?;
+        verdict = verify()?;
+    }
     let summary = sound(&verdict)?;
     if summary.revision != restored.revision && plan.bump_revision == 0 {
         return Err(Error::corrupt(format!(
@@ -628,13 +648,14 @@ fn prove(staged: &Staged<'_, RealDisk>, restored: &Restored, recorded: Option<Re
             found.hash, found.revision, found.compact_revision, recorded.hash.hash
         )));
     }
-    Ok(Proof {
+    let proof = Proof {
         hash_revision: usable.map(|recorded| recorded.hash.revision),
         hash: usable.map(|recorded| recorded.hash.hash),
         rows: summary.rows,
         keys: summary.live_keys,
         leases: summary.leases,
-    })
+    };
+    Ok((proof, orphaned))
 }
 
 fn sound(verdict: &Verdict) -> Result<&Summary> {

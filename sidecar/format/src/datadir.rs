@@ -14,11 +14,15 @@
 //!   swaps names last, when everything is synced.
 
 mod disk;
+mod minor;
 mod stage;
+mod tail;
 mod verify;
 
 pub use disk::{Disk, DiskWriter, RealDisk};
-pub use stage::{Base, Change, Minor, Restored, Revision, Spec, Staged, Tail};
+pub use minor::Minor;
+pub use stage::Staged;
+pub use tail::{Base, Change, Restored, Revision, Spec, Tail};
 pub use verify::{Finding, Severity, Summary, Verdict, Verify, WantHash, verify, verify_database};
 
 use std::path::{Path, PathBuf};

@@ -223,6 +223,11 @@ fn table(outcome: &Outcome) -> String {
     for lease in &outcome.leases_with_guessed_ttl {
         text.push_str(&format!("remark: the TTL of lease {lease} is not in the backup; it got 60 s\n"));
     }
+    for lease in &outcome.orphaned_leases {
+        text.push_str(&format!(
+            "remark: lease {lease}, which live keys refer to, had no record when the snapshot was taken; it got one of ten years\n"
+        ));
+    }
     text
 }
 

@@ -52,11 +52,17 @@ fn spec() -> Spec {
     }
 }
 
-/// Revisions of all members that were set aside.
+/// Members that were set aside.
+fn kept_names(dir: &Path) -> Vec<std::path::PathBuf> {
+    let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
+    let entries = entries.map(|entry| entry.unwrap().path());
+    entries.filter(|path| path.to_string_lossy().contains("member.replaced-")).collect()
+}
+
+/// Their revisions.
 fn kept(dir: &Path) -> Vec<i64> {
-    let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
-    let aside = entries.filter(|path| path.to_string_lossy().contains("member.replaced-"));
-    aside
+    kept_names(dir)
+        .into_iter()
         .map(|path| {
             Layout::of_member(path).verify(&Verify::default()).unwrap().summary.map_or(0, |summary| summary.revision)
         })
@@ -69,6 +75,18 @@ fn restore(disk: &impl Disk, dir: &Path, snapshot: &[u8], replace: bool) -> crat
 
 /// A whole restore: a snapshot, one more revision with a leased key, and the swap.
 fn restore_as(disk: &impl Disk, dir: &Path, snapshot: &[u8], replace: bool, stamp: &str) -> crate::Result<Restored> {
+    let (staged, restored) = stage(disk, dir, snapshot, replace)?;
+    Staged::commit(vec![staged], stamp)?;
+    Ok(restored)
+}
+
+/// All of it but the swap.
+fn stage<'d, D: Disk>(
+    disk: &'d D,
+    dir: &Path,
+    snapshot: &[u8],
+    replace: bool,
+) -> crate::Result<(Staged<'d, D>, Restored)> {
     let staged = Staged::create(disk, dir, replace)?;
     let mut tail = staged.write_base(&mut Cursor::new(snapshot), true, &mut |_| {})?.into_tail()?;
     let main = tail.last_revision() + 1;
@@ -80,8 +98,7 @@ fn restore_as(disk: &impl Disk, dir: &Path, snapshot: &[u8], replace: bool, stam
     let restored = tail.finish(&spec())?;
     staged.write_log(&spec().cluster, "default")?;
     staged.sync_database()?;
-    staged.commit(stamp)?;
-    Ok(restored)
+    Ok((staged, restored))
 }
 
 fn verdict(dir: &Path) -> Option<Verdict> {
@@ -132,19 +149,25 @@ fn a_gap_in_revisions_is_refused_and_known_ones_are_skipped() {
     assert!(tail.change(Change::Delete(b"")).is_err());
 }
 
-/// A disk whose machine loses power after some operations: later ones fail, and what was not synced is lost.
+/// A disk that fails after some operations: for good, because its machine loses power and with it what was not synced, or
+/// once.
 struct FailingDisk {
     left: AtomicU64,
+    once: bool,
     unsynced: Mutex<Vec<(u64, File)>>,
 }
 
 impl FailingDisk {
     fn after(operations: u64) -> Self {
-        Self { left: AtomicU64::new(operations), unsynced: Mutex::default() }
+        Self { left: AtomicU64::new(operations), once: false, unsynced: Mutex::default() }
     }
 
     fn step(&self) -> io::Result<()> {
+        let after = if self.once { u64::MAX } else { 0 };
         let left = self.left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1));
+        if left.is_err() {
+            self.left.store(after, Ordering::SeqCst);
+        }
         left.map(drop).map_err(|_| io::Error::other("power is gone"))
     }
 
@@ -256,6 +279,38 @@ fn power_loss_at_any_operation_leaves_the_old_member_or_the_new_one() {
             operations += 1;
         }
         assert!(operations > 15 && new >= 1 && (old > 10 || !had_one), "{operations} operations, {old} old, {new} new");
+    }
+}
+
+/// Several members are put in place all or none, whichever operation fails.
+#[test]
+fn members_are_committed_together() {
+    for had_one in [false, true] {
+        let mut operations = 0;
+        loop {
+            let dir = tempfile::tempdir().unwrap();
+            let targets = ["a", "b", "c"].map(|name| dir.path().join(name));
+            if had_one {
+                targets.iter().for_each(|target| drop(restore(&RealDisk, target, &snapshot(3), false).unwrap()));
+            }
+            let disk = FailingDisk { once: true, ..FailingDisk::after(u64::MAX) };
+            let stage = |target| stage(&disk, target, &snapshot(50), had_one).unwrap().0;
+            let members = targets.iter().map(|target| stage(target)).collect();
+            disk.left.store(operations, Ordering::SeqCst);
+            let committed = Staged::commit(members, "stamp");
+            for target in &targets {
+                let found = if target.exists() { verdict(target) } else { None };
+                let revision = found.map(|verdict| verdict.summary.unwrap().revision);
+                let expected = if committed.is_ok() { Some(52) } else { had_one.then_some(5) };
+                assert_eq!(revision, expected, "{} after {operations} operations", target.display());
+                assert!(committed.is_ok() || kept_names(target).is_empty());
+            }
+            if committed.is_ok() {
+                break;
+            }
+            operations += 1;
+        }
+        assert!(operations > 15, "{operations} operations");
     }
 }
 

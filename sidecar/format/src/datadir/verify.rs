@@ -65,6 +65,8 @@ pub struct Summary {
     pub live_keys: u64,
     /// Lease records.
     pub leases: u64,
+    /// Leases that live keys refer to and that have no record; each is a finding too.
+    pub dangling_leases: BTreeSet<i64>,
     /// Auth revision, 0 when auth was never touched.
     pub auth_revision: u64,
     /// Applied raft index.
@@ -383,6 +385,7 @@ fn check_database<R: ReadAt>(db: &Db<R>, options: &Verify) -> Result<(Summary, V
         rows: counted.rows,
         live_keys: counted.live_keys,
         leases: check.leases.len() as u64,
+        dangling_leases: counted.dangling_leases.clone(),
         auth_revision: mvcc::read_u64(db, AUTH_BUCKET, AUTH_REVISION)?.unwrap_or(0),
         consistent_index,
         db_size: db.meta().file_size(),
