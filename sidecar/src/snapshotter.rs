@@ -10,26 +10,29 @@
 //! - At most two deltas are in memory. While the store does not take one and the next is full, the watch is not read:
 //!   etcd keeps the events. Should it compact them away, a full snapshot follows and the gap is reported.
 
+mod auth;
+mod closing;
 mod full;
 mod timeline;
 
-use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use bytes::Bytes;
 use chrono::Utc;
 use croner::Cron;
 use etcd_client::proto::PbEvent;
 use etcd_client::{EventType, WatchResponse, WatchStream};
 use etcd_format::mvcc::KeyValue;
-use futures::StreamExt;
-use proto::backup::{DeltaEnd, GrantedLease, HashKv, ObjectMeta};
+use proto::backup::ObjectMeta;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use auth::{Auth, AuthWatch};
+use closing::{Ask, CloseJob, Known, Position, close_delta, log_delta};
+
+pub use closing::TakenDelta;
 pub use full::TakenFull;
-pub use timeline::{Decision, Seen, decide};
+pub use timeline::{Comparison, Decision, Seen, decide};
 
 use crate::catalog::{History, ObjectName, Timeline};
 use crate::delta::Builder;
@@ -37,21 +40,12 @@ use crate::etcd::{Etcd, EtcdFlags, Status};
 use crate::store::Store;
 use crate::{Class, Error, Result};
 
-/// Leases listed in each delta; with more, only those that its puts refer to are.
-const MOST_LEASES: usize = 20_000;
 /// How long an ending run may take to bring its last delta home.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(25);
-/// Of that, how long each question to etcd may take that the delta can do without.
-const LAST_QUESTION: Duration = Duration::from_secs(4);
 /// Uploads that stayed unfinished for so long have no writer any more.
 const ABANDONED_AFTER_MS: i64 = 24 * 3600 * 1000;
 /// Users and roles are looked at so often.
 const AUTH_PERIOD: Duration = Duration::from_secs(10);
-/// HashKV makes etcd walk its database. A database up to this size is walked in a moment, so each delta gets a hash;
-const SMALL_DB_BYTES: i64 = 64 << 20;
-/// a larger one is walked not more often than this, and at the end of a run.
-const HASH_PERIOD: Duration = Duration::from_secs(600);
-
 /// What a run goes by.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -87,17 +81,6 @@ pub enum Taken {
     Nothing(i64),
 }
 
-/// A delta that is in the store.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TakenDelta {
-    /// Name of the object.
-    pub name: ObjectName,
-    /// Number of changes in it.
-    pub events: u64,
-    /// Bytes of the object.
-    pub size: u64,
-}
-
 fn now_ms() -> i64 {
     Utc::now().timestamp_millis()
 }
@@ -113,6 +96,9 @@ pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> 
         }
         Kind::Delta => {
             let Some(tip) = session.tip else {
+                if let Some(reason) = session.no_tip.take() {
+                    return Err(reason);
+                }
                 let what = "no full snapshot of this cluster is in the store that a delta could follow; take one with --once full";
                 return Err(Error::precondition(what));
             };
@@ -165,37 +151,6 @@ pub async fn run(settings: &Settings, stop: &CancellationToken) -> Result<()> {
     Ok(())
 }
 
-/// Where a cluster stands in its raft log; see [`decide`].
-#[derive(Debug, Clone, Copy, Default)]
-struct Position {
-    term: u64,
-    /// Applied raft index minus revision, a lower bound: the index is asked for before the revision.
-    distance: i64,
-}
-
-impl Position {
-    fn between(earlier: &Status, later: &Status) -> Self {
-        let distance = i64::try_from(earlier.raft_applied_index).unwrap_or(i64::MAX).saturating_sub(later.revision);
-        Self { term: earlier.raft_term, distance }
-    }
-
-    fn mark(self, meta: &mut ObjectMeta, last_revision: i64) {
-        meta.raft_term = self.term;
-        meta.raft_index = u64::try_from(last_revision.saturating_add(self.distance)).unwrap_or(0);
-    }
-}
-
-/// What outlives one delta.
-#[derive(Debug, Default)]
-struct Known {
-    /// Granted TTLs of leases seen.
-    ttls: HashMap<i64, i64>,
-    compact_revision: i64,
-    position: Position,
-    db_size: i64,
-    last_hash: Option<Instant>,
-}
-
 /// Events of a message that are not in the delta yet.
 #[derive(Debug)]
 struct Incoming {
@@ -213,6 +168,8 @@ struct Session<'s> {
     timeline: Timeline,
     /// Last revision in the store's chain; `None` when there is no chain to continue.
     tip: Option<i64>,
+    /// Why there is none, when the store has one that cannot be trusted to be of this etcd.
+    no_tip: Option<Error>,
     /// When the newest full was begun.
     last_full_ms: Option<i64>,
     auth: AuthWatch,
@@ -262,6 +219,7 @@ impl<'s> Session<'s> {
             status,
             timeline: 1,
             tip: None,
+            no_tip: None,
             last_full_ms: None,
             auth: AuthWatch::default(),
             known,
@@ -322,16 +280,21 @@ impl<'s> Session<'s> {
             ObjectName::Full { timeline: self.timeline, revision: chain.full.revision, unix_ms: chain.full.unix_ms };
         match self.settings.store.meta(&full, chain.full.size).await {
             Ok(meta) => {
-                if !damaged
-                    && let Some(reason) =
-                        timeline::contradiction(&self.settings.store, &mut self.etcd, self.timeline, &chain, &meta)
-                            .await?
-                {
-                    return self.begin_timeline(self.timeline.saturating_add(1), self.timeline, &reason).await;
+                let compared = if damaged {
+                    Comparison::Impossible
+                } else {
+                    timeline::compare(&self.settings.store, &mut self.etcd, self.timeline, &chain, &meta).await?
+                };
+                if let Comparison::Differs(reason) = &compared {
+                    return self.begin_timeline(self.timeline.saturating_add(1), self.timeline, reason).await;
                 }
                 self.auth = AuthWatch::since(&meta);
                 self.known.compact_revision = meta.compact_revision;
-                self.tip = (!damaged).then_some(chain.last);
+                if compared == Comparison::Same {
+                    self.tip = Some(chain.last);
+                } else if !damaged {
+                    self.no_tip = Some(self.unproven(chain.last).await?);
+                }
             }
             Err(error) if matches!(error.class(), Class::Corrupt | Class::Missing) => {
                 tracing::error!(%error, "the full snapshot that the chain starts from is damaged");
@@ -339,6 +302,20 @@ impl<'s> Session<'s> {
             Err(error) => return Err(error),
         }
         Ok(())
+    }
+
+    /// Says that etcd has compacted what would prove that it continues a chain, and returns it as the reason for having none.
+    async fn unproven(&mut self, have: i64) -> Result<Error> {
+        let compacted = self.etcd.compact_revision(0).await?;
+        if compacted > have {
+            warn_of_hole(have, compacted);
+            return Ok(Error::Compacted { have, compacted });
+        }
+        let what = format!(
+            "etcd has compacted, up to revision {compacted}, what would prove that it continues the backup, which ends at revision {have}"
+        );
+        tracing::warn!("{what}; a full snapshot is taken");
+        Ok(Error::precondition(format!("{what}; take a full snapshot with --once full")))
     }
 
     fn meta(&self) -> ObjectMeta {
@@ -452,16 +429,12 @@ impl<'s> Session<'s> {
     fn close_job(&mut self, ask: Ask) -> Result<CloseJob> {
         let next = Builder::new(self.builder.last())?;
         let builder = std::mem::replace(&mut self.builder, next);
-        let hash_due = matches!(ask, Ask::Last)
-            || self.known.db_size < SMALL_DB_BYTES
-            || self.known.last_hash.is_none_or(|last| last.elapsed() >= HASH_PERIOD);
         Ok(CloseJob {
             etcd: self.etcd.clone(),
             store: self.settings.store.clone(),
             timeline: self.timeline,
             meta: self.meta(),
             builder,
-            hash_due,
             ask,
         })
     }
@@ -598,10 +571,7 @@ impl<'s> Session<'s> {
                     if message.compact_revision() == 0 {
                         return Err(cancelled_watch(&self.etcd, &message, self.builder.last()));
                     }
-                    tracing::error!(
-                        backed_up_to = self.builder.last(), compacted = message.compact_revision(),
-                        "etcd compacted revisions that are in no delta yet; a full snapshot is taken, and no point in time between can be restored"
-                    );
+                    warn_of_hole(self.builder.last(), message.compact_revision());
                     watch = self.restart(stop).await?;
                     due = Some(Due::Compacted);
                 }
@@ -663,6 +633,14 @@ impl<'s> Session<'s> {
     }
 }
 
+fn warn_of_hole(have: i64, compacted: i64) {
+    tracing::error!(
+        backed_up_to = have,
+        compacted,
+        "etcd compacted revisions that are in no delta yet; a full snapshot is taken, and no point in time between can be restored"
+    );
+}
+
 fn watch_ended(etcd: &Etcd) -> Error {
     etcd.stream_error("read the watch", tonic::Status::unavailable("the watch ended").into())
 }
@@ -673,199 +651,6 @@ fn cancelled_watch(etcd: &Etcd, message: &WatchResponse, have: i64) -> Error {
     }
     let why = format!("etcd cancelled the watch: {}", message.cancel_reason());
     etcd.stream_error("watch", tonic::Status::unavailable(why).into())
-}
-
-/// What can be seen of users, roles and whether auth is on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Auth {
-    /// The auth revision, where etcd tells it.
-    Revision(u64),
-    /// What users and roles look like.
-    Fingerprint(u64),
-}
-
-/// Notices that auth has changed since the newest full snapshot.
-#[derive(Debug, Default)]
-struct AuthWatch {
-    baseline: Option<Auth>,
-    off: bool,
-}
-
-impl AuthWatch {
-    fn since(full: &ObjectMeta) -> Self {
-        let baseline = match full.auth_fingerprint {
-            0 => Auth::Revision(full.auth_revision),
-            fingerprint => Auth::Fingerprint(fingerprint),
-        };
-        Self { baseline: Some(baseline), off: false }
-    }
-
-    async fn look(&mut self, etcd: &mut Etcd) -> Option<Auth> {
-        if self.off {
-            return None;
-        }
-        let looked = match etcd.auth_revision().await {
-            Ok(Some(revision)) => Ok(Auth::Revision(revision)),
-            Ok(None) => etcd.auth_fingerprint().await.map(Auth::Fingerprint),
-            Err(error) => Err(error),
-        };
-        match looked {
-            Ok(auth) => Some(auth),
-            Err(error) => {
-                if error.class() == Class::Denied {
-                    self.off = true;
-                    tracing::warn!(%error, "this user may not see auth changes; they are backed up with scheduled full snapshots only");
-                }
-                None
-            }
-        }
-    }
-
-    async fn changed(&mut self, etcd: &mut Etcd) -> bool {
-        let now = self.look(etcd).await;
-        now.is_some() && self.baseline.is_some() && now != self.baseline
-    }
-
-    async fn rebase(&mut self, etcd: &mut Etcd) {
-        self.baseline = self.look(etcd).await;
-    }
-}
-
-/// What is asked of etcd when a delta is closed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Ask {
-    /// Everything.
-    All,
-    /// Everything that is answered quickly, and the hash: the run ends.
-    Last,
-    /// Nothing: etcd is gone.
-    Nothing,
-}
-
-/// What closing a delta needs.
-struct CloseJob {
-    etcd: Etcd,
-    store: Store,
-    timeline: Timeline,
-    meta: ObjectMeta,
-    builder: Builder,
-    hash_due: bool,
-    ask: Ask,
-}
-
-/// A question that the delta can do without.
-async fn ask<T>(limit: Duration, what: &str, question: impl Future<Output = Result<T>>) -> Option<T> {
-    match tokio::time::timeout(limit, question).await {
-        Ok(Ok(answer)) => Some(answer),
-        Ok(Err(error)) => {
-            tracing::debug!(%error, "{what} is not known");
-            None
-        }
-        Err(_) => {
-            tracing::debug!("{what} is not known in time");
-            None
-        }
-    }
-}
-
-/// Asks etcd what belongs next to the events, and uploads until it is done. An etcd that does not answer costs the delta
-/// nothing but those answers.
-async fn close_delta(mut job: CloseJob, mut known: Known, stop: CancellationToken) -> (Result<TakenDelta>, Known) {
-    let last = job.builder.last();
-    let mut end = DeltaEnd { compact_revision: known.compact_revision, ..DeltaEnd::default() };
-    end.leases = job.builder.leases().iter().map(|id| known.granted(*id)).collect();
-    if job.ask != Ask::Nothing {
-        let limit = if job.ask == Ask::Last { LAST_QUESTION } else { Duration::from_secs(120) };
-        let etcd = &mut job.etcd;
-        if let Some((leases, complete)) =
-            ask(limit, "leases", async { Ok(leases_of(etcd, &job.builder, &mut known.ttls).await) }).await
-        {
-            end.leases = leases;
-            end.leases_complete = complete;
-        }
-        if let Some(revision) = ask(limit, "compaction revision", etcd.compact_revision(known.compact_revision)).await {
-            known.compact_revision = revision;
-            end.compact_revision = revision;
-        }
-        let position = async {
-            let earlier = etcd.status().await?;
-            Ok((earlier, etcd.status().await?))
-        };
-        if let Some((earlier, later)) = ask(limit, "raft index", position).await {
-            known.position = Position::between(&earlier, &later);
-            known.db_size = later.db_size;
-        }
-        if job.hash_due
-            && let Some(live) = ask(limit, "hash", etcd.hash_kv(last)).await
-        {
-            known.last_hash = Some(Instant::now());
-            job.meta.hash_kv =
-                Some(HashKv { hash: live.hash, revision: last, compact_revision: live.compact_revision });
-        }
-    }
-    known.position.mark(&mut job.meta, last);
-    let uploaded = upload_delta(job, end, &stop).await;
-    (uploaded, known)
-}
-
-impl Known {
-    fn granted(&self, id: i64) -> GrantedLease {
-        GrantedLease { id, ttl: self.ttls.get(&id).copied().unwrap_or(0) }
-    }
-}
-
-async fn upload_delta(job: CloseJob, end: DeltaEnd, stop: &CancellationToken) -> Result<TakenDelta> {
-    let CloseJob { store, timeline, builder, meta, .. } = job;
-    let name = ObjectName::Delta { timeline, first: builder.first(), last: builder.last(), unix_ms: now_ms() };
-    let events = builder.events();
-    let content =
-        tokio::task::spawn_blocking(move || builder.finish(end, meta)).await.map_err(|error| Error::task(&error))??;
-    let size = content.iter().map(Bytes::len).sum::<usize>() as u64;
-    store.persist("upload of a delta", stop, || store.put_new(&name, &content)).await?;
-    Ok(TakenDelta { name, events, size })
-}
-
-/// The leases to record with a delta. Those that its puts refer to are always among them.
-async fn leases_of(etcd: &mut Etcd, builder: &Builder, ttls: &mut HashMap<i64, i64>) -> (Vec<GrantedLease>, bool) {
-    let listed = etcd.leases().await.inspect_err(|error| tracing::debug!(%error, "leases are not listed"));
-    let (mut ids, mut complete) = match listed {
-        Ok(ids) if ids.len() <= MOST_LEASES => (ids, true),
-        _ => (Vec::new(), false),
-    };
-    if complete {
-        let there: std::collections::HashSet<i64> = ids.iter().copied().collect();
-        ttls.retain(|id, _| there.contains(id) || builder.leases().contains(id));
-    } else if ttls.len() > 2 * MOST_LEASES {
-        ttls.clear();
-    }
-    ids.extend(builder.leases());
-    // An id may have been revoked and granted anew, which its puts then show.
-    let asked_again = |id: &i64| !ttls.contains_key(id) || builder.leases().contains(id);
-    let unknown: Vec<i64> = ids.iter().copied().filter(asked_again).collect();
-    let asked = futures::stream::iter(unknown.into_iter().map(|id| {
-        let mut etcd = etcd.clone();
-        async move { etcd.lease_ttl(id).await.map(|ttl| (id, ttl)) }
-    }));
-    let mut asked = asked.buffer_unordered(16);
-    while let Some(answer) = asked.next().await {
-        match answer {
-            // Gone: not remembered, an id may be granted again.
-            Ok((_, 0)) => {}
-            Ok((id, ttl)) => drop(ttls.insert(id, ttl)),
-            Err(error) => {
-                complete = false;
-                tracing::debug!(%error, "a lease's TTL is not known");
-            }
-        }
-    }
-    let leases: BTreeMap<i64, i64> = ids.into_iter().map(|id| (id, ttls.get(&id).copied().unwrap_or(0))).collect();
-    (leases.into_iter().map(|(id, ttl)| GrantedLease { id, ttl }).collect(), complete)
-}
-
-fn log_delta(taken: &TakenDelta) {
-    if let ObjectName::Delta { first, last, .. } = taken.name {
-        tracing::info!(first, last, events = taken.events, bytes = taken.size, "delta is in the store");
-    }
 }
 
 fn log_full(taken: &TakenFull) {

@@ -110,17 +110,26 @@ pub async fn look(store: &Store, catalog: &Catalog) -> Result<(Option<Seen>, boo
     Ok((Some(Seen { timeline, newest: None }), damaged))
 }
 
-/// Whether the live etcd holds another history than the chain that its numbers let it continue: it says why.
-///
+/// What the live etcd's own content says of a chain that its numbers let it continue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Comparison {
+    /// It has what the chain ends with.
+    Same,
+    /// It holds another history, and how that shows.
+    Differs(String),
+    /// There is nothing left to compare: etcd compacted it.
+    Impossible,
+}
+
 /// Compares what etcd itself says of the last revision backed up: its hash, where one was recorded with it and no compaction
-/// came between; and the events of the last revisions, where the chain ends in a delta.
-pub async fn contradiction(
+/// came between; and the events of the last revisions, where the chain ends in a delta and they are not compacted.
+pub async fn compare(
     store: &Store,
     etcd: &mut Etcd,
     timeline: Timeline,
     chain: &Chain,
     full: &ObjectMeta,
-) -> Result<Option<String>> {
+) -> Result<Comparison> {
     let last = chain.deltas.last();
     let name =
         last.map(|delta| ObjectName::Delta { timeline, first: delta.first, last: delta.last, unix_ms: delta.unix_ms });
@@ -131,32 +140,40 @@ pub async fn contradiction(
     if let Some(recorded) = recorded.filter(|recorded| recorded.revision == chain.last) {
         match etcd.hash_kv(recorded.revision).await {
             Ok(live) if live.compact_revision == recorded.compact_revision.max(0) => {
-                let differs = live.hash != recorded.hash;
-                return Ok(differs.then(|| {
-                    format!(
+                return Ok(if live.hash == recorded.hash {
+                    Comparison::Same
+                } else {
+                    Comparison::Differs(format!(
                         "HashKV at revision {} is {}, it was {} when it was backed up: this etcd was restored",
                         chain.last, live.hash, recorded.hash
-                    )
-                }));
+                    ))
+                });
             }
+            Err(error) if error.class() == Class::Transient => return Err(error),
             Ok(_) => {}
             Err(error) => tracing::debug!(%error, "no hash to compare with"),
         }
     }
-    let (Some(name), Some(delta)) = (name, last) else { return Ok(None) };
-    let expected = last_revisions(store, &name, delta).await?;
-    let Some(first) = expected.keys().next().copied() else { return Ok(None) };
+    let (Some(name), Some(delta)) = (name, last) else { return Ok(Comparison::Impossible) };
+    let mut expected = last_revisions(store, &name, delta).await?;
+    let Some(first) = expected.keys().next().copied() else { return Ok(Comparison::Impossible) };
     let found = match live_revisions(etcd, first, chain.last).await {
-        Ok(found) => found,
-        // Compacted, or nothing sent: what follows finds out.
-        Err(error) => {
-            tracing::debug!(%error, "no events to compare with");
-            return Ok(None);
+        Err(Error::Compacted { compacted, .. }) if compacted < chain.last => {
+            expected.retain(|revision, _| *revision > compacted);
+            live_revisions(etcd, compacted + 1, chain.last).await
         }
+        answered => answered,
+    };
+    let found = match found {
+        Ok(found) => found,
+        Err(Error::Compacted { .. }) => return Ok(Comparison::Impossible),
+        Err(error) => return Err(error),
     };
     let differs = expected.iter().find(|(revision, digest)| found.get(revision) != Some(digest));
-    Ok(differs.map(|(revision, _)| {
-        format!("revision {revision} of this etcd is not the one that was backed up: this etcd was restored")
+    Ok(differs.map_or(Comparison::Same, |(revision, _)| {
+        Comparison::Differs(format!(
+            "revision {revision} of this etcd is not the one that was backed up: this etcd was restored"
+        ))
     }))
 }
 

@@ -1,0 +1,214 @@
+//! Closing a delta: what etcd is asked beside its events, and the upload.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use proto::backup::{DeltaEnd, GrantedLease, HashKv, ObjectMeta};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::now_ms;
+use crate::catalog::{ObjectName, Timeline};
+use crate::delta::Builder;
+use crate::etcd::{Etcd, Status};
+use crate::store::Store;
+use crate::{Error, Result};
+
+/// Leases listed in each delta; with more, only those that its puts refer to are.
+const MOST_LEASES: usize = 20_000;
+/// How long, at the end of a run, each question to etcd may take that the delta can do without.
+const LAST_QUESTION: Duration = Duration::from_secs(4);
+/// HashKV makes etcd walk its database. A database up to this size is walked in a moment, so each delta gets a hash;
+const SMALL_DB_BYTES: i64 = 64 << 20;
+/// a larger one is walked not more often than this, and at the end of a run.
+const HASH_PERIOD: Duration = Duration::from_secs(600);
+
+/// A delta that is in the store.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TakenDelta {
+    /// Name of the object.
+    pub name: ObjectName,
+    /// Number of changes in it.
+    pub events: u64,
+    /// Bytes of the object.
+    pub size: u64,
+}
+
+/// Where a cluster stands in its raft log; see [`decide`].
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Position {
+    pub term: u64,
+    /// Applied raft index minus revision, a lower bound: the index is asked for before the revision.
+    pub distance: i64,
+}
+
+impl Position {
+    pub(super) fn between(earlier: &Status, later: &Status) -> Self {
+        let distance = i64::try_from(earlier.raft_applied_index).unwrap_or(i64::MAX).saturating_sub(later.revision);
+        Self { term: earlier.raft_term, distance }
+    }
+
+    pub(super) fn mark(self, meta: &mut ObjectMeta, last_revision: i64) {
+        meta.raft_term = self.term;
+        meta.raft_index = u64::try_from(last_revision.saturating_add(self.distance)).unwrap_or(0);
+    }
+}
+
+/// What outlives one delta.
+#[derive(Debug, Default)]
+pub(super) struct Known {
+    /// Granted TTLs of leases seen.
+    pub ttls: HashMap<i64, i64>,
+    pub compact_revision: i64,
+    pub position: Position,
+    pub db_size: i64,
+    pub last_hash: Option<Instant>,
+}
+
+/// What is asked of etcd when a delta is closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ask {
+    /// Everything.
+    All,
+    /// Everything that is answered quickly, and the hash: the run ends.
+    Last,
+    /// Nothing: etcd is gone.
+    Nothing,
+}
+
+/// What closing a delta needs.
+pub(super) struct CloseJob {
+    pub etcd: Etcd,
+    pub store: Store,
+    pub timeline: Timeline,
+    pub meta: ObjectMeta,
+    pub builder: Builder,
+    pub ask: Ask,
+}
+
+/// A question that the delta can do without.
+async fn ask<T>(limit: Duration, what: &str, question: impl Future<Output = Result<T>>) -> Option<T> {
+    match tokio::time::timeout(limit, question).await {
+        Ok(Ok(answer)) => Some(answer),
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "{what} is not known");
+            None
+        }
+        Err(_) => {
+            tracing::debug!("{what} is not known in time");
+            None
+        }
+    }
+}
+
+/// Asks etcd what belongs next to the events, and uploads until it is done. An etcd that does not answer costs the delta
+/// nothing but those answers.
+pub(super) async fn close_delta(
+    mut job: CloseJob,
+    mut known: Known,
+    stop: CancellationToken,
+) -> (Result<TakenDelta>, Known) {
+    let last = job.builder.last();
+    let mut end = DeltaEnd { compact_revision: known.compact_revision, ..DeltaEnd::default() };
+    end.leases = job.builder.leases().iter().map(|id| known.granted(*id)).collect();
+    if job.ask != Ask::Nothing {
+        let limit = if job.ask == Ask::Last { LAST_QUESTION } else { Duration::from_secs(120) };
+        let etcd = &mut job.etcd;
+        if let Some((leases, complete)) =
+            ask(limit, "leases", async { Ok(leases_of(etcd, &job.builder, &mut known.ttls).await) }).await
+        {
+            end.leases = leases;
+            end.leases_complete = complete;
+        }
+        if let Some(revision) = ask(limit, "compaction revision", etcd.compact_revision(known.compact_revision)).await {
+            known.compact_revision = revision;
+            end.compact_revision = revision;
+        }
+        let position = async {
+            let earlier = etcd.status().await?;
+            Ok((earlier, etcd.status().await?))
+        };
+        if let Some((earlier, later)) = ask(limit, "raft index", position).await {
+            known.position = Position::between(&earlier, &later);
+            known.db_size = later.db_size;
+        }
+        if known.hash_is_due(job.ask)
+            && let Some(live) = ask(limit, "hash", etcd.hash_kv(last)).await
+        {
+            known.last_hash = Some(Instant::now());
+            job.meta.hash_kv =
+                Some(HashKv { hash: live.hash, revision: last, compact_revision: live.compact_revision });
+        }
+    }
+    known.position.mark(&mut job.meta, last);
+    let uploaded = upload_delta(job, end, &stop).await;
+    (uploaded, known)
+}
+
+impl Known {
+    fn hash_is_due(&self, ask: Ask) -> bool {
+        ask == Ask::Last
+            || self.db_size < SMALL_DB_BYTES
+            || self.last_hash.is_none_or(|last| last.elapsed() >= HASH_PERIOD)
+    }
+
+    fn granted(&self, id: i64) -> GrantedLease {
+        GrantedLease { id, ttl: self.ttls.get(&id).copied().unwrap_or(0) }
+    }
+}
+
+async fn upload_delta(job: CloseJob, end: DeltaEnd, stop: &CancellationToken) -> Result<TakenDelta> {
+    let CloseJob { store, timeline, builder, meta, .. } = job;
+    let name = ObjectName::Delta { timeline, first: builder.first(), last: builder.last(), unix_ms: now_ms() };
+    let events = builder.events();
+    let content =
+        tokio::task::spawn_blocking(move || builder.finish(end, meta)).await.map_err(|error| Error::task(&error))??;
+    let size = content.iter().map(Bytes::len).sum::<usize>() as u64;
+    store.persist("upload of a delta", stop, || store.put_new(&name, &content)).await?;
+    Ok(TakenDelta { name, events, size })
+}
+
+/// The leases to record with a delta. Those that its puts refer to are always among them.
+async fn leases_of(etcd: &mut Etcd, builder: &Builder, ttls: &mut HashMap<i64, i64>) -> (Vec<GrantedLease>, bool) {
+    let listed = etcd.leases().await.inspect_err(|error| tracing::debug!(%error, "leases are not listed"));
+    let (mut ids, mut complete) = match listed {
+        Ok(ids) if ids.len() <= MOST_LEASES => (ids, true),
+        _ => (Vec::new(), false),
+    };
+    if complete {
+        let there: std::collections::HashSet<i64> = ids.iter().copied().collect();
+        ttls.retain(|id, _| there.contains(id) || builder.leases().contains(id));
+    } else if ttls.len() > 2 * MOST_LEASES {
+        ttls.clear();
+    }
+    ids.extend(builder.leases());
+    // An id may have been revoked and granted anew, which its puts then show.
+    let asked_again = |id: &i64| !ttls.contains_key(id) || builder.leases().contains(id);
+    let unknown: Vec<i64> = ids.iter().copied().filter(asked_again).collect();
+    let asked = futures::stream::iter(unknown.into_iter().map(|id| {
+        let mut etcd = etcd.clone();
+        async move { etcd.lease_ttl(id).await.map(|ttl| (id, ttl)) }
+    }));
+    let mut asked = asked.buffer_unordered(16);
+    while let Some(answer) = asked.next().await {
+        match answer {
+            // Gone: not remembered, an id may be granted again.
+            Ok((_, 0)) => {}
+            Ok((id, ttl)) => drop(ttls.insert(id, ttl)),
+            Err(error) => {
+                complete = false;
+                tracing::debug!(%error, "a lease's TTL is not known");
+            }
+        }
+    }
+    let leases: BTreeMap<i64, i64> = ids.into_iter().map(|id| (id, ttls.get(&id).copied().unwrap_or(0))).collect();
+    (leases.into_iter().map(|(id, ttl)| GrantedLease { id, ttl }).collect(), complete)
+}
+
+pub(super) fn log_delta(taken: &TakenDelta) {
+    if let ObjectName::Delta { first, last, .. } = taken.name {
+        tracing::info!(first, last, events = taken.events, bytes = taken.size, "delta is in the store");
+    }
+}
