@@ -14,6 +14,7 @@ use object_store::{
     ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, RetryConfig,
 };
 use proto::backup::ObjectMeta;
+use tokio::task::JoinSet;
 use url::Url;
 
 use crate::catalog::{Catalog, ObjectName, Timeline};
@@ -22,6 +23,8 @@ use crate::{Class, Error, Result};
 
 /// Parts of a multipart upload. At 10,000 parts, S3's limit, an object may have 80 GB.
 const PART_BYTES: usize = 8 << 20;
+/// What S3 copies in one request at most.
+const MOST_COPIED_BYTES: u64 = 5 << 30;
 /// Bytes of one ranged read.
 const RANGE_BYTES: u64 = 2 << 20;
 /// Enough for the metadata at the end of any but the largest objects.
@@ -42,9 +45,15 @@ pub struct Store {
     inner: Arc<dyn ObjectStore>,
     prefix: Path,
     url: String,
+    /// Objects above this many bytes are copied in parts.
+    most_copied_bytes: u64,
 }
 
 impl Store {
+    fn new(inner: impl ObjectStore, prefix: Path, url: String) -> Self {
+        Self { inner: Arc::new(inner), prefix, url, most_copied_bytes: MOST_COPIED_BYTES }
+    }
+
     /// Opens `file:///directory` or `s3://bucket/prefix`. Credentials, region, endpoint and CA of S3 come from the standard
     /// AWS environment.
     pub fn open(url: &str, open: Open) -> Result<Self> {
@@ -91,7 +100,7 @@ impl Store {
             source,
         })?;
         // A backup that a power cut takes back is none.
-        Ok(Self { inner: Arc::new(store.with_fsync(true)), prefix: Path::default(), url })
+        Ok(Self::new(store.with_fsync(true), Path::default(), url))
     }
 
     fn open_s3(parsed: &Url, url: String) -> Result<Self> {
@@ -133,12 +142,12 @@ impl Store {
         }
         let store = builder.build().map_err(fail)?;
         let prefix = Path::from_url_path(parsed.path()).map_err(|error| fail(error.into()))?;
-        Ok(Self { inner: Arc::new(store), prefix, url })
+        Ok(Self::new(store, prefix, url))
     }
 
     /// Wraps any store; for tests.
     pub fn from_parts(inner: Arc<dyn ObjectStore>, prefix: &str) -> Self {
-        Self { url: format!("test:///{prefix}"), inner, prefix: Path::from(prefix) }
+        Self::new(inner, Path::from(prefix), format!("test:///{prefix}"))
     }
 
     /// The URL it was opened with, without a slash at the end.
@@ -286,10 +295,39 @@ impl Store {
     }
 }
 
-type Part = tokio::task::JoinSet<object_store::Result<()>>;
+/// The parts of an object on their way.
+struct Parts {
+    upload: Box<dyn MultipartUpload>,
+    sending: JoinSet<object_store::Result<()>>,
+}
 
-fn joined(part: Option<Result<object_store::Result<()>, tokio::task::JoinError>>) -> object_store::Result<()> {
-    part.transpose()?.unwrap_or(Ok(()))
+impl Parts {
+    async fn begin(store: &Store, name: &str) -> object_store::Result<Self> {
+        Ok(Self { upload: store.inner.put_multipart(&store.path(name)).await?, sending: JoinSet::new() })
+    }
+
+    /// Sends a part; waits while two others are on their way. They go on also while nobody waits.
+    async fn send(&mut self, part: Bytes) -> object_store::Result<()> {
+        self.sending.spawn(self.upload.put_part(part.into()));
+        self.wait_until(2).await
+    }
+
+    async fn wait_until(&mut self, left: usize) -> object_store::Result<()> {
+        while self.sending.len() > left {
+            self.sending.join_next().await.transpose()?.unwrap_or(Ok(()))?;
+        }
+        Ok(())
+    }
+
+    async fn complete(&mut self) -> object_store::Result<()> {
+        self.wait_until(0).await?;
+        self.upload.complete().await.map(drop)
+    }
+
+    async fn abort(mut self) {
+        drop(self.sending);
+        let _ = self.upload.abort().await;
+    }
 }
 
 /// An object being uploaded. Up to one part it waits in memory and is put at once under its name; beyond that its parts
@@ -300,7 +338,7 @@ pub struct Upload {
     store: Store,
     staging: ObjectName,
     held: BytesMut,
-    parts: Option<(Box<dyn MultipartUpload>, Part)>,
+    parts: Option<Parts>,
     sent: u64,
 }
 
@@ -323,23 +361,15 @@ impl Upload {
 
     async fn send(&mut self, part: Bytes) -> Result<()> {
         let staging = self.staging.to_string();
-        if self.parts.is_none() {
-            let upload = self
-                .store
-                .inner
-                .put_multipart(&self.store.path(&staging))
-                .await
-                .map_err(self.store.fail("begin upload of", &staging))?;
-            self.parts = Some((upload, Part::new()));
-        }
-        let Some((upload, parts)) = &mut self.parts else { return Ok(()) };
+        let parts = match &mut self.parts {
+            Some(parts) => parts,
+            none => {
+                let begun = Parts::begin(&self.store, &staging).await;
+                none.insert(begun.map_err(self.store.fail("begin upload of", &staging))?)
+            }
+        };
         self.sent += part.len() as u64;
-        // Parts go on their way also while etcd's stream pauses.
-        parts.spawn(upload.put_part(part.into()));
-        while parts.len() > 2 {
-            joined(parts.join_next().await).map_err(self.store.fail("upload a part of", &staging))?;
-        }
-        Ok(())
+        parts.send(part).await.map_err(self.store.fail("upload a part of", &staging))
     }
 
     /// Gives the object its name; returns its size.
@@ -364,20 +394,22 @@ impl Upload {
             self.send(last).await?;
         }
         let staging = self.staging.to_string();
-        let Some((upload, parts)) = &mut self.parts else { return Ok(()) };
-        while !parts.is_empty() {
-            joined(parts.join_next().await).map_err(self.store.fail("upload a part of", &staging))?;
-        }
-        upload.complete().await.map_err(self.store.fail("complete upload of", &staging))?;
-        let (from, to) = (self.store.path(&staging), self.store.path(&name.to_string()));
-        let create = CopyOptions::new().with_mode(CopyMode::Create);
-        match self.store.inner.copy_opts(&from, &to, create).await {
-            Ok(()) => {}
-            // No conditional copy here. The name has the millisecond in it, so nobody else means the same one.
-            Err(object_store::Error::NotSupported { .. } | object_store::Error::NotImplemented { .. }) => {
-                self.store.inner.copy(&from, &to).await.map_err(self.store.fail("name", name))?;
+        let Some(parts) = &mut self.parts else { return Ok(()) };
+        parts.complete().await.map_err(self.store.fail("complete upload of", &staging))?;
+        let from = self.store.path(&staging);
+        if self.sent > self.store.most_copied_bytes {
+            self.store.copy_in_parts(&self.staging, name, self.sent).await?;
+        } else {
+            let to = self.store.path(&name.to_string());
+            let create = CopyOptions::new().with_mode(CopyMode::Create);
+            match self.store.inner.copy_opts(&from, &to, create).await {
+                Ok(()) => {}
+                // No conditional copy here. The name has the millisecond in it, so nobody else means the same one.
+                Err(object_store::Error::NotSupported { .. } | object_store::Error::NotImplemented { .. }) => {
+                    self.store.inner.copy(&from, &to).await.map_err(self.store.fail("name", name))?;
+                }
+                Err(source) => return Err(self.store.fail("name", name)(source)),
             }
-            Err(source) => return Err(self.store.fail("name", name)(source)),
         }
         // The object has its name; a staging copy that stays is removed by a later run.
         if let Err(source) = self.store.inner.delete(&from).await {
@@ -388,15 +420,35 @@ impl Upload {
 
     /// Gives up and removes what was sent, as far as the store lets it.
     pub async fn abort(mut self) {
-        if let Some((mut upload, parts)) = self.parts.take() {
-            drop(parts);
-            let _ = upload.abort().await;
+        if let Some(parts) = self.parts.take() {
+            parts.abort().await;
             let _ = self.store.remove_uploading(&self.staging).await;
         }
     }
 }
 
 impl Store {
+    /// Copies through this process what is too large for the store to copy by itself.
+    async fn copy_in_parts(&self, from: &ObjectName, to: &ObjectName, size: u64) -> Result<()> {
+        let name = to.to_string();
+        let mut parts = Parts::begin(self, &name).await.map_err(self.fail("begin upload of", &name))?;
+        let copied = async {
+            let mut at = 0;
+            while at < size {
+                let end = size.min(at + PART_BYTES as u64);
+                let part = self.get_range(from, at..end).await?;
+                parts.send(part).await.map_err(self.fail("upload a part of", &name))?;
+                at = end;
+            }
+            parts.complete().await.map_err(self.fail("complete upload of", &name))
+        };
+        let copied = copied.await;
+        if copied.is_err() {
+            parts.abort().await;
+        }
+        copied
+    }
+
     /// Retries `attempt` while the store fails in ways that pass, for ever, until `stop` is cancelled. Denied access counts
     /// as passing: credentials are rotated.
     pub async fn persist<T, F>(
@@ -429,5 +481,29 @@ impl Store {
             }
             delay = (delay * 2).min(Duration::from_secs(30));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use object_store::memory::InMemory;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_too_large_to_copy_at_once_is_copied_in_parts() -> Result<()> {
+        let staging = ObjectName::Uploading { timeline: 1, unix_ms: 5, random: 7 };
+        let name = ObjectName::Full { timeline: 1, revision: 9, unix_ms: 5 };
+        let content: Bytes = (0..2 * PART_BYTES + 12_345).map(|n| (n / 1000) as u8).collect();
+        for most_copied_bytes in [MOST_COPIED_BYTES, content.len() as u64 - 1] {
+            let store = Store { most_copied_bytes, ..Store::from_parts(Arc::new(InMemory::new()), "some/prefix") };
+            let mut upload = store.upload(staging);
+            upload.write(content.clone()).await?;
+            assert_eq!(upload.finish(&name).await?, content.len() as u64);
+            assert_eq!(store.get_range(&name, 0..content.len() as u64).await?, content);
+            let catalog = store.catalog().await?;
+            assert!(catalog.uploading.is_empty(), "{:?}", catalog.uploading);
+        }
+        Ok(())
     }
 }

@@ -83,14 +83,21 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
+/// `None` for no schedule.
+fn parse_schedule(text: &str) -> Result<Option<Cron>> {
+    let text = text.trim();
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let cron = Cron::from_str(text)
+        .map_err(|error| Error::invalid(format!("--full-schedule {text:?} is not a cron schedule: {error}")))?;
+    cron.find_next_occurrence(&chrono::Local::now(), false)
+        .map_err(|_| Error::invalid(format!("--full-schedule {text:?} never comes; give '' for no schedule")))?;
+    Ok(Some(cron))
+}
+
 pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> Result<u8> {
-    let full_schedule = match args.full_schedule.trim() {
-        "" => None,
-        text => Some(
-            Cron::from_str(text)
-                .map_err(|error| Error::invalid(format!("--full-schedule {text:?} is not a cron schedule: {error}")))?,
-        ),
-    };
+    let full_schedule = parse_schedule(&args.full_schedule)?;
     let settings = Settings {
         etcd: args.etcd,
         store: Store::open(&args.store.store, Open::Create)?,
@@ -150,6 +157,19 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn schedules_that_never_come_are_refused() {
+        assert!(parse_schedule(" ").is_ok_and(|schedule| schedule.is_none()));
+        assert!(parse_schedule("0 3 29 2 *").is_ok_and(|schedule| schedule.is_some()));
+        for text in ["0 0 30 2 *", "0 0 31 4,6 *", "61 * * * *", "hourly"] {
+            assert_eq!(
+                parse_schedule(text).map_err(|error| error.class()).err(),
+                Some(crate::Class::Invalid),
+                "{text}"
+            );
+        }
+    }
 
     #[test]
     fn durations_and_sizes_are_parsed() {
