@@ -14,6 +14,9 @@ use crate::{eventually, free_port, program};
 /// The minors that are supported.
 pub const MINORS: [&str; 4] = ["3.4", "3.5", "3.6", "3.7"];
 
+/// Name and password of the user that [`Etcd::enable_auth`] makes.
+pub const ROOT: (&str, &str) = ("root", "secret");
+
 /// How a member is started.
 #[derive(Debug, Clone)]
 pub struct Member {
@@ -31,6 +34,8 @@ pub struct Member {
     pub initial_cluster: String,
     /// Further flags.
     pub flags: Vec<String>,
+    /// Whether clients must be [`ROOT`].
+    pub auth: bool,
 }
 
 impl Member {
@@ -52,6 +57,7 @@ impl Member {
                 peer_port: free_port()?,
                 initial_cluster: String::new(),
                 flags: Vec::new(),
+                auth: false,
             });
         }
         let initial =
@@ -60,6 +66,12 @@ impl Member {
             member.initial_cluster.clone_from(&initial);
         }
         Ok(cluster)
+    }
+
+    /// The same member elsewhere, in the cluster of one that a restore without flags makes.
+    #[must_use]
+    pub fn restored_in(&self, data_dir: &Path) -> Self {
+        Self { data_dir: data_dir.to_owned(), initial_cluster: "default=http://localhost:2380".into(), ..self.clone() }
     }
 
     /// With one more flag.
@@ -162,7 +174,18 @@ impl Etcd {
 
     /// A client of it.
     pub async fn client(&self) -> Result<Client> {
-        self.client_as(None).await
+        self.client_as(self.member.auth.then_some(ROOT)).await
+    }
+
+    /// Makes the user [`ROOT`] and turns auth on; returns a client that is that user.
+    pub async fn enable_auth(&mut self) -> Result<Client> {
+        let mut client = self.client().await?;
+        client.role_add("root").await?;
+        client.user_add(ROOT.0, ROOT.1, None).await?;
+        client.user_grant_role(ROOT.0, "root").await?;
+        client.auth_enable().await?;
+        self.member.auth = true;
+        self.client().await
     }
 
     /// A client of it, as a user.

@@ -1,9 +1,11 @@
 //! The harness: real etcds, a real S3 server and the real `sidecar` program, as child processes that end with the test.
 
+pub mod certificates;
 pub mod etcd;
 pub mod minio;
 pub mod program;
 pub mod state;
+pub mod store;
 pub mod workload;
 
 use std::collections::HashSet;

@@ -1,13 +1,14 @@
 //! A real S3 server.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
-use crate::program::Sidecar;
+use crate::certificates::Certificates;
+use crate::store::Store;
 use crate::{eventually, free_port, program};
 
 /// A running MinIO; killed when dropped.
@@ -15,6 +16,7 @@ use crate::{eventually, free_port, program};
 pub struct Minio {
     child: Child,
     port: u16,
+    ca: Option<PathBuf>,
 }
 
 const USER: &str = "steward-user";
@@ -23,15 +25,24 @@ const PASSWORD: &str = "steward-password";
 impl Minio {
     /// Starts a server that keeps its objects under `dir`, with one bucket.
     pub async fn start(dir: &Path, bucket: &str) -> Result<Self> {
-        Self::start_on(dir, bucket, free_port()?).await
+        Self::start_on(dir, bucket, free_port()?, None).await
     }
 
-    /// The same, on a given port.
-    pub async fn start_on(dir: &Path, bucket: &str, port: u16) -> Result<Self> {
+    /// The same, on a given port, and with TLS when there are certificates.
+    pub async fn start_on(dir: &Path, bucket: &str, port: u16, tls: Option<&Certificates>) -> Result<Self> {
         // A directory at the top is a bucket.
         std::fs::create_dir_all(dir.join(bucket))?;
         let log = File::options().create(true).append(true).open(dir.with_extension("log"))?;
-        let child = Command::new(program("minio", "minio")?)
+        let mut command = Command::new(program("minio", "minio")?);
+        if let Some(tls) = tls {
+            // It looks for these two names.
+            let certs = dir.with_extension("certs");
+            std::fs::create_dir_all(&certs)?;
+            std::fs::copy(tls.server().0, certs.join("public.crt"))?;
+            std::fs::copy(tls.server().1, certs.join("private.key"))?;
+            command.arg("--certs-dir").arg(certs);
+        }
+        let child = command
             .args([
                 "server",
                 "--quiet",
@@ -48,13 +59,9 @@ impl Minio {
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()?;
-        let minio = Self { child, port };
-        let url = format!("s3://{bucket}/ready");
-        let ready = || async {
-            let listed = minio.sidecar(Sidecar::new(["list", "--store", &url])).run().await?;
-            ensure!(listed.code == 0, "{}", listed.stderr);
-            Ok(())
-        };
+        let minio = Self { child, port, ca: tls.map(Certificates::ca) };
+        let store = minio.store(&format!("{bucket}/ready"));
+        let ready = || async { store.list().await.map(drop) };
         eventually(Duration::from_secs(30), ready).await?;
         Ok(minio)
     }
@@ -64,13 +71,20 @@ impl Minio {
         self.port
     }
 
-    /// Gives a sidecar this server and its credentials.
-    pub fn sidecar(&self, sidecar: Sidecar) -> Sidecar {
-        sidecar
-            .env("AWS_ENDPOINT_URL", format!("http://127.0.0.1:{}", self.port))
-            .env("AWS_REGION", "us-east-1")
-            .env("AWS_ACCESS_KEY_ID", USER)
-            .env("AWS_SECRET_ACCESS_KEY", PASSWORD)
+    /// A prefix in one of its buckets, `bucket/prefix`.
+    pub fn store(&self, place: &str) -> Store {
+        let scheme = if self.ca.is_some() { "https" } else { "http" };
+        let endpoint = format!("{scheme}://127.0.0.1:{}", self.port);
+        let environment = [
+            ("AWS_ENDPOINT_URL", endpoint.as_str()),
+            ("AWS_REGION", "us-east-1"),
+            ("AWS_ACCESS_KEY_ID", USER),
+            ("AWS_SECRET_ACCESS_KEY", PASSWORD),
+        ];
+        let mut environment: Vec<_> =
+            environment.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
+        environment.extend(self.ca.as_ref().map(|ca| ("AWS_CA_BUNDLE".to_owned(), ca.display().to_string())));
+        Store { url: format!("s3://{place}"), environment }
     }
 
     /// `kill -9`.

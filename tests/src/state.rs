@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use anyhow::{Result, ensure};
 use etcd_client::{Client, GetOptions, SortOrder, SortTarget};
 
+use crate::etcd::Member;
+
 /// A key with everything etcd says of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -60,6 +62,14 @@ pub async fn read(client: &mut Client) -> Result<State> {
         leases.insert(id, lease.granted_ttl());
     }
     Ok(State { revision, keys, hash, leases })
+}
+
+/// Starts etcd on a member's data, reads everything and stops it.
+pub async fn of(member: &Member) -> Result<State> {
+    let mut etcd = member.start().await?;
+    let state = read(&mut etcd.client().await?).await?;
+    etcd.stop()?;
+    Ok(state)
 }
 
 /// Fails where two states differ, saying where.

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use tests::etcd::Member;
 use tests::program::Sidecar;
+use tests::store::Store;
 use tests::workload::Workload;
 use tests::{file_url, objects, succeed};
 use tokio::process::Command;
@@ -17,9 +18,8 @@ async fn backup(dir: &Path) -> Result<PathBuf> {
     let mut client = etcd.client().await?;
     let workload = |seed| Workload { seed, rounds: 6, compact: false, large: false, defragment: false };
     workload(1).run(&mut client).await?;
-    let once = |kind: &str| {
-        Sidecar::new(["snapshot", "--once", kind, "--endpoints", &member.client_url(), "--store", &file_url(&store)])
-    };
+    let place = Store::directory(&store);
+    let once = |kind: &str| place.once(kind, &member);
     once("full").run().await?.expect(0)?;
     for seed in 2..6 {
         workload(seed).run(&mut client).await?;
@@ -29,7 +29,7 @@ async fn backup(dir: &Path) -> Result<PathBuf> {
 }
 
 fn restore(store: &Path, target: &Path) -> Sidecar {
-    Sidecar::new(["restore", "--store", &file_url(store), "--data-dir"]).arg(target)
+    Store::directory(store).restore(target)
 }
 
 /// Deltas first, then the full, as they sort.
@@ -108,7 +108,7 @@ async fn foreign_objects_are_listed_and_left_alone() -> Result<()> {
     std::fs::create_dir_all(store.join("v2"))?;
     std::fs::write(store.join("v2/Full-00000000-00000004-1518427675.gz"), b"theirs")?;
     std::fs::write(store.join("t00000001/delta/notes.txt"), b"somebody's")?;
-    let listed = Sidecar::new(["list", "-o", "json", "--store", &file_url(&store)]).run().await?.expect(0)?.json()?;
+    let listed = Store::directory(&store).list().await?;
     ensure!(listed["foreign"].as_array().is_some_and(|foreign| foreign.len() == 2), "{listed}");
     restore(&store, &dir.path().join("restored")).run().await?.expect(0)?;
     ensure!(store.join("t00000001/delta/notes.txt").exists());
@@ -144,8 +144,7 @@ async fn a_directory_with_something_in_it_is_refused_or_moved_aside() -> Result<
         .collect();
     ensure!(aside.len() == 1, "the member before it is not kept: {aside:?}");
     // An etcd that runs there is not replaced under its feet.
-    let member = Member { initial_cluster: "default=http://localhost:2380".into(), ..Member::single("3.6", &target)? };
-    let _etcd = member.start().await?;
+    let _etcd = Member::single("3.6", &target)?.restored_in(&target).start().await?;
     restore(&store, &target).arg("--replace").run().await?.expect(12)?.says("is in use")?;
     Sidecar::new(["check", "--data-dir"]).arg(&target).run().await?.expect(12)?.says("is in use")?;
     Ok(())

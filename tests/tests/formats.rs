@@ -3,11 +3,15 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use etcd_client::{LeaseGrantOptions, PutOptions};
+use etcd_format::bolt::{Builder, Db};
+use etcd_format::mvcc;
+use sha2::{Digest, Sha256};
 use tests::etcd::{MINORS, Member};
 use tests::program::Sidecar;
-use tests::state;
+use tests::store::Store;
 use tests::workload::Workload;
-use tests::{file_url, objects, program, succeed};
+use tests::{objects, program, state, succeed};
 use tokio::process::Command;
 
 fn workload(seed: u64) -> Workload {
@@ -31,10 +35,7 @@ async fn decompressed_full_is_etcds_own(minor: &str) -> Result<()> {
     let mut client = etcd.client().await?;
     workload(4).run(&mut client).await?;
     tests::workload::expire(&mut client).await?;
-    Sidecar::new(["snapshot", "--once", "full", "--endpoints", &member.client_url(), "--store", &file_url(&store)])
-        .run()
-        .await?
-        .expect(0)?;
+    Store::directory(&store).once("full", &member).run().await?.expect(0)?;
     let before = state::read(&mut client).await?;
     etcd.kill9()?;
     let full = objects(&store)?.into_iter().next().context("no full")?;
@@ -57,14 +58,9 @@ async fn decompressed_full_is_etcds_own(minor: &str) -> Result<()> {
         ensure!(status.status.success(), "{}", String::from_utf8_lossy(&status.stderr));
     }
     for name in ["theirs", "plain", "compressed"] {
-        let data = dir.path().join(name);
-        let member =
-            Member { data_dir: data, initial_cluster: "default=http://localhost:2380".into(), ..member.clone() };
-        let mut etcd = member.start().await?;
-        let after = state::read(&mut etcd.client().await?).await?;
+        let after = state::of(&member.restored_in(&dir.path().join(name))).await?;
         state::same(&before, &after).with_context(|| name.to_owned())?;
         ensure!(before.hash == after.hash, "{name}: HashKV {:?} instead of {:?}", after.hash, before.hash);
-        etcd.stop()?;
     }
     Ok(())
 }
@@ -104,11 +100,7 @@ async fn plain_snapshot_is_restored(minor: &str) -> Result<()> {
             restore = restore.arg("--skip-hash-check");
         }
         restore.run().await?.expect(0)?;
-        let member =
-            Member { data_dir: data, initial_cluster: "default=http://localhost:2380".into(), ..member.clone() };
-        let mut etcd = member.start().await?;
-        state::same(&before, &state::read(&mut etcd.client().await?).await?).with_context(|| name.to_owned())?;
-        etcd.stop()?;
+        state::same(&before, &state::of(&member.restored_in(&data)).await?).with_context(|| name.to_owned())?;
     }
     Ok(())
 }
@@ -120,9 +112,8 @@ async fn data_moves_up_through_all_minors() -> Result<()> {
     let mut expected = None;
     let mut data = dir.path().join("data-3.4");
     for (position, minor) in MINORS.into_iter().enumerate() {
-        let member =
-            Member { initial_cluster: "default=http://localhost:2380".into(), ..Member::single(minor, &data)? };
-        let member = if position == 0 { Member::single(minor, &data)? } else { member };
+        let member = Member::single(minor, &data)?;
+        let member = if position == 0 { member } else { member.restored_in(&data) };
         let mut etcd = member.start().await?;
         let mut client = etcd.client().await?;
         if let Some(before) = &expected {
@@ -130,19 +121,12 @@ async fn data_moves_up_through_all_minors() -> Result<()> {
         }
         workload(10 + position as u64).run(&mut client).await?;
         tests::workload::expire(&mut client).await?;
-        let store = file_url(&dir.path().join(format!("store-{minor}")));
-        let endpoint = member.client_url();
+        let store = Store::directory(&dir.path().join(format!("store-{minor}")));
         for kind in ["full", "delta"] {
-            Sidecar::new(["snapshot", "--once", kind, "--endpoints", &endpoint, "--store", &store])
-                .run()
-                .await?
-                .expect(0)?;
+            store.once(kind, &member).run().await?.expect(0)?;
             client.put("/moved", minor, None).await?;
         }
-        Sidecar::new(["snapshot", "--once", "delta", "--endpoints", &endpoint, "--store", &store])
-            .run()
-            .await?
-            .expect(0)?;
+        store.once("delta", &member).run().await?.expect(0)?;
         expected = Some(state::read(&mut client).await?);
         etcd.kill9()?;
         if let Some(next) = MINORS.get(position + 1) {
@@ -152,19 +136,15 @@ async fn data_moves_up_through_all_minors() -> Result<()> {
         if position == 0 {
             let far = dir.path().join("far");
             restore_for(&store, &far, "3.7").await?;
-            let member =
-                Member { initial_cluster: "default=http://localhost:2380".into(), ..Member::single("3.7", &far)? };
-            let etcd = member.start().await?;
-            let found = state::read(&mut etcd.client().await?).await?;
+            let found = state::of(&Member::single("3.7", &far)?.restored_in(&far)).await?;
             state::same(expected.as_ref().context("no state")?, &found)?;
         }
     }
     Ok(())
 }
 
-async fn restore_for(store: &str, data: &Path, minor: &str) -> Result<()> {
-    let restore = Sidecar::new(["restore", "--store", store, "--etcd-version", minor, "--data-dir"]).arg(data);
-    restore.run().await?.expect(0).map(drop)
+async fn restore_for(store: &Store, data: &Path, minor: &str) -> Result<()> {
+    store.restore(data).args(["--etcd-version", minor]).run().await?.expect(0).map(drop)
 }
 
 /// Newer data on an older minor: what is possible is said to be, and starts.
@@ -176,21 +156,15 @@ async fn data_moves_down_when_the_target_is_named() -> Result<()> {
     let mut client = etcd.client().await?;
     workload(20).run(&mut client).await?;
     tests::workload::expire(&mut client).await?;
-    let store = file_url(&dir.path().join("store"));
-    Sidecar::new(["snapshot", "--once", "full", "--endpoints", &member.client_url(), "--store", &store])
-        .run()
-        .await?
-        .expect(0)?;
+    let store = Store::directory(&dir.path().join("store"));
+    store.once("full", &member).run().await?.expect(0)?;
     let before = state::read(&mut client).await?;
     etcd.kill9()?;
     for minor in ["3.6", "3.5", "3.4"] {
         let data = dir.path().join(minor);
         restore_for(&store, &data, minor).await?;
-        let member =
-            Member { initial_cluster: "default=http://localhost:2380".into(), ..Member::single(minor, &data)? };
-        let mut etcd = member.start().await.context(minor)?;
-        state::same(&before, &state::read(&mut etcd.client().await?).await?).context(minor)?;
-        etcd.stop()?;
+        let found = state::of(&Member::single(minor, &data)?.restored_in(&data)).await.context(minor)?;
+        state::same(&before, &found).context(minor)?;
     }
     Ok(())
 }
@@ -205,24 +179,13 @@ async fn bumped_revision_is_above_all_that_clients_saw() -> Result<()> {
         let mut client = etcd.client().await?;
         workload(30).run(&mut client).await?;
         tests::workload::expire(&mut client).await?;
-        let store = file_url(&dir.path().join("store"));
-        Sidecar::new(["snapshot", "--once", "full", "--endpoints", &member.client_url(), "--store", &store])
-            .run()
-            .await?
-            .expect(0)?;
+        let store = Store::directory(&dir.path().join("store"));
+        store.once("full", &member).run().await?.expect(0)?;
         let before = state::read(&mut client).await?;
         etcd.kill9()?;
         std::fs::remove_dir_all(&member.data_dir)?;
-        let restore = Sidecar::new([
-            "restore",
-            "--store",
-            &store,
-            "--bump-revision",
-            "1000000",
-            "--mark-compacted",
-            "--data-dir",
-        ]);
-        restore.arg(&member.data_dir).args(["--initial-cluster", &member.initial_cluster]).run().await?.expect(0)?;
+        let restore = store.restore_member(&member).args(["--bump-revision", "1000000", "--mark-compacted"]);
+        restore.run().await?.expect(0)?;
         let mut etcd = member.start().await?;
         let mut client = etcd.client().await?;
         let after = state::read(&mut client).await?;
@@ -241,8 +204,55 @@ async fn bumped_revision_is_above_all_that_clients_saw() -> Result<()> {
         let later = state::read(&mut client).await?;
         etcd.stop()?;
         Sidecar::new(["check", "--data-dir"]).arg(&member.data_dir).run().await?.expect(0)?;
-        let etcd = member.start().await?;
-        state::same(&later, &state::read(&mut etcd.client().await?).await?)?;
+        state::same(&later, &state::of(&member).await?)?;
+    }
+    Ok(())
+}
+
+/// Takes every lease record out of a file of `snapshot save`, as a restore that loses leases leaves a cluster.
+fn remove_leases(path: &Path) -> Result<()> {
+    let bytes = std::fs::read(path)?;
+    let db = Db::open(&bytes[..bytes.len() - 32])?;
+    let mut builder = Builder::append(&db, Vec::new())?;
+    builder.start(mvcc::LEASE_BUCKET)?;
+    let (finished, tail) = builder.finish()?;
+    let mut whole = bytes[..bytes.len() - 32].to_vec();
+    whole.extend_from_slice(&tail);
+    let metas = finished.metas().concat();
+    whole[..metas.len()].copy_from_slice(&metas);
+    let digest = Sha256::digest(&whole);
+    whole.extend_from_slice(&digest);
+    Ok(std::fs::write(path, whole)?)
+}
+
+/// A key whose lease has no record stays, and its lease becomes one that etcd knows.
+#[tokio::test(flavor = "multi_thread")]
+async fn orphaned_leases_get_a_record() -> Result<()> {
+    for minor in MINORS {
+        let dir = tempfile::tempdir()?;
+        let member = Member::single(minor, &dir.path().join("data"))?;
+        let mut etcd = member.start().await?;
+        let mut client = etcd.client().await?;
+        client.lease_grant(500, Some(LeaseGrantOptions::new().with_id(0x77))).await?;
+        client.put("leased", "v", Some(PutOptions::new().with_lease(0x77))).await?;
+        let file = dir.path().join("snapshot.db");
+        let etcdctl = program(&format!("etcd-{minor}"), "etcdctl")?;
+        let endpoint = member.client_url();
+        let mut save = Command::new(etcdctl);
+        succeed(save.env("ETCDCTL_API", "3").args(["--endpoints", &endpoint, "snapshot", "save"]).arg(&file)).await?;
+        let before = state::read(&mut client).await?;
+        etcd.stop()?;
+        remove_leases(&file)?;
+        let target = dir.path().join("restored");
+        let restore = Sidecar::new(["restore", "-o", "json", "--snapshot-file"]).arg(&file);
+        let restored = restore.arg("--data-dir").arg(&target).run().await?.expect(0)?.json()?;
+        ensure!(restored["orphaned_leases"] == serde_json::json!(["77"]), "{restored}");
+        let etcd = member.restored_in(&target).start().await?;
+        let mut client = etcd.client().await?;
+        let after = state::read(&mut client).await?;
+        state::same(&before, &after).context(minor)?;
+        ensure!(after.leases.get(&0x77).is_some_and(|ttl| *ttl > 86_400), "{:?}", after.leases);
+        client.put("leased", "w", Some(PutOptions::new().with_ignore_lease())).await.context(minor)?;
     }
     Ok(())
 }

@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use etcd_client::{CompactionOptions, Permission};
+use etcd_client::{Client, CompactionOptions, Permission};
 use rustix::process::Signal;
-use tests::etcd::Member;
+use tests::etcd::{Member, ROOT};
 use tests::minio::Minio;
 use tests::program::Sidecar;
-use tests::state;
+use tests::store::Store;
 use tests::workload::Workload;
-use tests::{file_url, objects};
+use tests::{objects, state};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -18,26 +18,40 @@ fn writes(seed: u64) -> Workload {
     Workload { seed, rounds: 12, compact: false, large: false, defragment: false }
 }
 
+async fn compact(client: &mut Client) -> Result<()> {
+    let revision = client.get("x", None).await?.header().map_or(0, etcd_client::ResponseHeader::revision);
+    client.compact(revision, Some(CompactionOptions::new().with_physical())).await?;
+    Ok(())
+}
+
 /// etcd compacts revisions before the watch has had them: a full follows, it is said loudly, and the latest state is whole.
 #[tokio::test(flavor = "multi_thread")]
 async fn compaction_ahead_of_the_cursor_leads_to_a_full() -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let store = file_url(&dir.path().join("store"));
+    let store = Store::directory(&dir.path().join("store"));
     let member = Member::single("3.6", &dir.path().join("data"))?;
     let mut etcd = member.start().await?;
     let mut client = etcd.client().await?;
-    let endpoint = member.client_url();
-    let snapshot = Sidecar::new(["snapshot", "--endpoints", &endpoint, "--store", &store, "--delta-period", "200ms"]);
+    // With nothing but a full, and that compacted, nothing shows that it is the same history.
+    client.put("x", "1", None).await?;
+    store.once("full", &member).run().await?.expect(0)?;
+    compact(&mut client).await?;
+    // It remembers hashes from before a compaction until it restarts.
+    etcd.stop()?;
+    etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    client.put("x", "2", None).await?;
+    store.once("delta", &member).run().await?.expect(12)?.says("has compacted, up to revision 2, what would prove")?;
     writes(1).run(&mut client).await?;
+    tests::workload::expire(&mut client).await?;
+    let snapshot = store.follow(&member, "200ms");
     let mut backup = snapshot.spawn()?;
     backup.logs("full snapshot is in the store", LONG).await?;
     backup.kill9().await?;
     // While nobody looks: writes, and a compaction of them.
     writes(2).run(&mut client).await?;
-    let revision = client.get("x", None).await?.header().map_or(0, etcd_client::ResponseHeader::revision);
-    client.compact(revision, Some(CompactionOptions::new().with_physical())).await?;
-    let once = Sidecar::new(["snapshot", "--once", "delta", "--endpoints", &endpoint, "--store", &store]);
-    once.run().await?.expect(12)?.says("compacted its history up to revision")?;
+    compact(&mut client).await?;
+    store.once("delta", &member).run().await?.expect(12)?.says("compacted its history up to revision")?;
     let mut backup = snapshot.spawn()?;
     backup.logs("etcd compacted revisions that are in no delta yet", LONG).await?;
     backup.logs("full snapshot is in the store", LONG).await?;
@@ -46,69 +60,52 @@ async fn compaction_ahead_of_the_cursor_leads_to_a_full() -> Result<()> {
     backup.terminate().await?.expect(0)?;
     let before = state::read(&mut client).await?;
     etcd.kill9()?;
-    let listed = Sidecar::new(["list", "-o", "json", "--store", &store]).run().await?.expect(0)?.json()?;
-    ensure!(listed["timelines"][0]["gaps"].as_array().is_some_and(|gaps| gaps.len() == 1), "{listed}");
-    let restored = restore_and_read(&store, &member, &[]).await?;
+    let listed = store.list().await?;
+    ensure!(listed["timelines"][0]["gaps"].as_array().is_some_and(|gaps| gaps.len() == 2), "{listed}");
+    let restored = store.restore_and_read(&member).await?;
     state::same(&before, &restored)
-}
-
-async fn restore_and_read(store: &str, member: &Member, more: &[&str]) -> Result<state::State> {
-    std::fs::remove_dir_all(&member.data_dir)?;
-    let restore =
-        Sidecar::new(["restore", "--store", store, "--initial-cluster", &member.initial_cluster, "--data-dir"]);
-    restore.arg(&member.data_dir).args(more.iter().copied()).run().await?.expect(0)?;
-    let etcd = member.start().await?;
-    state::read(&mut etcd.client().await?).await
 }
 
 /// Users and roles are not in events: a change of them makes a full due at once. Everything runs as a user then.
 async fn auth_change_makes_a_full_due(minor: &str) -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let store = file_url(&dir.path().join("store"));
+    let store = Store::directory(&dir.path().join("store"));
     let member = Member::single(minor, &dir.path().join("data"))?;
     let mut etcd = member.start().await?;
     let mut client = etcd.client().await?;
-    let endpoint = member.client_url();
     writes(1).run(&mut client).await?;
-    let snapshot = Sidecar::new(["snapshot", "--endpoints", &endpoint, "--store", &store, "--delta-period", "200ms"]);
+    let snapshot = store.follow(&member, "200ms");
     let mut backup = snapshot.spawn()?;
     backup.logs("full snapshot is in the store", LONG).await?;
     // On 3.4 a first look is needed to compare with.
     tokio::time::sleep(Duration::from_millis(1500)).await;
-    client.role_add("root").await?;
     client.role_add("writer").await?;
     client.role_grant_permission("writer", Permission::read_write("/w/").with_prefix()).await?;
-    client.user_add("root", "secret", None).await?;
-    client.user_grant_role("root", "root").await?;
     backup.logs("AuthChanged", LONG).await?;
     backup.logs_times("full snapshot is in the store", 2, LONG).await?;
-    client.auth_enable().await?;
+    let mut client = etcd.enable_auth().await?;
     let _ = backup.terminate().await?;
     // Without a user nothing works any more, and it says so.
-    let once = Sidecar::new(["snapshot", "--once", "full", "--endpoints", &endpoint, "--store", &store]);
+    let once = store.once("full", &member);
     once.run().await?.expect(1)?.says("user name is empty")?;
     once.clone().args(["--user", "root:wrong"]).run().await?.expect(1)?.says("authentication failed")?;
-    let mut backup = snapshot.clone().args(["--user", "root"]).env("ETCDCTL_PASSWORD", "secret").spawn()?;
+    let mut backup = snapshot.clone().args(["--user", ROOT.0]).env("ETCDCTL_PASSWORD", ROOT.1).spawn()?;
     backup.logs("connected", LONG).await?;
-    let mut client = etcd.client_as(Some(("root", "secret"))).await?;
     writes(2).run(&mut client).await?;
     tests::workload::expire(&mut client).await?;
     let ended = backup.terminate().await?.expect(0)?;
-    ensure!(!ended.stderr.contains("secret"), "the password is in the log: {}", ended.stderr);
+    ensure!(!ended.stderr.contains(ROOT.1), "the password is in the log: {}", ended.stderr);
     // Turning auth on was after the last full on 3.4, which does not tell; take it along.
-    once.args(["--user", "root:secret"]).run().await?.expect(0)?;
+    let member = etcd.member.clone();
+    store.once("full", &member).run().await?.expect(0)?;
     let before = state::read(&mut client).await?;
     etcd.kill9()?;
-    std::fs::remove_dir_all(&member.data_dir)?;
-    let restore =
-        Sidecar::new(["restore", "--store", &store, "--initial-cluster", &member.initial_cluster, "--data-dir"]);
-    restore.arg(&member.data_dir).run().await?.expect(0)?;
-    let etcd = member.start().await?;
-    let anonymous = etcd.client().await?.get("x", None).await;
-    ensure!(anonymous.is_err(), "auth is off after the restore");
-    let after = state::read(&mut etcd.client_as(Some(("root", "secret"))).await?).await?;
+    let after = store.restore_and_read(&member).await?;
     state::same(&before, &after)?;
     ensure!(before.hash == after.hash, "HashKV {:?} instead of {:?}", after.hash, before.hash);
+    let etcd = member.start().await?;
+    let anonymous = etcd.client_as(None).await?.get("x", None).await;
+    ensure!(anonymous.is_err(), "auth is off after the restore");
     Ok(())
 }
 
@@ -123,12 +120,10 @@ tests::on_every_minor! {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_etcd_that_restarts_is_waited_for() -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let store = file_url(&dir.path().join("store"));
+    let store = Store::directory(&dir.path().join("store"));
     let member = Member::single("3.7", &dir.path().join("data"))?;
     let mut etcd = member.start().await?;
-    let endpoint = member.client_url();
-    let mut backup =
-        Sidecar::new(["snapshot", "--endpoints", &endpoint, "--store", &store, "--delta-period", "100ms"]).spawn()?;
+    let mut backup = store.follow(&member, "100ms").spawn()?;
     for seed in 1..4 {
         writes(seed).run(&mut etcd.client().await?).await?;
         if seed == 2 {
@@ -146,14 +141,14 @@ async fn an_etcd_that_restarts_is_waited_for() -> Result<()> {
     backup.terminate().await?.expect(0)?;
     let before = state::read(&mut etcd.client().await?).await?;
     etcd.kill9()?;
-    let listed = Sidecar::new(["list", "-o", "json", "--store", &store]).run().await?.expect(0)?.json()?;
+    let listed = store.list().await?;
     ensure!(
         listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 1),
         "more than one timeline: {listed}"
     );
     ensure!(listed["timelines"][0]["gaps"].as_array().is_some_and(Vec::is_empty), "{listed}");
     ensure!(listed["timelines"][0]["fulls"].as_array().is_some_and(|fulls| fulls.len() == 1), "{listed}");
-    let after = restore_and_read(&store, &member, &[]).await?;
+    let after = store.restore_and_read(&member).await?;
     state::same(&before, &after)
 }
 
@@ -161,11 +156,10 @@ async fn an_etcd_that_restarts_is_waited_for() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restored_etcd_begins_a_new_timeline() -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let store = file_url(&dir.path().join("store"));
+    let store = Store::directory(&dir.path().join("store"));
     let member = Member::single("3.5", &dir.path().join("data"))?;
     let mut etcd = member.start().await?;
-    let endpoint = member.client_url();
-    let once = |kind: &str| Sidecar::new(["snapshot", "--once", kind, "--endpoints", &endpoint, "--store", &store]);
+    let once = |kind: &str| store.once(kind, &member);
     writes(1).run(&mut etcd.client().await?).await?;
     once("full").run().await?.expect(0)?;
     let mut client = etcd.client().await?;
@@ -174,9 +168,7 @@ async fn a_restored_etcd_begins_a_new_timeline() -> Result<()> {
     once("delta").run().await?.expect(0)?;
     etcd.kill9()?;
     std::fs::remove_dir_all(&member.data_dir)?;
-    let restore =
-        Sidecar::new(["restore", "--store", &store, "--initial-cluster", &member.initial_cluster, "--data-dir"]);
-    restore.arg(&member.data_dir).run().await?.expect(0)?;
+    store.restore_member(&member).run().await?.expect(0)?;
     let mut etcd = member.start().await?;
     let mut client = etcd.client().await?;
     writes(3).run(&mut client).await?;
@@ -186,7 +178,7 @@ async fn a_restored_etcd_begins_a_new_timeline() -> Result<()> {
     once("full").run().await?.expect(0)?;
     let before = state::read(&mut etcd.client().await?).await?;
     etcd.kill9()?;
-    let after = restore_and_read(&store, &member, &[]).await?;
+    let after = store.restore_and_read(&member).await?;
     state::same(&before, &after)
 }
 
@@ -195,19 +187,13 @@ async fn a_restored_etcd_begins_a_new_timeline() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_restore_is_not_taken_for_the_first() -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let store = file_url(&dir.path().join("store"));
+    let store = Store::directory(&dir.path().join("store"));
     let member = Member::single("3.6", &dir.path().join("data"))?;
-    let endpoint = member.client_url();
-    let once = |kind: &str| Sidecar::new(["snapshot", "--once", kind, "--endpoints", &endpoint, "--store", &store]);
-    let restore = |more: &[&str]| {
-        let restore =
-            Sidecar::new(["restore", "--store", &store, "--initial-cluster", &member.initial_cluster, "--data-dir"]);
-        restore.arg(&member.data_dir).args(more.iter().copied())
-    };
+    let once = |kind: &str| store.once(kind, &member);
     let put = |name: &'static str, from: u32, to: u32| {
         let url = member.clone();
         async move {
-            let mut client = etcd_client::Client::connect([url.client_url()], None).await?;
+            let mut client = Client::connect([url.client_url()], None).await?;
             for n in from..to {
                 client.put(format!("{name}/{n}"), name, None).await?;
             }
@@ -221,7 +207,7 @@ async fn a_second_restore_is_not_taken_for_the_first() -> Result<()> {
     once("delta").run().await?.expect(0)?;
     etcd.kill9()?;
     std::fs::remove_dir_all(&member.data_dir)?;
-    restore(&[]).run().await?.expect(0)?;
+    store.restore_member(&member).run().await?.expect(0)?;
     let mut etcd = member.start().await?;
     put("c", 0, 10).await?;
     once("full").run().await?.expect(0)?.says("begin a new timeline")?;
@@ -243,7 +229,7 @@ async fn a_second_restore_is_not_taken_for_the_first() -> Result<()> {
     once("full").run().await?.expect(0)?;
     let before = state::read(&mut etcd.client().await?).await?;
     etcd.kill9()?;
-    let after = restore_and_read(&store, &member, &[]).await?;
+    let after = store.restore_and_read(&member).await?;
     state::same(&before, &after)
 }
 
@@ -253,7 +239,7 @@ async fn a_store_that_dies_half_way_loses_nothing() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let bucket = dir.path().join("minio");
     let mut minio = Minio::start(&bucket, "backups").await?;
-    let store = "s3://backups/some/prefix";
+    let store = minio.store("backups/some/prefix");
     let member = Member::single("3.6", &dir.path().join("data"))?;
     let mut etcd = member.start().await?;
     let mut client = etcd.client().await?;
@@ -262,17 +248,7 @@ async fn a_store_that_dies_half_way_loses_nothing() -> Result<()> {
         let value: Vec<u8> = (0..1_000_000).map(|_| rand::random()).collect();
         client.put(format!("/blob/{n}"), value, None).await?;
     }
-    let endpoint = member.client_url();
-    let snapshot = minio.sidecar(Sidecar::new([
-        "snapshot",
-        "--endpoints",
-        &endpoint,
-        "--store",
-        store,
-        "--delta-period",
-        "300ms",
-    ]));
-    let mut backup = snapshot.spawn()?;
+    let mut backup = store.follow(&member, "300ms").spawn()?;
     backup.logs("full snapshot is in the store", LONG).await?;
     writes(1).run(&mut client).await?;
     backup.logs("delta is in the store", LONG).await?;
@@ -280,27 +256,19 @@ async fn a_store_that_dies_half_way_loses_nothing() -> Result<()> {
     minio.kill9();
     writes(2).run(&mut client).await?;
     backup.logs("it is kept and tried again", Duration::from_secs(120)).await?;
-    let once = minio.sidecar(Sidecar::new(["snapshot", "--once", "full", "--endpoints", &endpoint, "--store", store]));
-    let failed = once.run().await?.expect(1)?;
+    let failed = store.once("full", &member).run().await?.expect(1)?;
     ensure!(failed.stderr.contains("s3://backups/some/prefix"), "{}", failed.stderr);
-    let minio = Minio::start_on(&bucket, "backups", port).await?;
+    let _minio = Minio::start_on(&bucket, "backups", port, None).await?;
     writes(3).run(&mut client).await?;
     tests::workload::expire(&mut client).await?;
     backup.logs_times("delta is in the store", 3, Duration::from_secs(90)).await?;
     backup.terminate().await?.expect(0)?;
     let before = state::read(&mut client).await?;
     etcd.kill9()?;
-    let listed =
-        minio.sidecar(Sidecar::new(["list", "-o", "json", "--store", store])).run().await?.expect(0)?.json()?;
+    let listed = store.list().await?;
     ensure!(listed["unfinishedUploads"].as_array().is_some_and(Vec::is_empty), "{listed}");
     ensure!(listed["timelines"][0]["gaps"].as_array().is_some_and(Vec::is_empty), "{listed}");
-    std::fs::remove_dir_all(&member.data_dir)?;
-    let restore =
-        Sidecar::new(["restore", "--store", store, "--initial-cluster", &member.initial_cluster, "--data-dir"]);
-    minio.sidecar(restore.arg(&member.data_dir)).run().await?.expect(0)?;
-    let etcd = member.start().await?;
-    state::same(&before, &state::read(&mut etcd.client().await?).await?)?;
-    Ok(())
+    state::same(&before, &store.restore_and_read(&member).await?)
 }
 
 /// Wrong bucket, wrong credentials, wrong endpoint.
@@ -310,17 +278,17 @@ async fn a_store_that_refuses_is_named() -> Result<()> {
     let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
     let member = Member::single("3.6", &dir.path().join("data"))?;
     let _etcd = member.start().await?;
-    let endpoint = member.client_url();
     let target = dir.path().join("restored");
-    let list = |store: &str| Sidecar::new(["list", "--store", store]);
-    let restore = |store: &str| Sidecar::new(["restore", "--store", store, "--data-dir"]).arg(&target);
-    let snapshot = |store: &str| Sidecar::new(["snapshot", "--endpoints", &endpoint, "--store", store]);
-    for command in [list("s3://nowhere/x"), restore("s3://nowhere/x"), snapshot("s3://nowhere/x")] {
-        minio.sidecar(command).run().await?.expect(11)?.says("s3://nowhere/x")?;
+    let commands = |place: &str| {
+        let store = minio.store(place);
+        [store.command("list"), store.restore(&target), store.once("full", &member)]
+    };
+    for command in commands("nowhere/x") {
+        command.run().await?.expect(11)?.says("s3://nowhere/x")?;
     }
-    minio.sidecar(restore("s3://backups/empty")).run().await?.expect(11)?.says("is empty; check bucket and prefix")?;
-    for command in [list("s3://backups/x"), restore("s3://backups/x"), snapshot("s3://backups/x")] {
-        let denied = minio.sidecar(command).env("AWS_SECRET_ACCESS_KEY", "wrong-password").run().await?.expect(1)?;
+    minio.store("backups/empty").restore(&target).run().await?.expect(11)?.says("is empty; check bucket and prefix")?;
+    for command in commands("backups/x") {
+        let denied = command.env("AWS_SECRET_ACCESS_KEY", "wrong-password").run().await?.expect(1)?;
         ensure!(!denied.stderr.contains("wrong-password"), "a secret is shown: {}", denied.stderr);
         denied.says("permission denied")?;
     }
@@ -333,12 +301,11 @@ async fn a_store_that_refuses_is_named() -> Result<()> {
 async fn a_killed_backup_is_continued() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let store_dir = dir.path().join("store");
-    let store = file_url(&store_dir);
+    let store = Store::directory(&store_dir);
     let member = Member::single("3.6", &dir.path().join("data"))?;
     let mut etcd = member.start().await?;
     let mut client = etcd.client().await?;
-    let endpoint = member.client_url();
-    let snapshot = Sidecar::new(["snapshot", "--endpoints", &endpoint, "--store", &store, "--delta-period", "100ms"]);
+    let snapshot = store.follow(&member, "100ms");
     for round in 0..12u64 {
         let backup = snapshot.spawn()?;
         writes(round).run(&mut client).await?;
@@ -353,8 +320,8 @@ async fn a_killed_backup_is_continued() -> Result<()> {
     let before = state::read(&mut client).await?;
     etcd.kill9()?;
     ensure!(!objects(&store_dir)?.is_empty());
-    let listed = Sidecar::new(["list", "-o", "json", "--store", &store]).run().await?.expect(0)?.json()?;
+    let listed = store.list().await?;
     ensure!(listed["timelines"][0]["gaps"].as_array().is_some_and(Vec::is_empty), "{listed}");
-    let after = restore_and_read(&store, &member, &[]).await?;
+    let after = store.restore_and_read(&member).await?;
     state::same(&before, &after).context("after twelve kills")
 }

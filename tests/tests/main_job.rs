@@ -1,21 +1,18 @@
 //! The main job on every minor: live writes of every kind, backed up as they happen, the etcd lost, restored, proved equal,
-//! and good for use.
+//! and good for use. One member with auth on and a directory as the store; three members and S3.
 
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use etcd_client::Client;
 use tests::etcd::{Etcd, Member};
+use tests::minio::Minio;
 use tests::program::Sidecar;
 use tests::state::{self, State};
+use tests::store::Store;
 use tests::workload::{self, Workload};
 
 const LONG: Duration = Duration::from_secs(60);
-
-fn url(dir: &Path) -> String {
-    format!("file://{}", dir.display())
-}
 
 /// After a restore everything must go on working: writes, leases, compaction, defragmentation, a restart.
 async fn lives_on(etcd: &mut Etcd, client: &mut Client) -> Result<()> {
@@ -33,23 +30,11 @@ async fn lives_on(etcd: &mut Etcd, client: &mut Client) -> Result<()> {
     Ok(())
 }
 
-async fn back_up_and_lose(minor: &str, dir: &Path, members: &mut [Etcd]) -> Result<State> {
-    let endpoint = members[0].member.client_url();
-    let store = url(&dir.join("store"));
+async fn back_up_and_lose(store: &Store, members: &mut [Etcd]) -> Result<State> {
+    let member = members[0].member.clone();
     let mut client = members[0].client().await?;
     Workload { seed: 1, rounds: 15, compact: true, large: false, defragment: false }.run(&mut client).await?;
-    let mut backup = Sidecar::new([
-        "snapshot",
-        "--endpoints",
-        &endpoint,
-        "--store",
-        &store,
-        "--delta-period",
-        "300ms",
-        "--delta-max-bytes",
-        "256KiB",
-    ])
-    .spawn()?;
+    let mut backup = store.follow(&member, "300ms").args(["--delta-max-bytes", "256KiB"]).spawn()?;
     backup.logs("full snapshot is in the store", LONG).await?;
     Workload::everything(2).run(&mut client).await?;
     backup.logs_times("delta is in the store", 3, LONG).await?;
@@ -58,15 +43,13 @@ async fn back_up_and_lose(minor: &str, dir: &Path, members: &mut [Etcd]) -> Resu
     let ended = backup.terminate().await?.expect(0)?;
     ensure!(
         !ended.stderr.contains("ERROR") && !ended.stderr.contains("WARN"),
-        "unexpected trouble on {minor}: {}",
+        "unexpected trouble on {}: {}",
+        member.minor,
         ended.stderr
     );
     // The leases of one second may expire at any moment, and with each a revision: take them along.
     workload::expire(&mut client).await?;
-    Sidecar::new(["snapshot", "--once", "delta", "--endpoints", &endpoint, "--store", &store])
-        .run()
-        .await?
-        .expect(0)?;
+    store.once("delta", &member).run().await?.expect(0)?;
     let state = state::read(&mut client).await?;
     for member in members.iter_mut() {
         member.kill9()?;
@@ -77,16 +60,12 @@ async fn back_up_and_lose(minor: &str, dir: &Path, members: &mut [Etcd]) -> Resu
 
 async fn one_member(minor: &str) -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let member = Member::single(minor, &dir.path().join("data"))?;
-    let mut members = [member.start().await?];
-    let before = back_up_and_lose(minor, dir.path(), &mut members).await?;
-    let restored = Sidecar::new(["restore", "-o", "json", "--store", &url(&dir.path().join("store"))])
-        .args(["--initial-cluster", &member.initial_cluster, "--data-dir"])
-        .arg(&member.data_dir)
-        .run()
-        .await?
-        .expect(0)?
-        .json()?;
+    let mut first = Member::single(minor, &dir.path().join("data"))?.start().await?;
+    first.enable_auth().await?;
+    let member = first.member.clone();
+    let store = Store::directory(&dir.path().join("store"));
+    let before = back_up_and_lose(&store, &mut [first]).await?;
+    let restored = store.restore_member(&member).args(["-o", "json"]).run().await?.expect(0)?.json()?;
     ensure!(restored["revision"] == before.revision, "{restored} is not of revision {}", before.revision);
     ensure!(
         restored["proof"]["hash_revision"] == before.revision,
@@ -97,6 +76,7 @@ async fn one_member(minor: &str) -> Result<()> {
         Sidecar::new(["check", "-o", "json", "--data-dir"]).arg(&member.data_dir).run().await?.expect(0)?.json()?;
     ensure!(checked["result"] == "intact", "{checked}");
     let mut etcd = member.start().await?;
+    ensure!(etcd.client_as(None).await?.get("x", None).await.is_err(), "auth is off after the restore");
     let mut client = etcd.client().await?;
     let after = state::read(&mut client).await?;
     state::same(&before, &after)?;
@@ -127,20 +107,12 @@ async fn three_members(minor: &str) -> Result<()> {
         }
         anyhow::Ok(members)
     };
+    let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
+    let store = minio.store("backups/of/three members");
     let mut members = start().await?;
-    let before = back_up_and_lose(minor, dir.path(), &mut members).await?;
-    Sidecar::new([
-        "restore",
-        "--store",
-        &url(&dir.path().join("store")),
-        "--initial-cluster",
-        &cluster[0].initial_cluster,
-        "--all-members",
-    ])
-    .arg(&data)
-    .run()
-    .await?
-    .expect(0)?;
+    let before = back_up_and_lose(&store, &mut members).await?;
+    let restore = store.command("restore").args(["--initial-cluster", &cluster[0].initial_cluster, "--all-members"]);
+    restore.arg(&data).run().await?.expect(0)?;
     let mut members = start().await?;
     for member in &members {
         let after = state::read(&mut member.client().await?).await?;

@@ -1,69 +1,106 @@
-//! etcd behind TLS with client certificates: what works, and what is said when it does not.
+//! TLS to etcd and to the store: what works, what is said when it does not, and certificates that change.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+use tests::certificates::Certificates;
 use tests::etcd::{MINORS, Member};
-use tests::file_url;
+use tests::minio::Minio;
 use tests::program::Sidecar;
+use tests::store::Store;
+use tests::{free_port, state};
 
-/// Writes `NAME.crt` and `NAME.key` for a CA, a server and a client.
-fn certificates(dir: &Path) -> Result<()> {
-    let write = |name: &str, certificate: &str, key: &KeyPair| -> Result<()> {
-        std::fs::write(dir.join(format!("{name}.crt")), certificate)?;
-        Ok(std::fs::write(dir.join(format!("{name}.key")), key.serialize_pem())?)
-    };
-    let ca_key = KeyPair::generate()?;
-    let mut params = CertificateParams::new(Vec::new())?;
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    write("ca", &params.self_signed(&ca_key)?.pem(), &ca_key)?;
-    let issuer = Issuer::new(params, ca_key);
-    for name in ["server", "client"] {
-        let key = KeyPair::generate()?;
-        let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned(), "localhost".to_owned()])?;
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-        write(name, &params.signed_by(&key, &issuer)?.pem(), &key)?;
-    }
-    Ok(())
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// A member that only takes clients with a certificate of that CA, and its URL.
+fn member(minor: &str, dir: &Path, tls: &Certificates) -> Result<(Member, String)> {
+    let member = Member::single(minor, &dir.join("data"))?;
+    let url = format!("https://127.0.0.1:{}", member.client_port);
+    let (certificate, key) = tls.server();
+    // The last one given counts.
+    let flags = [
+        ("--cert-file", text(&certificate)),
+        ("--key-file", text(&key)),
+        ("--trusted-ca-file", text(&tls.ca())),
+        ("--client-cert-auth", "true".to_owned()),
+        ("--listen-client-urls", url.clone()),
+        ("--advertise-client-urls", url.clone()),
+    ];
+    Ok((flags.into_iter().fold(member, |member, (flag, value)| member.flag(format!("{flag}={value}"))), url))
+}
+
+/// Flags of a client of it.
+fn client(tls: &Certificates) -> [String; 4] {
+    let (certificate, key) = tls.client();
+    ["--cert".to_owned(), text(&certificate), "--key".to_owned(), text(&key)]
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn certificates_are_used_and_checked() -> Result<()> {
     for minor in MINORS {
         let dir = tempfile::tempdir()?;
-        certificates(dir.path())?;
-        let file = |name: &str| dir.path().join(name).display().to_string();
-        let member = Member::single(minor, &dir.path().join("data"))?;
-        let url = format!("https://127.0.0.1:{}", member.client_port);
-        let flags = [
-            "--cert-file",
-            &file("server.crt"),
-            "--key-file",
-            &file("server.key"),
-            "--client-cert-auth",
-            "--trusted-ca-file",
-            &file("ca.crt"),
-        ];
-        // The last one given counts.
-        let flags = flags.iter().map(|flag| (*flag).to_owned()).chain(["--listen-client-urls".to_owned(), url.clone()]);
-        let flags = flags.chain(["--advertise-client-urls".to_owned(), url.clone()]);
-        let member = flags.fold(member, Member::flag);
+        let tls = Certificates::issue(&dir.path().join("tls"))?;
+        let (member, url) = member(minor, dir.path(), &tls)?;
         let _etcd = member.spawn()?;
-        let store = file_url(&dir.path().join("store"));
-        let once = |kind: &str| Sidecar::new(["snapshot", "--once", kind, "--endpoints", &url, "--store", &store]);
-        let client = ["--cert".to_owned(), file("client.crt"), "--key".to_owned(), file("client.key")];
-        let full = || async {
-            let ended = once("full").args(["--cacert".to_owned(), file("ca.crt")]).args(client.clone()).run().await?;
-            ended.expect(0)
-        };
-        tests::eventually(std::time::Duration::from_secs(30), full).await.context(minor)?;
-        once("delta").arg("--insecure-skip-tls-verify").args(client.clone()).run().await?.expect(0).context(minor)?;
-        once("full").args(client.clone()).run().await?.expect(1)?.says("invalid peer certificate")?;
-        once("full").args(["--cacert".to_owned(), file("ca.crt")]).run().await?.expect(1)?.says(&url)?;
-        let missing: PathBuf = dir.path().join("nowhere.crt");
-        let ended = once("full").args(["--cacert".to_owned(), missing.display().to_string()]).run().await?;
-        ensure!(ended.code == 1 && ended.stderr.contains("nowhere.crt"), "{}", ended.stderr);
+        let store = Store::directory(&dir.path().join("store"));
+        let once = |kind: &str| store.command("snapshot").args(["--once", kind, "--endpoints", &url]);
+        let with_ca = |path: &Path| once("full").args(["--cacert".to_owned(), text(path)]);
+        let full = || async { with_ca(&tls.ca()).args(client(&tls)).run().await?.expect(0) };
+        tests::eventually(Duration::from_secs(30), full).await.context(minor)?;
+        once("delta").arg("--insecure-skip-tls-verify").args(client(&tls)).run().await?.expect(0).context(minor)?;
+        once("full").args(client(&tls)).run().await?.expect(1)?.says("invalid peer certificate")?;
+        with_ca(&tls.ca()).run().await?.expect(1)?.says(&url)?;
+        with_ca(&dir.path().join("nowhere.crt")).run().await?.expect(1)?.says("nowhere.crt")?;
     }
+    Ok(())
+}
+
+/// Every certificate and the CA are replaced on disk while the backup runs; etcd restarts with the new ones.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_takes_up_new_certificates() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let tls = Certificates::issue(&dir.path().join("tls"))?;
+    let (member, url) = member("3.6", dir.path(), &tls)?;
+    let mut etcd = member.spawn()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let snapshot = store.command("snapshot").args(["--endpoints", &url, "--delta-period", "100ms"]);
+    let snapshot = snapshot.args(["--cacert".to_owned(), text(&tls.ca())]).args(client(&tls));
+    let ready = || async { snapshot.clone().args(["--once", "full"]).run().await?.expect(0) };
+    tests::eventually(Duration::from_secs(30), ready).await?;
+    let mut backup = snapshot.spawn()?;
+    backup.logs("connected", Duration::from_secs(30)).await?;
+    Certificates::issue(&dir.path().join("tls"))?;
+    etcd.stop()?;
+    let _etcd = member.spawn()?;
+    backup.logs_times("connected", 2, Duration::from_secs(60)).await?;
+    backup.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// S3 behind a CA of its own, named as the AWS tools name it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_store_may_have_its_own_ca() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let tls = Certificates::issue(&dir.path().join("tls"))?;
+    let minio = Minio::start_on(&dir.path().join("minio"), "backups", free_port()?, Some(&tls)).await?;
+    let store = minio.store("backups/a");
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let mut etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    client.put("x", "1", None).await?;
+    store.once("full", &member).run().await?.expect(0)?;
+    client.put("x", "2", None).await?;
+    store.once("delta", &member).run().await?.expect(0)?;
+    let before = state::read(&mut client).await?;
+    etcd.kill9()?;
+    state::same(&before, &store.restore_and_read(&member).await?)?;
+    let other = Certificates::issue(&dir.path().join("other"))?;
+    let list = |bundle: &Path| -> Sidecar { store.command("list").env("AWS_CA_BUNDLE", text(bundle)) };
+    let refused = list(&other.ca()).run().await?.expect(1)?;
+    ensure!(refused.stderr.contains("certificate"), "{}", refused.stderr);
+    list(&dir.path().join("nowhere.pem")).run().await?.expect(1)?.says("nowhere.pem")?;
     Ok(())
 }

@@ -1,0 +1,56 @@
+//! A CA with a server's and a client's certificate, as files.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+
+/// A directory with `ca`, `server` and `client`, each `.crt` and `.key`.
+#[derive(Debug, Clone)]
+pub struct Certificates {
+    dir: PathBuf,
+}
+
+impl Certificates {
+    /// Makes new ones in a directory, over those that are there.
+    pub fn issue(dir: &Path) -> Result<Self> {
+        std::fs::create_dir_all(dir)?;
+        let this = Self { dir: dir.to_owned() };
+        let ca_key = KeyPair::generate()?;
+        let mut params = CertificateParams::new(Vec::new())?;
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        this.write("ca", &params.self_signed(&ca_key)?.pem(), &ca_key)?;
+        let issuer = Issuer::new(params, ca_key);
+        for name in ["server", "client"] {
+            let key = KeyPair::generate()?;
+            let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned(), "localhost".to_owned()])?;
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+            this.write(name, &params.signed_by(&key, &issuer)?.pem(), &key)?;
+        }
+        Ok(this)
+    }
+
+    fn write(&self, name: &str, certificate: &str, key: &KeyPair) -> Result<()> {
+        std::fs::write(self.dir.join(format!("{name}.crt")), certificate)?;
+        Ok(std::fs::write(self.dir.join(format!("{name}.key")), key.serialize_pem())?)
+    }
+
+    fn pair(&self, name: &str) -> (PathBuf, PathBuf) {
+        (self.dir.join(format!("{name}.crt")), self.dir.join(format!("{name}.key")))
+    }
+
+    /// The CA's certificate.
+    pub fn ca(&self) -> PathBuf {
+        self.pair("ca").0
+    }
+
+    /// Certificate and key of a server on 127.0.0.1.
+    pub fn server(&self) -> (PathBuf, PathBuf) {
+        self.pair("server")
+    }
+
+    /// Certificate and key of a client.
+    pub fn client(&self) -> (PathBuf, PathBuf) {
+        self.pair("client")
+    }
+}
