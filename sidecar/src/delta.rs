@@ -4,11 +4,11 @@
 //! number of changes takes no more memory than its largest change.
 
 use std::collections::BTreeSet;
-use std::io::Read;
+use std::io::BufRead;
 
 use bytes::Bytes;
 use etcd_format::mvcc::KeyValue;
-use etcd_format::wire::{Field, Fields, varint};
+use etcd_format::wire::{Field, Fields};
 use etcd_format::{put_bytes_field, put_varint, put_varint_field};
 use proto::Message;
 use proto::backup::{DeltaEnd, ObjectMeta};
@@ -181,7 +181,7 @@ pub struct Reader<R> {
     ended: bool,
 }
 
-impl<R: Read> Reader<R> {
+impl<R: BufRead> Reader<R> {
     /// `name` is for messages.
     pub fn new(source: R, name: impl Into<String>) -> Self {
         Self { source, name: name.into(), offset: 0, record: Vec::new(), revisions: 0, events: 0, ended: false }
@@ -202,25 +202,53 @@ impl<R: Read> Reader<R> {
     }
 
     fn read_length(&mut self) -> Result<Option<u64>> {
-        let mut bytes = Vec::with_capacity(10);
+        let (mut length, mut at) = (0u64, 0u32);
         loop {
-            let mut byte = [0];
-            match self.source.read(&mut byte) {
-                Ok(0) if bytes.is_empty() => return Ok(None),
-                Ok(0) => return Err(self.corrupt("content ends inside a length")),
-                Ok(_) => bytes.push(byte[0]),
+            let byte = match self.source.fill_buf() {
+                Ok(rest) => rest.first().copied(),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(self.read_error(error)),
-            }
-            if byte[0] & 0x80 == 0 {
-                let (length, _) = varint(&bytes).ok_or_else(|| self.corrupt("length of a record is malformed"))?;
-                self.offset += bytes.len() as u64;
-                return Ok(Some(length));
-            }
-            if bytes.len() >= 10 {
+            };
+            let Some(byte) = byte else {
+                return if at == 0 { Ok(None) } else { Err(self.corrupt("content ends inside a length")) };
+            };
+            self.source.consume(1);
+            let low = u64::from(byte & 0x7f);
+            length |= low.checked_shl(7 * at).unwrap_or(0);
+            at += 1;
+            if at == 10 && byte > 1 {
                 return Err(self.corrupt("length of a record is malformed"));
             }
+            if byte & 0x80 == 0 {
+                self.offset += u64::from(at);
+                return Ok(Some(length));
+            }
         }
+    }
+
+    /// Reads the next `length` bytes into `record`.
+    fn read_record(&mut self, length: u64) -> Result<()> {
+        self.record.clear();
+        // One large value must not stay allocated for the rest of the run.
+        self.record.shrink_to(1 << 20);
+        let mut left = length;
+        while left > 0 {
+            let taken = match self.source.fill_buf() {
+                Ok(rest) => {
+                    let taken = rest.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+                    self.record.extend_from_slice(rest.get(..taken).unwrap_or_default());
+                    taken
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(self.read_error(error)),
+            };
+            if taken == 0 {
+                return Err(self.corrupt("content ends inside a record"));
+            }
+            self.source.consume(taken);
+            left -= taken as u64;
+        }
+        Ok(())
     }
 
     /// The next record; `None` after the end. An object without its end is an error.
@@ -235,14 +263,7 @@ impl<R: Read> Reader<R> {
         if length > MOST_RECORD_BYTES {
             return Err(self.corrupt(&format!("record of {length} bytes is larger than any record")));
         }
-        self.record.clear();
-        // One large value must not stay allocated for the rest of the run.
-        self.record.shrink_to(1 << 20);
-        let read = (&mut self.source).take(length).read_to_end(&mut self.record);
-        let read = read.map_err(|error| self.read_error(error))?;
-        if (read as u64) < length {
-            return Err(self.corrupt("content ends inside a record"));
-        }
+        self.read_record(length)?;
         let start = self.offset;
         self.offset += length;
         let malformed = |source| Error::Format {
@@ -296,6 +317,8 @@ impl<R: Read> Reader<R> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::BufReader;
+
     use super::*;
     use proptest::prelude::*;
 
@@ -314,7 +337,7 @@ mod tests {
     }
 
     fn read(object: &[u8]) -> Result<Vec<String>> {
-        let mut reader = Reader::new(crate::container::Reader::new(object, "test")?, "test");
+        let mut reader = Reader::new(BufReader::new(crate::container::Reader::new(object, "test")?), "test");
         let mut records = Vec::new();
         while let Some(record) = reader.next()? {
             records.push(format!("{record:?}"));

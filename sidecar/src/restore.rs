@@ -4,33 +4,30 @@
 //! order, decompressed, the database placed page by page, the changes appended as rows, log and members written, the
 //! result verified while it is synced, and only then put in its place.
 
+mod pieces;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
 
-use bytes::Bytes;
 use etcd_format::datadir::{
     Change, Minor, RealDisk, Restored, Revision, Severity, Spec, Staged, Summary, Tail, Verdict, Verify, WantHash,
 };
 use etcd_format::membership::NewCluster;
 use etcd_format::mvcc::{HashRequest, HashRules};
-use futures::StreamExt;
 use proto::backup::{HashKv, ObjectMeta};
 use serde::Serialize;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+
+use pieces::{Decompressed, PieceReader, Pieces, Stoppable};
 
 use crate::catalog::{Catalog, Chain, ObjectName, Timeline};
 use crate::container;
 use crate::delta::{Reader as DeltaReader, Record};
 use crate::store::Store;
 use crate::{Error, Result};
-
-/// Pieces fetched ahead of the one being decoded, 2 MiB each at most.
-const PIECES_AHEAD: usize = 2;
 
 /// What to restore from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -223,8 +220,7 @@ pub async fn execute(
             if let Some((name, size)) = objects.first() {
                 full = store.meta(name, *size).await?;
             }
-            let (pieces, received) = mpsc::channel(PIECES_AHEAD);
-            let feeder = tokio::spawn(feed(store.clone(), objects.clone(), pieces));
+            let (feeder, received) = pieces::fetch(store.clone(), objects.clone());
             let named = objects.iter().map(|(name, _)| (*name, store.location(name))).collect();
             (Objects::Store { named, received }, Some(feeder))
         }
@@ -261,86 +257,9 @@ fn recorded_hash(meta: &ObjectMeta) -> Option<Recorded> {
     meta.hash_kv.map(|hash| Recorded { hash, rules: HashRules::of(&meta.etcd_version) })
 }
 
-/// Part of an object on its way; `None` ends the object.
-type Piece = Result<Option<Bytes>>;
-
-/// Fetches all objects in order, ahead of their use.
-async fn feed(store: Store, objects: Vec<(ObjectName, u64)>, pieces: mpsc::Sender<Piece>) {
-    let requests =
-        objects.into_iter().flat_map(|(name, size)| Store::ranges(size).map(move |range| (name, size, range)));
-    let fetched = futures::stream::iter(requests.map(move |(name, size, range)| {
-        let store = store.clone();
-        async move {
-            let last = range.end >= size;
-            store.get_range(&name, range).await.map(|bytes| (bytes, last))
-        }
-    }))
-    .buffered(Store::RANGES_AHEAD);
-    let mut fetched = std::pin::pin!(fetched);
-    while let Some(piece) = fetched.next().await {
-        let sent = match piece {
-            Ok((bytes, last)) => {
-                let sent = pieces.send(Ok(Some(bytes))).await;
-                if last && sent.is_ok() { pieces.send(Ok(None)).await } else { sent }
-            }
-            Err(error) => pieces.send(Err(error)).await,
-        };
-        if sent.is_err() {
-            return;
-        }
-    }
-}
-
 enum Objects {
-    Store { named: Vec<(ObjectName, String)>, received: mpsc::Receiver<Piece> },
+    Store { named: Vec<(ObjectName, String)>, received: Pieces },
     File { path: PathBuf, skip_hash_check: bool },
-}
-
-/// Reads one object from the pieces that arrive.
-struct PieceReader<'r> {
-    received: &'r mut mpsc::Receiver<Piece>,
-    current: Bytes,
-    ended: bool,
-}
-
-impl<'r> PieceReader<'r> {
-    fn new(received: &'r mut mpsc::Receiver<Piece>) -> Self {
-        Self { received, current: Bytes::new(), ended: false }
-    }
-}
-
-impl Read for PieceReader<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        while self.current.is_empty() {
-            if self.ended {
-                return Ok(0);
-            }
-            match self.received.blocking_recv() {
-                Some(Ok(Some(bytes))) => self.current = bytes,
-                Some(Ok(None)) => self.ended = true,
-                Some(Err(error)) => return Err(io::Error::other(error)),
-                None => return Err(io::Error::other(Error::Cancelled)),
-            }
-        }
-        let length = buf.len().min(self.current.len());
-        buf.get_mut(..length).unwrap_or_default().copy_from_slice(&self.current.split_to(length));
-        Ok(length)
-    }
-}
-
-/// Fails once somebody asked to stop.
-struct Stoppable<'s, R> {
-    inner: R,
-    stop: &'s CancellationToken,
-}
-
-impl<R: Read> Read for Stoppable<'_, R> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        if self.stop.is_cancelled() {
-            return Err(io::Error::other(Error::Cancelled));
-        }
-        self.inner.read(buf)
-    }
 }
 
 /// An error of the source that travelled through a reader comes out as itself.
@@ -373,13 +292,15 @@ fn assemble(
     progress: &dyn Fn(Progress),
 ) -> Result<Outcome> {
     let started = Instant::now();
-    let disk = RealDisk;
     let first = plan.targets.first().ok_or_else(|| Error::Bug { what: "a plan without a member".into() })?;
     let in_dir = |dir: &Path| Error::format(format!("restore into {}", dir.display()));
-    let staged = Staged::create(&disk, &first.data_dir, plan.replace).map_err(in_dir(&first.data_dir))?;
+    let staged = Staged::create(RealDisk, &first.data_dir, plan.replace).map_err(in_dir(&first.data_dir))?;
     let mut others = Vec::new();
     for target in plan.targets.iter().skip(1) {
-        others.push((target, Staged::create(&disk, &target.data_dir, plan.replace).map_err(in_dir(&target.data_dir))?));
+        others.push((
+            target,
+            Staged::create(RealDisk, &target.data_dir, plan.replace).map_err(in_dir(&target.data_dir))?,
+        ));
     }
     let mut aside = Aside { recorded: recorded_hash(full), cluster_id: full.cluster_id, ..Aside::default() };
     let tail = match objects {
@@ -439,18 +360,18 @@ fn spec(plan: &Plan, aside: &Aside) -> Spec {
     }
 }
 
-type LocalTail<'d> = Tail<'d, RealDisk>;
+type LocalTail = Tail<RealDisk>;
 
-fn base_from_file<'d>(
-    staged: &Staged<'d, RealDisk>,
+fn base_from_file(
+    staged: &Staged<RealDisk>,
     path: &Path,
     skip_hash: bool,
     stop: &CancellationToken,
     progress: &dyn Fn(Progress),
-) -> Result<LocalTail<'d>> {
+) -> Result<LocalTail> {
     let name = path.display().to_string();
     let file = File::open(path).map_err(Error::io("open", &name))?;
-    let mut file = Stoppable { inner: file, stop };
+    let mut file = Stoppable::new(file, stop);
     let mut magic = Vec::new();
     file.by_ref().take(4).read_to_end(&mut magic).map_err(Error::io("read", &name))?;
     let mut source: Box<dyn Read> = if container::is_compressed(&magic) {
@@ -462,18 +383,18 @@ fn base_from_file<'d>(
     base.map_err(unwrap_source(&name))?.into_tail().map_err(Error::format(&name))
 }
 
-fn from_store<'d>(
-    staged: &Staged<'d, RealDisk>,
+fn from_store(
+    staged: &Staged<RealDisk>,
     named: &[(ObjectName, String)],
-    received: &mut mpsc::Receiver<Piece>,
+    received: &mut Pieces,
     aside: &mut Aside,
     stop: &CancellationToken,
     progress: &dyn Fn(Progress),
-) -> Result<LocalTail<'d>> {
+) -> Result<LocalTail> {
     let Some(((full_name, location), deltas)) = named.split_first() else {
         return Err(Error::Bug { what: "a chain without objects".into() });
     };
-    let mut source = container::Reader::new(Stoppable { inner: PieceReader::new(received), stop }, location)?;
+    let mut source = container::Reader::new(Stoppable::new(PieceReader::new(received), stop), location)?;
     let base = staged.write_base(&mut source, true, &mut |bytes| progress(Progress::Bytes(bytes)));
     let mut tail = base.map_err(unwrap_source(location))?.into_tail().map_err(Error::format(location))?;
     if let ObjectName::Full { revision, .. } = full_name
@@ -485,93 +406,35 @@ fn from_store<'d>(
         )));
     }
     progress(Progress::Deltas(deltas.len() as u64));
-    for (name, location) in deltas {
-        append_delta(&mut tail, location, received, aside, stop)?;
-        if let ObjectName::Delta { last, .. } = name
-            && tail.last_revision() != *last
-        {
-            let found = tail.last_revision();
-            return Err(Error::corrupt(format!(
-                "{location}: its name says that it ends at revision {last}, its content ends at {found}"
-            )));
+    // Decompressing and appending are about as much work, so each has a thread.
+    std::thread::scope(|scope| {
+        let (ahead, mut arriving) = pieces::decompressed();
+        scope.spawn(move || ahead.run(deltas, received, stop));
+        for (name, location) in deltas {
+            append_delta(&mut tail, arriving.next()?, location, aside)?;
+            if let ObjectName::Delta { last, .. } = name
+                && tail.last_revision() != *last
+            {
+                let found = tail.last_revision();
+                return Err(Error::corrupt(format!(
+                    "{location}: its name says that it ends at revision {last}, its content ends at {found}"
+                )));
+            }
+            progress(Progress::Delta);
         }
-        progress(Progress::Delta);
-    }
-    Ok(tail)
+        Ok(tail)
+    })
 }
 
-fn append_delta(
-    tail: &mut LocalTail<'_>,
-    location: &str,
-    received: &mut mpsc::Receiver<Piece>,
-    aside: &mut Aside,
-    stop: &CancellationToken,
-) -> Result<()> {
-    let source = container::Reader::new(Stoppable { inner: PieceReader::new(received), stop }, location)?;
-    let recorded = source.meta().and_then(recorded_hash);
-    if let Some(cluster_id) = source.meta().map(|meta| meta.cluster_id).filter(|id| *id != aside.cluster_id) {
+fn append_delta(tail: &mut LocalTail, delta: Decompressed<'_>, location: &str, aside: &mut Aside) -> Result<()> {
+    let recorded = delta.meta().and_then(recorded_hash);
+    if let Some(cluster_id) = delta.meta().map(|meta| meta.cluster_id).filter(|id| *id != aside.cluster_id) {
         let full = aside.cluster_id;
         return Err(Error::corrupt(format!(
             "{location}: delta is of cluster {cluster_id:x}, the full snapshot before it of cluster {full:x}"
         )));
     }
-    std::thread::scope(|scope| {
-        // Decompressing and appending are about as much work, so each has a thread.
-        let (full, filled) = sync_channel::<io::Result<Vec<u8>>>(4);
-        scope.spawn(move || decompress_ahead(source, &full));
-        append_changes(
-            tail,
-            DeltaReader::new(ChunkReader { filled, current: Vec::new(), at: 0 }, location),
-            location,
-            aside,
-        )
-    })?;
-    aside.recorded = recorded.or(aside.recorded);
-    Ok(())
-}
-
-const CHUNK_BYTES: usize = 256 << 10;
-
-fn decompress_ahead(mut source: impl Read, full: &SyncSender<io::Result<Vec<u8>>>) {
-    loop {
-        let mut chunk = Vec::with_capacity(CHUNK_BYTES);
-        let read = source.by_ref().take(CHUNK_BYTES as u64).read_to_end(&mut chunk);
-        let ended = !matches!(read, Ok(1..));
-        if full.send(read.map(|_| chunk)).is_err() || ended {
-            return;
-        }
-    }
-}
-
-/// Reads what [`decompress_ahead`] sends; an empty chunk is the end.
-struct ChunkReader {
-    filled: Receiver<io::Result<Vec<u8>>>,
-    current: Vec<u8>,
-    at: usize,
-}
-
-impl Read for ChunkReader {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        if self.at >= self.current.len() {
-            let next = self.filled.recv().unwrap_or_else(|_| Ok(Vec::new()));
-            self.current = next?;
-            self.at = 0;
-        }
-        let rest = self.current.get(self.at..).unwrap_or_default();
-        let length = buf.len().min(rest.len());
-        let (head, _) = rest.split_at(length);
-        buf.get_mut(..length).unwrap_or_default().copy_from_slice(head);
-        self.at += length;
-        Ok(length)
-    }
-}
-
-fn append_changes(
-    tail: &mut LocalTail<'_>,
-    mut reader: DeltaReader<ChunkReader>,
-    location: &str,
-    aside: &mut Aside,
-) -> Result<()> {
+    let mut reader = DeltaReader::new(delta, location);
     let mut wanted = false;
     while let Some(record) = reader.next()? {
         match record {
@@ -590,12 +453,13 @@ fn append_changes(
             }
         }
     }
+    aside.recorded = recorded.or(aside.recorded);
     Ok(())
 }
 
 /// Verifies the staged member while its database is synced; adds records of leases that it turns out to lack.
 fn prove(
-    staged: &Staged<'_, RealDisk>,
+    staged: &Staged<RealDisk>,
     restored: &mut Restored,
     recorded: Option<Recorded>,
     plan: &Plan,

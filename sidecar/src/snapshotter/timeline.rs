@@ -1,6 +1,7 @@
 //! Whether a live cluster continues the history that the store has.
 
 use std::collections::BTreeMap;
+use std::io::BufReader;
 use std::time::Duration;
 
 use chrono::{SecondsFormat, Utc};
@@ -194,7 +195,8 @@ async fn last_revisions(store: &Store, name: &ObjectName, delta: &Delta) -> Resu
         object.extend_from_slice(&store.get_range(name, range).await?);
     }
     let location = store.location(name);
-    let mut reader = delta::Reader::new(container::Reader::new(object.as_slice(), &location)?, &location);
+    let mut reader =
+        delta::Reader::new(BufReader::new(container::Reader::new(object.as_slice(), &location)?), &location);
     let mut digests = BTreeMap::new();
     let mut at = 0;
     while let Some(record) = reader.next()? {

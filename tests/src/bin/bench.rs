@@ -11,11 +11,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use etcd_format::bolt::Builder;
-use etcd_format::mvcc::{self, KeyValue, RowKey};
-use proto::backup::{DeltaEnd, ObjectMeta};
+use etcd_format::datadir::{self, Verify, WantHash};
+use etcd_format::mvcc::{self, HashRules, KeyValue, RowKey};
+use proto::backup::{DeltaEnd, HashKv, ObjectMeta};
 use sha2::{Digest, Sha256};
 use sidecar::catalog::ObjectName;
-use sidecar::container::{LEVEL_FULL, Writer};
+use sidecar::container::{self, LEVEL_DELTA, LEVEL_FULL, Writer};
 use sidecar::delta;
 use tests::etcd::Member;
 use tests::program;
@@ -124,8 +125,14 @@ fn put(store: &Path, name: ObjectName, content: &[bytes::Bytes]) -> Result<()> {
     Ok(file.sync_all()?)
 }
 
-/// The store: the snapshot as a full, and the events as deltas of 10 MiB.
-fn write_store(scenario: Scenario, snapshot: &Path, store: &Path, values: &mut Values, revision: i64) -> Result<()> {
+/// The store: the snapshot as a full, and the events as deltas of 10 MiB. Returns the name of the last one.
+fn write_store(
+    scenario: Scenario,
+    snapshot: &Path,
+    store: &Path,
+    values: &mut Values,
+    revision: i64,
+) -> Result<ObjectName> {
     let mut writer = Writer::new(LEVEL_FULL)?;
     writer.put_meta(&ObjectMeta { content_bytes: snapshot.metadata()?.len(), ..meta(revision, revision) })?;
     let mut content = Vec::new();
@@ -142,6 +149,7 @@ fn write_store(scenario: Scenario, snapshot: &Path, store: &Path, values: &mut V
     content.push(writer.finish()?);
     put(store, ObjectName::Full { timeline: 1, revision, unix_ms: 1 }, &content)?;
     let mut builder = delta::Builder::new(revision)?;
+    let mut name = None;
     for n in 0..scenario.events {
         let main = revision + 1 + n;
         let key = key(n % scenario.rows);
@@ -160,10 +168,30 @@ fn write_store(scenario: Scenario, snapshot: &Path, store: &Path, values: &mut V
             let (first, last) = (builder.first(), builder.last());
             let next = delta::Builder::new(last)?;
             let content = std::mem::replace(&mut builder, next).finish(DeltaEnd::default(), meta(first, last))?;
-            put(store, ObjectName::Delta { timeline: 1, first, last, unix_ms: 1 }, &content)?;
+            let delta = ObjectName::Delta { timeline: 1, first, last, unix_ms: 1 };
+            put(store, delta, &content)?;
+            name = Some(delta);
         }
     }
-    Ok(())
+    name.context("a scenario without events")
+}
+
+/// Records with the last delta the HashKV of the restored rows, as a live etcd would have answered: a restore then has it to
+/// compare.
+fn record_hash(restored: &Path, store: &Path, last: ObjectName) -> Result<()> {
+    let options = Verify { hash: Some(WantHash::Current(HashRules::of("3.6.0"))), compaction: None };
+    let verdict = datadir::verify(restored, &options)?.context("no member")?;
+    let found = verdict.summary.and_then(|summary| summary.hash).context("no hash")?;
+    let object = std::fs::read(store.join(last.to_string()))?;
+    let mut reader = container::Reader::new(object.as_slice(), "last delta")?;
+    let mut meta = reader.meta().cloned().context("no metadata")?;
+    meta.hash_kv =
+        Some(HashKv { hash: found.hash, revision: found.revision, compact_revision: found.compact_revision });
+    let mut content = Vec::new();
+    std::io::Read::read_to_end(&mut reader, &mut content)?;
+    let mut writer = Writer::new(LEVEL_DELTA)?;
+    writer.write(&content)?;
+    put(store, last, &writer.finish_with_leading_meta(&meta)?)
 }
 
 /// Wall time and peak resident memory of a command.
@@ -259,7 +287,7 @@ async fn run(scenario: Scenario, dir: &Path, runs: usize) -> Result<()> {
     let (snapshot, store) = (dir.join("snapshot.db"), dir.join("store"));
     let mut values = Values { state: 7, buffer: Vec::new() };
     let revision = write_snapshot(scenario, &snapshot, &mut values)?;
-    write_store(scenario, &snapshot, &store, &mut values, revision)?;
+    let last = write_store(scenario, &snapshot, &store, &mut values, revision)?;
     let (restored, copy, theirs) = (dir.join("restored"), dir.join("copy"), dir.join("theirs"));
     let restored_db = restored.join("member/snap/db");
     let store_url = tests::file_url(&store);
@@ -268,6 +296,7 @@ async fn run(scenario: Scenario, dir: &Path, runs: usize) -> Result<()> {
         measure(Command::new(&sidecar).args(["restore", "--store", &store_url, "--data-dir"]).arg(&restored))
     };
     restore()?;
+    record_hash(&restored, &store, last)?;
     let size = restored_db.metadata()?.len();
     println!(
         "\n{}: {} rows and {} events, {:.0} MB restored",

@@ -524,7 +524,8 @@ impl<R: ReadAt> Cursor<'_, R> {
     /// Reads page `id` into `leaf`, together with the neighbours that will be asked for next.
     fn load(&mut self, id: u64) -> Result<()> {
         let mut wanted_to = id.saturating_add(1);
-        if let Some(parent) = self.stack.last() {
+        let in_window = self.window.get(id, 1, self.db.meta.page_size as usize).is_some();
+        if let Some(parent) = self.stack.last().filter(|_| !in_window) {
             let most = (WINDOW_BYTES / u64::from(self.db.meta.page_size)).max(1);
             for index in parent.index + 1..parent.page.count() {
                 let sibling = parent.page.child(index)?.1;

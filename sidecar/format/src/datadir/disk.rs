@@ -4,9 +4,11 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
 
-/// Everything a restore does to the disk.
-pub trait Disk: Sync {
+/// Everything a restore does to the disk. A handle: clones are of the same disk.
+pub trait Disk: Clone + Send + Sync + 'static {
     /// Makes a directory, mode 0700; parents must exist.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
     /// Makes a file, mode 0600, that must not exist, for reading and writing.
@@ -81,45 +83,97 @@ impl Disk for RealDisk {
     }
 }
 
-/// Sequential buffered writing to a file of a [`Disk`], from any offset.
+/// Sequential buffered writing to a file of a [`Disk`], from any offset. Writing has a thread of its own, so that whoever
+/// produces the bytes does not wait while the kernel copies them.
 #[derive(Debug)]
-pub struct DiskWriter<'d, D: ?Sized> {
-    disk: &'d D,
-    file: File,
-    offset: u64,
+pub struct DiskWriter {
     buffer: Vec<u8>,
-    writeback: Writeback,
+    /// Taken when the writer ends.
+    thread: Option<WriterThread>,
 }
 
-impl<'d, D: Disk + ?Sized> DiskWriter<'d, D> {
+#[derive(Debug)]
+struct WriterThread {
+    full: SyncSender<Vec<u8>>,
+    empty: Receiver<Vec<u8>>,
+    handle: JoinHandle<io::Result<File>>,
+}
+
+impl WriterThread {
+    /// Waits for everything to be written. What went wrong comes out here.
+    fn end(self) -> io::Result<File> {
+        drop(self.full);
+        self.handle.join().unwrap_or_else(|_| Err(io::Error::other("the writing thread ended unexpectedly")))
+    }
+}
+
+impl DiskWriter {
     const BUFFER: usize = 1 << 20;
+    /// Buffers on their way to the disk.
+    const AHEAD: usize = 2;
 
     /// Writes from `offset` on.
-    pub fn new(disk: &'d D, file: File, offset: u64) -> io::Result<Self> {
-        let writeback = Writeback::new(&file)?;
-        Ok(Self { disk, file, offset, buffer: Vec::with_capacity(Self::BUFFER), writeback })
+    pub fn new(disk: &impl Disk, file: File, offset: u64) -> io::Result<Self> {
+        let disk = disk.clone();
+        let (full, filled) = sync_channel::<Vec<u8>>(Self::AHEAD);
+        let (emptied, empty) = sync_channel(Self::AHEAD + 1);
+        let mut writeback = Writeback::new(&file)?;
+        let write = move || {
+            let mut offset = offset;
+            while let Ok(mut buffer) = filled.recv() {
+                disk.write_at(&file, &buffer, offset)?;
+                offset += buffer.len() as u64;
+                writeback.wrote(buffer.len() as u64);
+                buffer.clear();
+                let _ = emptied.try_send(buffer);
+            }
+            writeback.finish()?;
+            Ok(file)
+        };
+        let handle = std::thread::Builder::new().name("write".into()).spawn(write)?;
+        let buffer = Vec::with_capacity(Self::BUFFER);
+        Ok(Self { buffer, thread: Some(WriterThread { full, empty, handle }) })
     }
 
-    fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.disk.write_at(&self.file, bytes, self.offset)?;
-        self.offset += bytes.len() as u64;
-        self.writeback.wrote(bytes.len() as u64);
-        Ok(())
+    fn send(&mut self) -> io::Result<()> {
+        let Some(thread) = &self.thread else { return Err(io::Error::other("the writer has failed before")) };
+        let next = thread.empty.try_recv().unwrap_or_else(|_| Vec::with_capacity(Self::BUFFER));
+        if thread.full.send(std::mem::replace(&mut self.buffer, next)).is_ok() {
+            return Ok(());
+        }
+        self.thread.take().map_or(Ok(()), |thread| thread.end().map(drop))?;
+        Err(io::Error::other("the writing thread ended early"))
     }
 
-    fn drain(&mut self) -> io::Result<()> {
-        let mut buffer = std::mem::take(&mut self.buffer);
-        let result = self.put(&buffer);
-        buffer.clear();
-        self.buffer = buffer;
-        result
-    }
-
-    /// Flushes and gives the file back.
+    /// Waits until everything is written and gives the file back.
     pub fn into_file(mut self) -> io::Result<File> {
         self.flush()?;
-        self.writeback.finish()?;
-        Ok(self.file)
+        match self.thread.take() {
+            Some(thread) => thread.end(),
+            None => Err(io::Error::other("the writer has failed before")),
+        }
+    }
+}
+
+impl Drop for DiskWriter {
+    /// Nothing is written any more once it is gone.
+    fn drop(&mut self) {
+        let _ = self.thread.take().map(WriterThread::end);
+    }
+}
+
+impl Write for DiskWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if !self.buffer.is_empty() && self.buffer.len() + bytes.len() > Self::BUFFER {
+            self.send()?;
+        }
+        self.buffer.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    /// Hands everything on to be written; that it was is known when [`DiskWriter::into_file`] returns.
+    fn flush(&mut self) -> io::Result<()> {
+        if self.buffer.is_empty() { Ok(()) } else { self.send() }
     }
 }
 
@@ -129,8 +183,8 @@ impl<'d, D: Disk + ?Sized> DiskWriter<'d, D> {
 /// [`Writeback::finish`].
 #[derive(Debug)]
 struct Writeback {
-    kick: std::sync::mpsc::SyncSender<()>,
-    thread: std::thread::JoinHandle<io::Result<()>>,
+    kick: SyncSender<()>,
+    thread: JoinHandle<io::Result<()>>,
     since: u64,
 }
 
@@ -139,7 +193,7 @@ impl Writeback {
 
     fn new(file: &File) -> io::Result<Self> {
         let file = file.try_clone()?;
-        let (kick, kicked) = std::sync::mpsc::sync_channel(1);
+        let (kick, kicked) = sync_channel::<()>(1);
         // Ends when the writer is dropped.
         let thread = std::thread::Builder::new().name("writeback".into()).spawn(move || {
             let mut first = Ok(());
@@ -163,23 +217,5 @@ impl Writeback {
     fn finish(self) -> io::Result<()> {
         drop(self.kick);
         self.thread.join().unwrap_or_else(|_| Err(io::Error::other("the writeback thread ended unexpectedly")))
-    }
-}
-
-impl<D: Disk + ?Sized> Write for DiskWriter<'_, D> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if !self.buffer.is_empty() && self.buffer.len() + bytes.len() > Self::BUFFER {
-            self.drain()?;
-        }
-        if bytes.len() >= Self::BUFFER {
-            self.put(bytes)?;
-        } else {
-            self.buffer.extend_from_slice(bytes);
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        if self.buffer.is_empty() { Ok(()) } else { self.drain() }
     }
 }

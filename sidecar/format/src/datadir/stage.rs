@@ -28,8 +28,8 @@ const UNFINISHED: &str = "unfinished";
 
 /// A member directory that is being made beside its final place.
 #[derive(Debug)]
-pub struct Staged<'d, D: Disk + ?Sized> {
-    pub(super) disk: &'d D,
+pub struct Staged<D: Disk> {
+    pub(super) disk: D,
     data_dir: PathBuf,
     layout: Layout,
     /// Directories made for this restore, outermost first.
@@ -40,10 +40,10 @@ pub struct Staged<'d, D: Disk + ?Sized> {
     lock: Option<File>,
 }
 
-impl<'d, D: Disk + ?Sized> Staged<'d, D> {
+impl<D: Disk> Staged<D> {
     /// Prepares to fill `data_dir`. What an earlier restore left unfinished there is removed. A directory with anything
     /// else in it is refused, unless `replace`; its member then moves aside when this one is committed.
-    pub fn create(disk: &'d D, data_dir: &Path, replace: bool) -> Result<Self> {
+    pub fn create(disk: D, data_dir: &Path, replace: bool) -> Result<Self> {
         let mut staged = Self {
             disk,
             data_dir: data_dir.to_owned(),
@@ -56,11 +56,11 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
         staged.lock()?;
         staged.check_empty(replace)?;
         for dir in [staged.layout.member().to_owned(), staged.layout.snap(), staged.layout.wal()] {
-            disk.create_dir(&dir).map_err(Error::io("create", &dir))?;
+            staged.disk.create_dir(&dir).map_err(Error::io("create", &dir))?;
             staged.owns_staging = true;
             if dir == staged.layout.member() {
                 let mark = dir.join(UNFINISHED);
-                disk.create_file(&mark).map_err(Error::io("create", &mark))?;
+                staged.disk.create_file(&mark).map_err(Error::io("create", &mark))?;
             }
         }
         Ok(staged)
@@ -138,7 +138,7 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
         source: &mut dyn Read,
         require_hash: bool,
         progress: &mut dyn FnMut(u64),
-    ) -> Result<Base<'d, D>> {
+    ) -> Result<Base<D>> {
         let path = self.layout.db();
         let file = self.disk.create_file(&path).map_err(Error::io("create", &path))?;
         let head = read_head(source)?;
@@ -150,7 +150,7 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
                 format!("snapshot claims to be {} bytes long, less than its two meta pages", meta.file_size()),
             ));
         }
-        let mut out = DiskWriter::new(self.disk, file, head_size).map_err(Error::io("start writing", &path))?;
+        let mut out = DiskWriter::new(&self.disk, file, head_size).map_err(Error::io("start writing", &path))?;
         let mut sha = Sha256::new();
         sha.update(&head);
         let mut left = meta.file_size() - head_size;
@@ -186,7 +186,7 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
         let digest: [u8; 32] = sha.finalize().into();
         check_trailer(source, &digest, meta.file_size(), require_hash)?;
         let file = out.into_file().map_err(Error::io("write", &path))?;
-        Ok(Base::new(self.disk, path, file, head, meta))
+        Ok(Base::new(self.disk.clone(), path, file, head, meta))
     }
 
     /// Copies the finished database of another member of the same cluster.
@@ -194,7 +194,7 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
         let (source, path) = (from.layout.db(), self.layout.db());
         let mut input = File::open(&source).map_err(Error::io("open", &source))?;
         let file = self.disk.create_file(&path).map_err(Error::io("create", &path))?;
-        let mut out = DiskWriter::new(self.disk, file, 0).map_err(Error::io("start writing", &path))?;
+        let mut out = DiskWriter::new(&self.disk, file, 0).map_err(Error::io("start writing", &path))?;
         let mut buffer = vec![0; 1 << 20];
         loop {
             let read = input.read(&mut buffer).map_err(Error::io("read", &source))?;
@@ -250,7 +250,9 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
                 }
             }
         }
-        members.iter_mut().for_each(|member| member.made.clear());
+        for member in &mut members {
+            member.made.clear();
+        }
         Ok(replaced.into_iter().flatten().collect())
     }
 
@@ -324,7 +326,7 @@ impl<'d, D: Disk + ?Sized> Staged<'d, D> {
     }
 }
 
-impl<D: Disk + ?Sized> Drop for Staged<'_, D> {
+impl<D: Disk> Drop for Staged<D> {
     fn drop(&mut self) {
         // Best effort: what cannot be removed now is removed by the next restore.
         if self.owns_staging {

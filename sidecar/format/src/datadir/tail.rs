@@ -70,16 +70,16 @@ pub enum Revision {
 
 /// The database of a snapshot, on disk but for its first two pages.
 #[derive(Debug)]
-pub struct Base<'d, D: Disk + ?Sized> {
-    disk: &'d D,
+pub struct Base<D: Disk> {
+    disk: D,
     path: PathBuf,
     file: File,
     head: Vec<u8>,
     meta: Meta,
 }
 
-impl<'d, D: Disk + ?Sized> Base<'d, D> {
-    pub(super) fn new(disk: &'d D, path: PathBuf, file: File, head: Vec<u8>, meta: Meta) -> Self {
+impl<D: Disk> Base<D> {
+    pub(super) fn new(disk: D, path: PathBuf, file: File, head: Vec<u8>, meta: Meta) -> Self {
         Self { disk, path, file, head, meta }
     }
 
@@ -89,10 +89,10 @@ impl<'d, D: Disk + ?Sized> Base<'d, D> {
     }
 
     /// Opens the tree for appending.
-    pub fn into_tail(self) -> Result<Tail<'d, D>> {
+    pub fn into_tail(self) -> Result<Tail<D>> {
         let read = self.file.try_clone().map_err(Error::io("open again", &self.path))?;
         let db = Db::open(HeadInMemory { head: self.head, size: self.meta.file_size(), file: read })?;
-        let out = DiskWriter::new(self.disk, self.file, self.meta.file_size())
+        let out = DiskWriter::new(&self.disk, self.file, self.meta.file_size())
             .map_err(Error::io("start writing", &self.path))?;
         let mut builder = Builder::append(&db, out)?;
         builder.resume(&db, KEY_BUCKET)?;
@@ -152,11 +152,11 @@ impl ReadAt for HeadInMemory {
 
 /// Takes the changes after the snapshot and writes them as rows.
 #[derive(Debug)]
-pub struct Tail<'d, D: Disk + ?Sized> {
-    disk: &'d D,
+pub struct Tail<D: Disk> {
+    disk: D,
     path: PathBuf,
     db: Db<HeadInMemory>,
-    builder: Builder<DiskWriter<'d, D>>,
+    builder: Builder<DiskWriter>,
     compaction: Compaction,
     base_revision: i64,
     revision: i64,
@@ -189,7 +189,7 @@ pub struct Restored {
     pub minor: Minor,
 }
 
-impl<D: Disk + ?Sized> Tail<'_, D> {
+impl<D: Disk> Tail<D> {
     /// Last revision written so far.
     pub fn last_revision(&self) -> i64 {
         self.revision
@@ -394,7 +394,7 @@ fn push_leases<W: io::Write, R: ReadAt>(
     Ok(())
 }
 
-impl<D: Disk + ?Sized> Staged<'_, D> {
+impl<D: Disk> Staged<D> {
     /// Adds records of leases to the finished database and returns its new size.
     ///
     /// For leases that only keys of the snapshot refer to: that they lack a record shows when every row has been read.
@@ -403,7 +403,7 @@ impl<D: Disk + ?Sized> Staged<'_, D> {
         let path = self.layout().db();
         let open = |write| File::options().read(true).write(write).open(&path).map_err(Error::io("open", &path));
         let db = Db::open(open(false)?)?;
-        let out = DiskWriter::new(self.disk, open(true)?, db.meta().file_size());
+        let out = DiskWriter::new(&self.disk, open(true)?, db.meta().file_size());
         let mut builder = Builder::append(&db, out.map_err(Error::io("start writing", &path))?)?;
         push_leases(&mut builder, &db, &leases, &BTreeMap::new())?;
         let (finished, out) = builder.finish()?;

@@ -2,8 +2,8 @@ use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Cursor};
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use sha2::{Digest, Sha256};
 
@@ -81,13 +81,8 @@ fn restore_as(disk: &impl Disk, dir: &Path, snapshot: &[u8], replace: bool, stam
 }
 
 /// All of it but the swap.
-fn stage<'d, D: Disk>(
-    disk: &'d D,
-    dir: &Path,
-    snapshot: &[u8],
-    replace: bool,
-) -> crate::Result<(Staged<'d, D>, Restored)> {
-    let staged = Staged::create(disk, dir, replace)?;
+fn stage<D: Disk>(disk: &D, dir: &Path, snapshot: &[u8], replace: bool) -> crate::Result<(Staged<D>, Restored)> {
+    let staged = Staged::create(disk.clone(), dir, replace)?;
     let mut tail = staged.write_base(&mut Cursor::new(snapshot), true, &mut |_| {})?.into_tail()?;
     let main = tail.last_revision() + 1;
     assert_eq!(tail.revision(main)?, Revision::Next);
@@ -140,7 +135,7 @@ fn a_snapshot_that_is_not_whole_leaves_nothing() {
 #[test]
 fn a_gap_in_revisions_is_refused_and_known_ones_are_skipped() {
     let dir = tempfile::tempdir().unwrap();
-    let staged = Staged::create(&RealDisk, &dir.path().join("data"), false).unwrap();
+    let staged = Staged::create(RealDisk, &dir.path().join("data"), false).unwrap();
     let mut tail = staged.write_base(&mut Cursor::new(snapshot(5)), true, &mut |_| {}).unwrap().into_tail().unwrap();
     assert_eq!(tail.revision(6).unwrap(), Revision::Known);
     assert!(matches!(tail.revision(8), Err(crate::Error::Gap { have: 6, next: 8 })));
@@ -151,15 +146,16 @@ fn a_gap_in_revisions_is_refused_and_known_ones_are_skipped() {
 
 /// A disk that fails after some operations: for good, because its machine loses power and with it what was not synced, or
 /// once.
+#[derive(Clone)]
 struct FailingDisk {
-    left: AtomicU64,
+    left: Arc<AtomicU64>,
     once: bool,
-    unsynced: Mutex<Vec<(u64, File)>>,
+    unsynced: Arc<Mutex<Vec<(u64, File)>>>,
 }
 
 impl FailingDisk {
     fn after(operations: u64) -> Self {
-        Self { left: AtomicU64::new(operations), once: false, unsynced: Mutex::default() }
+        Self { left: Arc::new(operations.into()), once: false, unsynced: Arc::default() }
     }
 
     fn step(&self) -> io::Result<()> {
@@ -291,7 +287,9 @@ fn members_are_committed_together() {
             let dir = tempfile::tempdir().unwrap();
             let targets = ["a", "b", "c"].map(|name| dir.path().join(name));
             if had_one {
-                targets.iter().for_each(|target| drop(restore(&RealDisk, target, &snapshot(3), false).unwrap()));
+                for target in &targets {
+                    restore(&RealDisk, target, &snapshot(3), false).unwrap();
+                }
             }
             let disk = FailingDisk { once: true, ..FailingDisk::after(u64::MAX) };
             let stage = |target| stage(&disk, target, &snapshot(50), had_one).unwrap().0;
