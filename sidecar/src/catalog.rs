@@ -113,6 +113,13 @@ pub struct Full {
     pub size: u64,
 }
 
+impl Full {
+    /// Its name in a timeline.
+    pub fn name(&self, timeline: Timeline) -> ObjectName {
+        ObjectName::Full { timeline, revision: self.revision, unix_ms: self.unix_ms }
+    }
+}
+
 /// A delta in a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Delta {
@@ -126,6 +133,13 @@ pub struct Delta {
     pub size: u64,
 }
 
+impl Delta {
+    /// Its name in a timeline.
+    pub fn name(&self, timeline: Timeline) -> ObjectName {
+        ObjectName::Delta { timeline, first: self.first, last: self.last, unix_ms: self.unix_ms }
+    }
+}
+
 /// The objects of one timeline.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct History {
@@ -133,8 +147,6 @@ pub struct History {
     pub fulls: Vec<Full>,
     /// Deltas, by first and then last revision.
     pub deltas: Vec<Delta>,
-    /// Whether there is a `timeline.json`.
-    pub described: bool,
 }
 
 /// Revisions that no object has.
@@ -144,6 +156,19 @@ pub struct Gap {
     pub after: i64,
     /// The first revision after it.
     pub before: i64,
+}
+
+/// Revisions that can be restored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Restorable {
+    /// The first of them.
+    pub first: i64,
+    /// When its full snapshot was begun.
+    pub first_unix_ms: i64,
+    /// The last of them.
+    pub last: i64,
+    /// When the object that has it was closed.
+    pub last_unix_ms: i64,
 }
 
 /// A full snapshot and the deltas that follow it without a gap.
@@ -157,6 +182,19 @@ pub struct Chain {
     pub last: i64,
     /// What is missing right after it, when there are deltas beyond.
     pub gap: Option<Gap>,
+}
+
+impl Chain {
+    /// Names and sizes of its objects, in order.
+    pub fn objects(&self, timeline: Timeline) -> Vec<(ObjectName, u64)> {
+        let deltas = self.deltas.iter().map(|delta| (delta.name(timeline), delta.size));
+        std::iter::once((self.full.name(timeline), self.full.size)).chain(deltas).collect()
+    }
+
+    /// Bytes of its objects.
+    pub fn size(&self) -> u64 {
+        self.full.size + self.deltas.iter().map(|delta| delta.size).sum::<u64>()
+    }
 }
 
 impl History {
@@ -211,6 +249,29 @@ impl History {
         best.map(|full| self.chain_from(*full))
     }
 
+    /// The runs of revisions that can be restored, ascending: each from a full snapshot to where its chain ends.
+    pub fn restorable(&self) -> Vec<Restorable> {
+        let mut runs: Vec<Restorable> = Vec::new();
+        for full in &self.fulls {
+            let chain = self.chain_from(*full);
+            let last_unix_ms = chain.deltas.last().map_or(full.unix_ms, |delta| delta.unix_ms);
+            match runs.last_mut() {
+                Some(run) if full.revision <= run.last => {
+                    if chain.last > run.last {
+                        (run.last, run.last_unix_ms) = (chain.last, last_unix_ms);
+                    }
+                }
+                _ => runs.push(Restorable {
+                    first: full.revision,
+                    first_unix_ms: full.unix_ms,
+                    last: chain.last,
+                    last_unix_ms,
+                }),
+            }
+        }
+        runs
+    }
+
     /// Every gap between what the deltas and fulls hold.
     pub fn gaps(&self) -> Vec<Gap> {
         let mut ends: Vec<(i64, i64)> = self.fulls.iter().map(|full| (full.revision, full.revision)).collect();
@@ -256,9 +317,7 @@ impl Catalog {
                 Some(ObjectName::Delta { timeline, first, last, unix_ms }) => {
                     catalog.timelines.entry(timeline).or_default().deltas.push(Delta { first, last, unix_ms, size });
                 }
-                Some(ObjectName::Timeline { timeline }) => {
-                    catalog.timelines.entry(timeline).or_default().described = true;
-                }
+                Some(ObjectName::Timeline { timeline }) => drop(catalog.timelines.entry(timeline).or_default()),
                 Some(uploading @ ObjectName::Uploading { .. }) => catalog.uploading.push((uploading, size)),
                 None => catalog.foreign.push((name, size)),
             }
@@ -313,6 +372,15 @@ mod tests {
     fn a_later_full_makes_a_gap_harmless() {
         let chain = history(&[10, 24], &[(11, 20), (25, 30)]).newest_chain().unwrap();
         assert_eq!((chain.full.revision, chain.last, chain.gap), (24, 30, None));
+    }
+
+    #[test]
+    fn what_is_restorable_ends_at_gaps() {
+        let runs = |history: History| history.restorable().iter().map(|run| (run.first, run.last)).collect::<Vec<_>>();
+        assert_eq!(runs(history(&[10, 15, 24], &[(11, 20), (25, 30)])), [(10, 20), (24, 30)]);
+        assert_eq!(runs(history(&[10, 21], &[(11, 20), (21, 30)])), [(10, 30)]);
+        assert_eq!(runs(history(&[5], &[(11, 20)])), [(5, 5)]);
+        assert_eq!(runs(history(&[], &[(11, 20)])), []);
     }
 
     #[test]

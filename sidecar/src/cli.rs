@@ -89,9 +89,9 @@ impl Cli {
         let signals = tokio::spawn(cancel_on_signal(stop.clone()));
         let result = match self.command {
             Command::Snapshot(args) => snapshot::run(args, self.output, stop).await,
-            Command::List(args) => list::run(args, self.output).await,
+            Command::List(args) => until(&stop, list::run(args, self.output)).await,
             Command::Restore(args) => restore::run(args, self.output, stop).await,
-            Command::Check(args) => check::run(args, self.output).await,
+            Command::Check(args) => until(&stop, check::run(args, self.output)).await,
         };
         signals.abort();
         match result {
@@ -101,6 +101,14 @@ impl Cli {
                 error.class().exit_code()
             }
         }
+    }
+}
+
+/// Gives up what changes nothing when somebody asks to stop.
+async fn until<T>(stop: &CancellationToken, work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::select! {
+        done = work => done,
+        () = stop.cancelled() => Err(Error::Cancelled),
     }
 }
 

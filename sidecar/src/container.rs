@@ -18,6 +18,8 @@ use proto::backup::ObjectMeta;
 
 use crate::{Error, Result};
 
+/// What objects are written as; a reader refuses what is newer.
+pub const LAYOUT: u32 = 1;
 /// Content in one frame.
 pub const FRAME_BYTES: usize = 2 << 20;
 /// Fast enough to keep up with etcd's snapshot stream on one core; higher levels gain little on its pages.
@@ -30,6 +32,8 @@ const SEEK_TABLE_MAGIC: u32 = 0x184D_2A5E;
 const SEEKABLE_MAGIC: u32 = 0x8F92_EAB1;
 const FOOTER_BYTES: u64 = 9;
 const MOST_META_BYTES: u32 = 64 << 10;
+/// Seek table of an object of 1 TB of content.
+const MOST_TABLE_BYTES: u64 = 4 << 20;
 /// log2 of the largest window a reader allocates; our frames need 21.
 const WINDOW_LOG_MAX: u32 = 23;
 
@@ -206,8 +210,8 @@ pub fn meta_from_tail(name: &str, size: u64, head: &[u8], tail: &[u8]) -> Result
     }
     let count = u64::from(u32_at(tail, footer).unwrap_or_default());
     let table_bytes = count * 8 + FOOTER_BYTES + 8;
-    if table_bytes > size {
-        return Err(damaged("seek table is larger than the object"));
+    if table_bytes > size.min(MOST_TABLE_BYTES) {
+        return Err(damaged("seek table is larger than that of any object"));
     }
     let table_start = (tail.len() as u64).checked_sub(table_bytes);
     let Some(table_start) = table_start else { return Ok(FromTail::Need(table_bytes + u64::from(MOST_META_BYTES))) };
@@ -215,13 +219,27 @@ pub fn meta_from_tail(name: &str, size: u64, head: &[u8], tail: &[u8]) -> Result
     let last_entry = (table_start + 8 + count.saturating_sub(1) * 8) as usize;
     if count > 1 && u32_at(tail, last_entry + 4) == Some(0) {
         let length = u64::from(u32_at(tail, last_entry).unwrap_or_default());
+        if length > u64::from(MOST_META_BYTES) + 8 {
+            return Err(damaged("metadata frame is damaged"));
+        }
         let Some(start) = table_start.checked_sub(length) else { return Ok(FromTail::Need(table_bytes + length)) };
         let frame = tail.get(start as usize..table_start as usize).unwrap_or_default();
         let content = frame.get(8..).filter(|_| u32_at(frame, 0) == Some(META_MAGIC));
         let content = content.ok_or_else(|| damaged("metadata frame is damaged"))?;
         meta.merge(content).map_err(|error| damaged(&format!("metadata cannot be decoded: {error}")))?;
     }
+    check_layout(name, &meta)?;
     Ok(FromTail::Meta(Box::new(meta)))
+}
+
+fn check_layout(name: &str, meta: &ObjectMeta) -> Result<()> {
+    if meta.layout <= LAYOUT {
+        return Ok(());
+    }
+    let layout = meta.layout;
+    Err(Error::precondition(format!(
+        "{name}: object has layout {layout}, a newer version of sidecar wrote it; use that"
+    )))
 }
 
 /// The metadata frame at the start of an object, and how long it is; `None` when there is none.
@@ -265,6 +283,7 @@ impl<R: Read> Reader<R> {
             let length = u32_at(&head, 4).unwrap_or_default().min(MOST_META_BYTES + 1);
             source.by_ref().take(u64::from(length)).read_to_end(&mut head).map_err(fail)?;
             meta = leading_meta(&name, &head)?.map(|(meta, _)| meta);
+            meta.as_ref().map_or(Ok(()), |meta| check_layout(&name, meta))?;
             head.clear();
         }
         let source = io::BufReader::with_capacity(256 << 10, io::Cursor::new(head).chain(source));

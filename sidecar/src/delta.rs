@@ -9,11 +9,11 @@ use std::io::BufRead;
 use bytes::Bytes;
 use etcd_format::mvcc::KeyValue;
 use etcd_format::wire::{Field, Fields};
-use etcd_format::{put_bytes_field, put_varint, put_varint_field};
+use etcd_format::{put_varint, put_varint_field};
 use proto::Message;
 use proto::backup::{DeltaEnd, ObjectMeta};
 
-use crate::container::{LEVEL_DELTA, Mark, Writer};
+use crate::container::{LAYOUT, LEVEL_DELTA, Mark, Writer};
 use crate::{Error, Result};
 
 /// No record is larger than this; etcd's largest request is far below.
@@ -28,7 +28,7 @@ pub struct Builder {
     revisions: u64,
     events: u64,
     leases: BTreeSet<i64>,
-    record: Vec<u8>,
+    content: Vec<u8>,
     framed: Vec<u8>,
     /// Where the last revision begins, and the number of events before it.
     last_begins: (Mark, u64),
@@ -44,7 +44,7 @@ impl Builder {
             revisions: 0,
             events: 0,
             leases: BTreeSet::new(),
-            record: Vec::new(),
+            content: Vec::new(),
             framed: Vec::new(),
             last_begins: (Mark::default(), 0),
         })
@@ -84,12 +84,10 @@ impl Builder {
         self.last_begins = (self.writer.mark(), self.events);
         self.last = main;
         self.revisions += 1;
-        let mut start = Vec::new();
-        put_varint_field(&mut start, 1, main as u64);
-        put_varint_field(&mut start, 2, received_unix_ms as u64);
-        self.record.clear();
-        put_bytes_field(&mut self.record, 1, &start);
-        self.put_record()
+        self.content.clear();
+        put_varint_field(&mut self.content, 1, main as u64);
+        put_varint_field(&mut self.content, 2, received_unix_ms as u64);
+        self.put_record(1)
     }
 
     /// Takes the last revision back: it did not arrive whole.
@@ -109,38 +107,41 @@ impl Builder {
         if kv.lease != 0 {
             self.leases.insert(kv.lease);
         }
-        let mut value = Vec::with_capacity(kv.key.len() + kv.value.len() + 64);
-        kv.encode(&mut value);
-        self.record.clear();
-        put_bytes_field(&mut self.record, 2, &value);
+        self.content.clear();
+        kv.encode(&mut self.content);
         self.events += 1;
-        self.put_record()
+        self.put_record(2)
     }
 
     /// Adds a delete to the revision begun.
     pub fn delete(&mut self, key: &[u8]) -> Result<()> {
-        self.record.clear();
-        put_bytes_field(&mut self.record, 3, key);
+        self.content.clear();
+        self.content.extend_from_slice(key);
         self.events += 1;
-        self.put_record()
+        self.put_record(3)
     }
 
-    fn put_record(&mut self) -> Result<()> {
+    /// Writes what is in `content` as a record of that kind.
+    fn put_record(&mut self, kind: u32) -> Result<()> {
         self.framed.clear();
-        put_varint(&mut self.framed, self.record.len() as u64);
+        put_varint(&mut self.framed, u64::from(kind) << 3 | 2);
+        put_varint(&mut self.framed, self.content.len() as u64);
+        let tag_bytes = self.framed.len();
+        put_varint(&mut self.framed, (tag_bytes + self.content.len()) as u64);
+        // The length of the record goes before its tag.
+        self.framed.rotate_left(tag_bytes);
         self.writer.write(&self.framed)?;
-        self.writer.write(&self.record)
+        self.writer.write(&self.content)
     }
 
     /// Closes the object. Counts and revisions of `end` and `meta` are filled in here.
     pub fn finish(mut self, end: DeltaEnd, meta: ObjectMeta) -> Result<Vec<Bytes>> {
         let compact_revision = end.compact_revision;
         let end = DeltaEnd { revisions: self.revisions, events: self.events, ..end };
-        self.record.clear();
-        put_bytes_field(&mut self.record, 4, &end.encode_to_vec());
-        self.put_record()?;
+        self.content = end.encode_to_vec();
+        self.put_record(4)?;
         let meta = ObjectMeta {
-            layout: 1,
+            layout: LAYOUT,
             first_revision: self.first,
             last_revision: self.last,
             compact_revision,

@@ -39,6 +39,17 @@ impl Class {
             Self::Transient | Self::Denied | Self::Cancelled | Self::Machine | Self::Bug => 1,
         }
     }
+
+    /// Whether trouble of this class may pass by itself, so that trying again makes sense. Much that is a mistake when
+    /// nothing has worked yet is an outage once it has: access is denied while credentials are rotated, a bucket is missing
+    /// while it is moved.
+    pub fn passes(self, has_worked: bool) -> bool {
+        match self {
+            Self::Transient => true,
+            Self::Denied | Self::Missing | Self::Machine | Self::Corrupt => has_worked,
+            Self::Precondition | Self::Invalid | Self::Cancelled | Self::Bug => false,
+        }
+    }
 }
 
 /// What can go wrong.
@@ -136,13 +147,11 @@ pub enum Error {
 
 impl Error {
     pub(crate) fn format(what: impl Into<String>) -> impl FnOnce(etcd_format::Error) -> Self {
-        let what = what.into();
-        move |source| Self::Format { what, source }
+        move |source| Self::Format { what: what.into(), source }
     }
 
     pub(crate) fn io(op: &'static str, path: impl std::fmt::Display) -> impl FnOnce(io::Error) -> Self {
-        let path = path.to_string();
-        move |source| Self::Io { op, path, source }
+        move |source| Self::Io { op, path: path.to_string(), source }
     }
 
     pub(crate) fn corrupt(what: impl Into<String>) -> Self {
@@ -214,6 +223,10 @@ fn etcd_class(error: &etcd_client::Error) -> Class {
                     .any(|text| status.message().contains(text)) =>
             {
                 Class::Denied
+            }
+            // Auth changed while the request was under way.
+            tonic::Code::InvalidArgument if status.message().contains("revision of auth store is old") => {
+                Class::Transient
             }
             tonic::Code::FailedPrecondition | tonic::Code::OutOfRange => Class::Precondition,
             tonic::Code::InvalidArgument => Class::Invalid,

@@ -7,7 +7,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use etcd_client::proto::PbWatchResponse;
 use etcd_client::{Client, ConnectOptions, GetOptions, WatchOptions};
+use sha2::{Digest, Sha256};
+use tonic::codegen::http::uri::PathAndQuery;
+use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 use crate::{Error, Result};
@@ -73,11 +77,11 @@ impl std::str::FromStr for Secret {
 }
 
 impl EtcdFlags {
-    fn credentials(&self) -> Result<Option<(String, String)>> {
+    fn credentials(&self) -> Result<Option<(String, Secret)>> {
         let Some(user) = &self.user else { return Ok(None) };
         match (user.0.split_once(':'), &self.password) {
-            (Some((name, password)), None) => Ok(Some((name.to_owned(), password.to_owned()))),
-            (_, Some(password)) => Ok(Some((user.0.clone(), password.0.clone()))),
+            (Some((name, password)), None) => Ok(Some((name.to_owned(), Secret(password.to_owned())))),
+            (_, Some(password)) => Ok(Some((user.0.clone(), password.clone()))),
             (None, None) => {
                 Err(Error::invalid("--user has no password; give it as NAME:PASSWORD or in ETCDCTL_PASSWORD"))
             }
@@ -97,6 +101,11 @@ impl EtcdFlags {
             format!("http://{text}")
         };
         let parsed = url::Url::parse(&url).ok();
+        if parsed.as_ref().is_some_and(|url| !url.username().is_empty() || url.password().is_some()) {
+            return Err(Error::invalid(
+                "an endpoint must not have credentials; give --user, and ETCDCTL_PASSWORD in the environment",
+            ));
+        }
         if !parsed.is_some_and(|url| {
             ["http", "https"].contains(&url.scheme()) && url.host_str().is_some_and(|host| !host.is_empty())
         }) {
@@ -180,7 +189,10 @@ impl rustls::client::danger::ServerCertVerifier for AcceptAnything {
 pub struct Etcd {
     client: Client,
     channel: Channel,
-    credentials: Option<(String, String)>,
+    credentials: Option<(String, Secret)>,
+    /// For the calls that etcd-client does not have.
+    token: Option<MetadataValue<Ascii>>,
+    left_out_user: bool,
     endpoint: String,
     timeout: Duration,
 }
@@ -236,17 +248,18 @@ struct AuthStatusResponse {
 impl Etcd {
     /// Connects to the first endpoint that answers.
     pub async fn connect(flags: &EtcdFlags) -> Result<(Self, Status)> {
-        let mut last = Error::invalid("--endpoints names no endpoint");
+        let mut last: Option<Error> = None;
         for text in &flags.endpoints {
             match Self::connect_to(flags, text.trim()).await {
                 Ok(connected) => return Ok(connected),
                 Err(error) => {
-                    tracing::debug!(endpoint = text, %error, "endpoint does not answer");
-                    last = error;
+                    if let Some(before) = last.replace(error) {
+                        tracing::warn!(error = %before, "endpoint does not answer");
+                    }
                 }
             }
         }
-        Err(last)
+        Err(last.unwrap_or_else(|| Error::invalid("--endpoints names no endpoint")))
     }
 
     async fn connect_to(flags: &EtcdFlags, text: &str) -> Result<(Self, Status)> {
@@ -259,13 +272,29 @@ impl Etcd {
         // A member without a leader would let a watch sleep for ever.
         let mut options = ConnectOptions::new().with_require_leader(true);
         if let Some((name, password)) = &credentials {
-            options = options.with_user(name, password).with_auto_token_refresh(true);
+            options = options.with_user(name, &password.0).with_auto_token_refresh(true);
         }
-        let connecting = Client::from_channel(etcd_client::Channel::Tonic(channel.clone()), Some(options));
-        let client = deadline(flags.timeout(), connecting).await.map_err(fail("authenticate"))?;
-        let mut this = Self { client, channel, credentials, endpoint: text.to_owned(), timeout: flags.timeout() };
+        let connecting = |options| Client::from_channel(etcd_client::Channel::Tonic(channel.clone()), Some(options));
+        let mut left_out_user = false;
+        let client = match deadline(flags.timeout(), connecting(options.clone())).await {
+            // As etcdctl does: a user is no obstacle where none is needed.
+            Err(error) if auth_is_off(&error) => {
+                left_out_user = true;
+                let anonymous = ConnectOptions::new().with_require_leader(true);
+                deadline(flags.timeout(), connecting(anonymous)).await
+            }
+            connected => connected,
+        };
+        let client = client.map_err(fail("authenticate"))?;
+        let (endpoint, timeout) = (text.to_owned(), flags.timeout());
+        let mut this = Self { client, channel, credentials, token: None, left_out_user, endpoint, timeout };
         let status = this.current_status().await?;
         Ok((this, status))
+    }
+
+    /// Whether a user was given and not used, because auth was off when we connected.
+    pub fn left_out_user(&self) -> bool {
+        self.left_out_user
     }
 
     /// The endpoint, for messages.
@@ -332,9 +361,25 @@ impl Etcd {
         deadline(self.timeout, watch.watch("", Some(options))).await.map_err(self.fail("watch"))
     }
 
-    /// An error of a stream that this connection opened.
-    pub fn stream_error(&self, op: &'static str, source: etcd_client::Error) -> Error {
-        self.fail(op)(source)
+    /// The next message of a watch with everything up to `have`. A watch that ends is an error: [`Error::Compacted`] when
+    /// etcd no longer has what comes next.
+    pub async fn next_message(&self, watch: &mut etcd_client::WatchStream, have: i64) -> Result<PbWatchResponse> {
+        let fail = self.fail("read the watch");
+        let message = match watch.message().await {
+            Ok(Some(message)) => message.0,
+            Ok(None) => return Err(fail(tonic::Status::unavailable("the watch ended").into())),
+            Err(error) => return Err(fail(error)),
+        };
+        if !message.canceled {
+            return Ok(message);
+        }
+        if message.compact_revision > 0 {
+            return Err(Error::Compacted { have, compacted: message.compact_revision });
+        }
+        let why = format!("etcd cancelled the watch: {}", message.cancel_reason);
+        let denied = message.cancel_reason.contains("permission denied");
+        let status = if denied { tonic::Status::permission_denied(why) } else { tonic::Status::unavailable(why) };
+        Err(fail(status.into()))
     }
 
     /// The compaction revision, given the last one known. One request when nothing changed.
@@ -377,54 +422,85 @@ impl Etcd {
 
     /// The auth revision, or `None` where the version (3.4) does not tell it.
     pub async fn auth_revision(&mut self) -> Result<Option<u64>> {
-        let mut request = tonic::Request::new(AuthStatusRequest {});
-        if let Some((name, password)) = &self.credentials {
-            let mut auth = self.client.auth_client();
-            let token = deadline(self.timeout, auth.authenticate(name.clone(), password.clone()))
-                .await
-                .map_err(self.fail("authenticate"))?;
-            if let Ok(token) = token.token().parse() {
-                request.metadata_mut().insert("token", token);
-            }
+        let mut asked = deadline(self.timeout, auth_status(self.channel.clone(), self.token.clone())).await;
+        if let Err(etcd_client::Error::GRpcStatus(status)) = &asked
+            && self.credentials.is_some()
+            && matches!(status.code(), tonic::Code::Unauthenticated | tonic::Code::InvalidArgument)
+        {
+            // Making a token costs etcd a password check and an entry in its log, so one is kept for as long as it is good.
+            self.token = self.new_token().await?;
+            asked = deadline(self.timeout, auth_status(self.channel.clone(), self.token.clone())).await;
         }
-        let path = http_path();
-        let mut grpc = tonic::client::Grpc::new(self.channel.clone());
-        let asked = async {
-            grpc.ready().await.map_err(etcd_client::Error::TransportError)?;
-            let codec = tonic_prost::ProstCodec::<AuthStatusRequest, AuthStatusResponse>::default();
-            Ok(grpc.unary(request, path, codec).await?.into_inner())
-        };
-        match deadline(self.timeout, asked).await {
+        match asked {
             Ok(response) => Ok(Some(response.auth_revision)),
             Err(etcd_client::Error::GRpcStatus(status)) if status.code() == tonic::Code::Unimplemented => Ok(None),
             Err(error) => Err(self.fail("ask for the auth revision")(error)),
         }
     }
 
+    async fn new_token(&mut self) -> Result<Option<MetadataValue<Ascii>>> {
+        let Some((name, password)) = self.credentials.clone() else { return Ok(None) };
+        let mut auth = self.client.auth_client();
+        match deadline(self.timeout, auth.authenticate(name, password.0)).await {
+            Ok(answer) => Ok(answer.token().parse().ok()),
+            Err(error) if auth_is_off(&error) => Ok(None),
+            Err(error) => Err(self.fail("authenticate")(error)),
+        }
+    }
+
     /// What is visible of users and roles, as one number: stands in for the auth revision where that cannot be asked for.
-    /// A changed password does not show.
+    /// A changed password does not show. It is kept with backups, so what it is made of must not change.
     pub async fn auth_fingerprint(&mut self) -> Result<u64> {
-        use std::hash::{Hash, Hasher};
-        let mut hasher = std::hash::DefaultHasher::new();
+        let mut digest = Sha256::new();
+        let mut add = |text: &[u8]| {
+            digest.update((text.len() as u64).to_be_bytes());
+            digest.update(text);
+        };
         let users = deadline(self.timeout, self.client.user_list()).await.map_err(self.fail("list the users"))?;
         for user in users.users() {
             let roles = deadline(self.timeout, self.client.user_get(user.clone()))
                 .await
                 .map_err(self.fail("list the roles of a user"))?;
-            (user, roles.roles()).hash(&mut hasher);
+            add(b"user");
+            add(user.as_bytes());
+            roles.roles().iter().for_each(|role| add(role.as_bytes()));
         }
         let roles = deadline(self.timeout, self.client.role_list()).await.map_err(self.fail("list the roles"))?;
         for role in roles.roles() {
             let granted =
                 deadline(self.timeout, self.client.role_get(role.clone())).await.map_err(self.fail("read a role"))?;
-            (role, format!("{:?}", granted.permissions())).hash(&mut hasher);
+            add(b"role");
+            add(role.as_bytes());
+            for permission in granted.permissions() {
+                add(&permission.get_type().to_be_bytes());
+                add(permission.key());
+                add(permission.range_end());
+            }
         }
-        Ok(hasher.finish())
+        let digest = digest.finalize();
+        Ok(digest.first_chunk().map_or(1, |bytes| u64::from_be_bytes(*bytes)).max(1))
     }
 }
 
-fn http_path() -> tonic::codegen::http::uri::PathAndQuery {
-    tonic::codegen::http::uri::PathAndQuery::from_static("/etcdserverpb.Auth/AuthStatus")
+/// Asks for the auth revision.
+async fn auth_status(
+    channel: Channel,
+    token: Option<MetadataValue<Ascii>>,
+) -> Result<AuthStatusResponse, etcd_client::Error> {
+    let mut request = tonic::Request::new(AuthStatusRequest {});
+    if let Some(token) = token {
+        request.metadata_mut().insert("token", token);
+    }
+    let path = PathAndQuery::from_static("/etcdserverpb.Auth/AuthStatus");
+    let mut grpc = tonic::client::Grpc::new(channel);
+    grpc.ready().await.map_err(etcd_client::Error::TransportError)?;
+    let codec = tonic_prost::ProstCodec::<AuthStatusRequest, AuthStatusResponse>::default();
+    Ok(grpc.unary(request, path, codec).await?.into_inner())
+}
+
+/// Whether etcd refused a user because auth is not enabled.
+fn auth_is_off(error: &etcd_client::Error) -> bool {
+    matches!(error, etcd_client::Error::GRpcStatus(status) if status.message().contains("authentication is not enabled"))
 }
 
 async fn deadline<T>(

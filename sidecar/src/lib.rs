@@ -1,7 +1,7 @@
 //! Continuous backup of an etcd member and restore without any etcd: the library behind the `sidecar` program.
 //!
-//! Reading order: [`catalog`] (what is in a store, and which objects make a chain) and [`container`] (what is in an
-//! object) are pure. [`etcd`] and [`store`] reach the two worlds outside. [`snapshotter`] moves data from the first to the
+//! Reading order: [`catalog`] (what is in a store, and which objects make a chain), [`container`] (what an object is
+//! wrapped in) and [`delta`] (what the changes look like in it) are pure. [`etcd`] and [`store`] reach the two worlds outside. [`snapshotter`] moves data from the first to the
 //! second, [`restore`] from the second to a data directory. [`cli`] is what a person types.
 //!
 //! # Invariants

@@ -12,6 +12,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use etcd_format::ReadAt;
 use etcd_format::datadir::{
     Change, Minor, RealDisk, Restored, Revision, Severity, Spec, Staged, Summary, Tail, Verdict, Verify, WantHash,
 };
@@ -24,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use pieces::{Decompressed, PieceReader, Pieces, Stoppable};
 
 use crate::catalog::{Catalog, Chain, ObjectName, Timeline};
-use crate::container;
+use crate::container::{self, FromTail};
 use crate::delta::{Reader as DeltaReader, Record};
 use crate::store::Store;
 use crate::{Error, Result};
@@ -50,6 +51,7 @@ pub enum Source {
 
 /// A member to be made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Target {
     /// Name of the member.
     pub name: String,
@@ -85,23 +87,22 @@ pub fn choose(
     full_revision: Option<i64>,
     accept_gap: bool,
 ) -> Result<Source> {
-    let (timeline, history) = match timeline {
-        Some(wanted) => match catalog.timelines.get(&wanted) {
-            Some(history) => (wanted, history),
-            None => {
-                return Err(Error::missing(format!(
-                    "store {url} has no timeline {wanted}; `sidecar list` shows those it has"
-                )));
-            }
-        },
-        None => match catalog.newest_restorable() {
-            Some(found) => found,
-            None => return Err(nothing_to_restore(catalog, url)),
-        },
+    let (timeline, history) = if let Some(wanted) = timeline {
+        let history = catalog.timelines.get(&wanted).ok_or_else(|| {
+            Error::missing(format!("store {url} has no timeline {wanted}; `sidecar list` shows those it has"))
+        })?;
+        (wanted, history)
+    } else {
+        let found = catalog.newest_restorable().ok_or_else(|| nothing_to_restore(catalog, url))?;
+        if let Some((newest, _)) = catalog.newest().filter(|(newest, _)| *newest > found.0) {
+            tracing::warn!(
+                newest,
+                timeline = found.0,
+                "the newest timeline has no full snapshot yet; restore from one before"
+            );
+        }
+        found
     };
-    if let Some((newest, _)) = catalog.newest().filter(|(newest, _)| *newest > timeline) {
-        tracing::warn!(newest, timeline, "the newest timeline has no full snapshot yet; restore from the one before");
-    }
     let looks_like_one = |name: &str| Path::new(name).extension().is_some_and(|extension| extension == "zst");
     for (name, _) in catalog.foreign.iter().filter(|(name, _)| looks_like_one(name)) {
         tracing::warn!(object = name, "leave out an object that looks like a backup and is not named like one");
@@ -161,9 +162,12 @@ pub enum Progress {
 
 /// What was proved of a restored directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Proof {
-    /// Revision of the HashKV that was compared; `None` when the backup has none.
+    /// Revision of the HashKV that was compared; `None` when there was none to compare with.
     pub hash_revision: Option<i64>,
+    /// Why there was none.
+    pub hash_missing: Option<&'static str>,
     /// The hash that etcd gave and that was found again.
     pub hash: Option<u32>,
     /// Rows checked.
@@ -176,9 +180,12 @@ pub struct Proof {
 
 /// A restore that succeeded.
 #[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Outcome {
     /// Current revision.
     pub revision: i64,
+    /// The last revision that the backup has; the current one unless it was raised.
+    pub backup_revision: i64,
     /// Revision of the snapshot it started from.
     pub snapshot_revision: i64,
     /// Changes appended after it.
@@ -213,14 +220,14 @@ pub async fn execute(
     let mut full = ObjectMeta::default();
     let (objects, feeder) = match (&plan.source, store) {
         (Source::Chain { timeline, chain }, Some(store)) => {
-            let objects = objects_of(*timeline, chain);
+            let objects = chain.objects(*timeline);
             if let Some((name, _)) = objects.iter().find(|(_, size)| *size == 0) {
                 return Err(Error::corrupt(format!("{}: object is empty", store.location(name))));
             }
             if let Some((name, size)) = objects.first() {
                 full = store.meta(name, *size).await?;
             }
-            let (feeder, received) = pieces::fetch(store.clone(), objects.clone());
+            let (feeder, received) = pieces::fetch(store.clone(), objects.clone(), stop.clone());
             let named = objects.iter().map(|(name, _)| (*name, store.location(name))).collect();
             (Objects::Store { named, received }, Some(feeder))
         }
@@ -235,15 +242,6 @@ pub async fn execute(
         feeder.abort();
     }
     assembled.map_err(|error| Error::task(&error))?
-}
-
-fn objects_of(timeline: Timeline, chain: &Chain) -> Vec<(ObjectName, u64)> {
-    let full = ObjectName::Full { timeline, revision: chain.full.revision, unix_ms: chain.full.unix_ms };
-    let deltas = chain.deltas.iter().map(|delta| {
-        let name = ObjectName::Delta { timeline, first: delta.first, last: delta.last, unix_ms: delta.unix_ms };
-        (name, delta.size)
-    });
-    std::iter::once((full, chain.full.size)).chain(deltas).collect()
 }
 
 /// A recorded hash and the version whose rules made it.
@@ -304,7 +302,10 @@ fn assemble(
     }
     let mut aside = Aside { recorded: recorded_hash(full), cluster_id: full.cluster_id, ..Aside::default() };
     let tail = match objects {
-        Objects::File { path, skip_hash_check } => base_from_file(&staged, &path, skip_hash_check, stop, progress)?,
+        Objects::File { path, skip_hash_check } => {
+            aside.recorded = recorded_in_file(&path)?;
+            base_from_file(&staged, &path, skip_hash_check, stop, progress)?
+        }
         Objects::Store { named, mut received } => {
             from_store(&staged, &named, &mut received, &mut aside, stop, progress)?
         }
@@ -312,7 +313,7 @@ fn assemble(
     let mut restored = tail.finish(&spec(plan, &aside)).map_err(in_dir(&first.data_dir))?;
     staged.write_log(&plan.cluster, &first.name).map_err(in_dir(&first.data_dir))?;
     progress(Progress::Verify);
-    let (proof, orphaned_leases) = prove(&staged, &mut restored, aside.recorded, plan)?;
+    let (proof, orphaned_leases) = prove(&staged, &mut restored, aside.recorded)?;
     if !others.is_empty() {
         progress(Progress::Members(others.len() as u64));
     }
@@ -335,6 +336,7 @@ fn assemble(
     let replaced = Staged::commit(members, &stamp).map_err(Error::format("put what was restored in its place"))?;
     Ok(Outcome {
         revision: restored.revision.saturating_add(plan.bump_revision),
+        backup_revision: restored.revision,
         snapshot_revision: restored.base_revision,
         events: restored.events,
         db_size: restored.db_size,
@@ -361,6 +363,31 @@ fn spec(plan: &Plan, aside: &Aside) -> Spec {
 }
 
 type LocalTail = Tail<RealDisk>;
+
+/// The hash that one of our full snapshots has; a plain snapshot has none.
+fn recorded_in_file(path: &Path) -> Result<Option<Recorded>> {
+    let name = path.display().to_string();
+    let file = File::open(path).map_err(Error::io("open", &name))?;
+    let size = file.metadata().map_err(Error::io("look at", &name))?.len();
+    let read = |from: u64, to: u64| {
+        let mut bytes = vec![0; (to - from) as usize];
+        ReadAt::read_exact_at(&file, &mut bytes, from).map_err(Error::io("read", &name))?;
+        Ok::<_, Error>(bytes)
+    };
+    let head = read(0, size.min(64 << 10))?;
+    if !container::is_compressed(&head) {
+        return Ok(None);
+    }
+    let mut want = 64 << 10;
+    loop {
+        match container::meta_from_tail(&name, size, &head, &read(size.saturating_sub(want), size)?) {
+            Ok(FromTail::Meta(meta)) => return Ok(recorded_hash(&meta)),
+            Ok(FromTail::Need(more)) if more > want && want < size => want = more.min(size),
+            // Any zstd file may be restored, also one that somebody else compressed.
+            Ok(FromTail::Need(_)) | Err(_) => return Ok(None),
+        }
+    }
+}
 
 fn base_from_file(
     staged: &Staged<RealDisk>,
@@ -462,7 +489,6 @@ fn prove(
     staged: &Staged<RealDisk>,
     restored: &mut Restored,
     recorded: Option<Recorded>,
-    plan: &Plan,
 ) -> Result<(Proof, BTreeSet<i64>)> {
     let usable = recorded.filter(|recorded| recorded.hash.compact_revision.max(0) >= restored.compaction.revision());
     let request = usable.map(|recorded| HashRequest {
@@ -498,7 +524,7 @@ fn prove(
         verdict = verify()?;
     }
     let summary = sound(&verdict)?;
-    if summary.revision != restored.revision && plan.bump_revision == 0 {
+    if summary.revision != restored.revision {
         return Err(Error::corrupt(format!(
             "restored database is at revision {}, it should be at {}",
             summary.revision, restored.revision
@@ -514,6 +540,11 @@ fn prove(
     }
     let proof = Proof {
         hash_revision: usable.map(|recorded| recorded.hash.revision),
+        hash_missing: match (recorded, usable) {
+            (_, Some(_)) => None,
+            (Some(_), None) => Some("etcd compacted between the recorded hash and the snapshot"),
+            (None, None) => Some("the backup has no hash"),
+        },
         hash: usable.map(|recorded| recorded.hash.hash),
         rows: summary.rows,
         keys: summary.live_keys,

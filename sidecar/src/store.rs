@@ -19,7 +19,7 @@ use url::Url;
 
 use crate::catalog::{Catalog, ObjectName, Timeline};
 use crate::container::{self, FromTail};
-use crate::{Class, Error, Result};
+use crate::{Error, Result};
 
 /// Parts of a multipart upload. At 10,000 parts, S3's limit, an object may have 80 GB.
 const PART_BYTES: usize = 8 << 20;
@@ -47,19 +47,22 @@ pub struct Store {
     url: String,
     /// Objects above this many bytes are copied in parts.
     most_copied_bytes: u64,
+    /// Of a local store.
+    directory: Option<PathBuf>,
 }
 
 impl Store {
     fn new(inner: impl ObjectStore, prefix: Path, url: String) -> Self {
-        Self { inner: Arc::new(inner), prefix, url, most_copied_bytes: MOST_COPIED_BYTES }
+        Self { inner: Arc::new(inner), prefix, url, most_copied_bytes: MOST_COPIED_BYTES, directory: None }
     }
 
     /// Opens `file:///directory` or `s3://bucket/prefix`. Credentials, region, endpoint and CA of S3 come from the standard
     /// AWS environment.
     pub fn open(url: &str, open: Open) -> Result<Self> {
+        // What cannot be parsed is not shown: it may have credentials in it.
         let parsed = Url::parse(url).map_err(|error| {
             Error::invalid(format!(
-                "--store {url:?} is not a URL ({error}); it must be file:///directory or s3://bucket/prefix"
+                "--store is not a URL ({error}); it must be file:///directory or s3://bucket/prefix"
             ))
         })?;
         if parsed.query().is_some()
@@ -100,7 +103,7 @@ impl Store {
             source,
         })?;
         // A backup that a power cut takes back is none.
-        Ok(Self::new(store.with_fsync(true), Path::default(), url))
+        Ok(Self { directory: Some(directory), ..Self::new(store.with_fsync(true), Path::default(), url) })
     }
 
     fn open_s3(parsed: &Url, url: String) -> Result<Self> {
@@ -145,7 +148,8 @@ impl Store {
         Ok(Self::new(store, prefix, url))
     }
 
-    /// Wraps any store; for tests.
+    /// Wraps any store.
+    #[cfg(test)]
     pub fn from_parts(inner: Arc<dyn ObjectStore>, prefix: &str) -> Self {
         Self::new(inner, Path::from(prefix), format!("test:///{prefix}"))
     }
@@ -228,12 +232,6 @@ impl Store {
         self.put_new(&ObjectName::Timeline { timeline }, &[Bytes::from(json)]).await
     }
 
-    /// Reads a small object.
-    pub async fn get_small(&self, name: &ObjectName) -> Result<Bytes> {
-        let result = self.inner.get(&self.path(&name.to_string())).await.map_err(self.fail("get", name))?;
-        result.bytes().await.map_err(self.fail("get", name))
-    }
-
     /// Reads the metadata of a full or a delta without the rest of it.
     pub async fn meta(&self, name: &ObjectName, size: u64) -> Result<ObjectMeta> {
         let path = self.path(&name.to_string());
@@ -289,10 +287,54 @@ impl Store {
         }
     }
 
+    /// Removes what writers that were killed left in a local store: files on their way to their names, which a listing does
+    /// not show. On S3 such uploads are not objects; a lifecycle rule of the bucket ends them.
+    pub async fn remove_abandoned_files(&self, older_than: Duration) {
+        let Some(directory) = self.directory.clone() else { return };
+        let removed = tokio::task::spawn_blocking(move || remove_staged_files(&directory, older_than));
+        match removed.await.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
+            Ok(0) => {}
+            Ok(removed) => tracing::info!(removed, "remove files of uploads that were never finished"),
+            Err(error) => tracing::warn!(%error, "files of uploads that were never finished may stay"),
+        }
+    }
+
     /// Begins an object whose name is not known before its last byte.
     pub fn upload(&self, staging: ObjectName) -> Upload {
         Upload { store: self.clone(), staging, held: BytesMut::new(), parts: None, sent: 0 }
     }
+}
+
+/// `LocalFileSystem` writes a new object as `NAME#NUMBER` first.
+fn remove_staged_files(directory: &std::path::Path, older_than: Duration) -> std::io::Result<usize> {
+    let is_staged = |name: &str| {
+        name.rsplit_once('#').is_some_and(|(object, number)| {
+            !number.is_empty()
+                && number.bytes().all(|byte| byte.is_ascii_digit())
+                && (object == "timeline.json"
+                    || object.starts_with("uploading-")
+                    || std::path::Path::new(object).extension().is_some_and(|extension| extension == "zst"))
+        })
+    };
+    let mut removed = 0;
+    for timeline in std::fs::read_dir(directory)? {
+        let timeline = timeline?;
+        if !timeline.file_name().to_str().is_some_and(|name| name.starts_with('t')) || !timeline.file_type()?.is_dir() {
+            continue;
+        }
+        for place in [timeline.path(), timeline.path().join("full"), timeline.path().join("delta")] {
+            for entry in std::fs::read_dir(place).into_iter().flatten() {
+                let entry = entry?;
+                let metadata = entry.metadata()?;
+                let age = metadata.modified()?.elapsed().unwrap_or_default();
+                if metadata.is_file() && age >= older_than && entry.file_name().to_str().is_some_and(is_staged) {
+                    std::fs::remove_file(entry.path())?;
+                    removed += 1;
+                }
+            }
+        }
+    }
+    Ok(removed)
 }
 
 /// The parts of an object on their way.
@@ -408,6 +450,13 @@ impl Upload {
                 Err(object_store::Error::NotSupported { .. } | object_store::Error::NotImplemented { .. }) => {
                     self.store.inner.copy(&from, &to).await.map_err(self.store.fail("name", name))?;
                 }
+                Err(source @ object_store::Error::AlreadyExists { .. }) => {
+                    // The answer to an earlier attempt was lost: what is there is ours.
+                    let there = self.store.inner.head(&to).await.map_err(self.store.fail("look at", name))?;
+                    if there.size != self.sent {
+                        return Err(self.store.fail("name", name)(source));
+                    }
+                }
                 Err(source) => return Err(self.store.fail("name", name)(source)),
             }
         }
@@ -464,11 +513,7 @@ impl Store {
         loop {
             let error = match attempt().await {
                 Ok(value) => return Ok(value),
-                Err(error)
-                    if matches!(error.class(), Class::Transient | Class::Denied | Class::Missing | Class::Machine) =>
-                {
-                    error
-                }
+                Err(error) if error.class().passes(true) => error,
                 Err(error) => return Err(error),
             };
             if stop.is_cancelled() {
@@ -489,6 +534,22 @@ mod tests {
     use object_store::memory::InMemory;
 
     use super::*;
+
+    #[test]
+    fn files_that_a_killed_writer_left_are_removed_and_no_others() -> std::io::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let full = dir.path().join("t00000001/full");
+        std::fs::create_dir_all(&full)?;
+        let ours = ["uploading-1795369874592-00000000000000ab#1", "00000000000000000003-1795369874592.db.zst#12"];
+        let others = ["00000000000000000003-1795369874592.db.zst", "notes#1", "a.zst#b", "a.zst#"];
+        for name in ours.iter().chain(&others) {
+            std::fs::write(full.join(name), b"")?;
+        }
+        assert_eq!(remove_staged_files(dir.path(), Duration::from_secs(3600))?, 0);
+        assert_eq!(remove_staged_files(dir.path(), Duration::ZERO)?, ours.len());
+        assert_eq!(std::fs::read_dir(full)?.count(), others.len());
+        Ok(())
+    }
 
     #[tokio::test]
     async fn what_is_too_large_to_copy_at_once_is_copied_in_parts() -> Result<()> {

@@ -172,10 +172,10 @@ async fn a_full_disk_is_said_and_nothing_is_left() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn flags_that_make_no_sense_are_usage_errors() -> Result<()> {
-    let usage: [&[&str]; 12] = [
+    let usage: [&[&str]; 14] = [
         &["restore", "--data-dir", "x"],
         &["restore", "--store", "file:///x"],
-        &["restore", "--store", "file:///x", "--snapshot-file", "y", "--data-dir", "z"],
+        &["restore", "--store", "file:///x", "--skip-hash-check", "--data-dir", "z"],
         &["restore", "--store", "ftp://x", "--data-dir", "z"],
         &["restore", "--store", "file://x", "--data-dir", "z"],
         &["restore", "--store", "file:///x", "--data-dir", "z", "--etcd-version", "2.3"],
@@ -185,10 +185,13 @@ async fn flags_that_make_no_sense_are_usage_errors() -> Result<()> {
         &["restore", "--store", "file:///x", "--all-members", "z"],
         &["snapshot", "--store", "file:///x", "--full-schedule", "every hour"],
         &["snapshot", "--store", "file:///x", "--delta-period", "soon"],
+        &["snapshot", "--store", "file:///x", "--full-schedule", "0 0 30 2 *"],
+        &["snapshot", "--store", "file:///tmp/steward-none", "--endpoints", "http://user:password@127.0.0.1:1"],
     ];
     for arguments in usage {
         let ended = Sidecar::new(arguments.iter().copied()).run().await?;
         ensure!(ended.code == 2 && !ended.stderr.is_empty(), "{arguments:?} gives {} {}", ended.code, ended.stderr);
+        ensure!(!ended.stderr.contains("password@"), "a password is shown: {}", ended.stderr);
     }
     Sidecar::new(["check", "--data-dir", "/nonexistent"]).run().await?.expect(12)?.says("not a directory")?;
     let nobody =

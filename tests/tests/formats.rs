@@ -60,7 +60,6 @@ async fn decompressed_full_is_etcds_own(minor: &str) -> Result<()> {
     for name in ["theirs", "plain", "compressed"] {
         let after = state::of(&member.restored_in(&dir.path().join(name))).await?;
         state::same(&before, &after).with_context(|| name.to_owned())?;
-        ensure!(before.hash == after.hash, "{name}: HashKV {:?} instead of {:?}", after.hash, before.hash);
     }
     Ok(())
 }
@@ -246,11 +245,11 @@ async fn orphaned_leases_get_a_record() -> Result<()> {
         let target = dir.path().join("restored");
         let restore = Sidecar::new(["restore", "-o", "json", "--snapshot-file"]).arg(&file);
         let restored = restore.arg("--data-dir").arg(&target).run().await?.expect(0)?.json()?;
-        ensure!(restored["orphaned_leases"] == serde_json::json!(["77"]), "{restored}");
+        ensure!(restored["orphanedLeases"] == serde_json::json!(["77"]), "{restored}");
         let etcd = member.restored_in(&target).start().await?;
         let mut client = etcd.client().await?;
         let after = state::read(&mut client).await?;
-        state::same(&before, &after).context(minor)?;
+        state::same_keys(&before, &after).context(minor)?;
         ensure!(after.leases.get(&0x77).is_some_and(|ttl| *ttl > 86_400), "{:?}", after.leases);
         client.put("leased", "w", Some(PutOptions::new().with_ignore_lease())).await.context(minor)?;
     }

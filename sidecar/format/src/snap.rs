@@ -97,7 +97,7 @@ fn value(path: &str, content: &impl Serialize) -> Value {
     node(path, &content, &Value::Null)
 }
 
-/// Ids of the members in the v2 store of a snapshot, for comparison; `None` when the JSON has no member directory.
+/// Ids of the members in the v2 store of a snapshot, for comparison; none when the JSON has no member directory.
 pub fn member_ids(snapshot: &Snapshot) -> Result<Vec<u64>> {
     let store: Value = serde_json::from_slice(snapshot.data())
         .map_err(|error| Error::corrupt(0, format!("v2 store of the raft snapshot is not JSON: {error}")))?;

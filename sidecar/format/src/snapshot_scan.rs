@@ -67,11 +67,6 @@ impl SnapshotScan {
         }
     }
 
-    /// Length of the whole stream, once its first page is known.
-    pub fn expected_bytes(&self) -> Option<u64> {
-        self.meta.map(|meta| meta.file_size().saturating_add(32))
-    }
-
     /// Takes the next bytes.
     pub fn push(&mut self, mut bytes: &[u8]) -> Result<()> {
         while !bytes.is_empty() {

@@ -187,7 +187,6 @@ struct Reader {
     terms: Vec<(u64, u64, u64)>,
     member_changes: Vec<MemberChange>,
     tail: Option<Tail>,
-    records: u64,
 }
 
 enum Frame {
@@ -215,7 +214,6 @@ impl Reader {
                     }
                     self.record(&record, offset, name)?;
                     first = false;
-                    self.records += 1;
                     offset = end;
                 }
             }
@@ -311,6 +309,10 @@ impl Reader {
             }
             kind::STATE => {
                 let state = HardState::decode(record.data()).map_err(|error| malformed("hard state", error))?;
+                // The kind of a record is under no checksum: an entry would decode too, with a field left over.
+                if state.encoded_len() != record.data().len() {
+                    return Err(Error::corrupt(offset, "hard state has more in it than a hard state has"));
+                }
                 self.hard_state(state, offset)?;
             }
             kind::SNAPSHOT => {
@@ -338,8 +340,8 @@ impl Reader {
 
     fn entry(&mut self, entry: &Entry, offset: u64, segment: SegmentName) -> Result<()> {
         let (index, term) = (entry.index(), entry.term());
-        if index == 0 {
-            return Err(Error::corrupt(offset, "entry has index 0"));
+        if index == 0 || term == 0 {
+            return Err(Error::corrupt(offset, format!("entry has index {index} and term {term}")));
         }
         // A later entry with the same index replaces the earlier one and all after it.
         while let Some(run) = self.terms.last_mut() {
@@ -379,6 +381,9 @@ impl Reader {
                 let change = ConfChange::decode(entry.data()).map_err(|error| {
                     Error::corrupt(offset, format!("member change in entry {index} cannot be decoded: {error}"))
                 })?;
+                if change.node_id() == 0 {
+                    return Err(Error::corrupt(offset, format!("member change in entry {index} names no member")));
+                }
                 self.member_changes.push(MemberChange { index, change });
                 Ok(())
             }
@@ -456,17 +461,6 @@ pub fn first_segment(metadata: Metadata, entries: &[ConfChange], state: HardStat
     out
 }
 
-/// Cuts a torn record off the last segment, as etcd does: keeps a copy as `.broken` and syncs.
-pub fn repair(tail: &Tail) -> Result<()> {
-    let Tail::Torn { path, offset, .. } = tail else { return Ok(()) };
-    let mut broken = path.clone().into_os_string();
-    broken.push(".broken");
-    std::fs::copy(path, &broken).map_err(Error::io("copy aside", path))?;
-    let file = File::options().write(true).open(path).map_err(Error::io("open", path))?;
-    file.set_len(*offset).map_err(Error::io("truncate", path))?;
-    file.sync_all().map_err(Error::io("sync", path))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -510,11 +504,12 @@ mod tests {
                 let mut bytes = whole.clone();
                 bytes[at] ^= flip;
                 if let Ok(read) = read_segment(&bytes) {
-                    assert!(
-                        read == log
-                            || read.tail != Tail::Clean
-                            || read.segments == log.segments && bytes.len() == whole.len()
-                    );
+                    // The kind of a record is under no checksum. An entry that passes for another kind is missed where
+                    // etcd would miss it: not below the snapshot that it starts from.
+                    let start = |log: &Log| (log.state, log.newest_snapshot().cloned(), log.last_index());
+                    let harmless = read.tail != Tail::Clean || start(&read) == start(&log);
+                    assert!(harmless, "byte {at} ^ {flip}: {read:?} instead of {log:?}");
+                    assert!(read.member_changes.iter().all(|change| log.member_changes.contains(change)), "byte {at}");
                 }
             }
         }
@@ -523,10 +518,10 @@ mod tests {
     #[test]
     fn a_cut_segment_is_torn_or_ends_early_but_never_corrupt() {
         let whole = segment();
-        let boundary = |at: usize| read_segment(&whole[..at]);
+        let complete = read_segment(&whole).unwrap();
         for at in 0..whole.len() {
-            match boundary(at) {
-                Ok(log) => assert!(log.tail != Tail::Clean || log.state.commit() <= log.last_index()),
+            match read_segment(&whole[..at]) {
+                Ok(log) => assert!(complete.member_changes.starts_with(&log.member_changes), "{at}"),
                 Err(error) => assert!(
                     error.to_string().contains("empty") || error.to_string().contains("no metadata"),
                     "{at}: {error}"

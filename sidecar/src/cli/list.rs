@@ -33,8 +33,8 @@ struct TimelineListing {
     fulls: Vec<Object>,
     deltas: Vec<Object>,
     gaps: Vec<Range>,
-    /// What can be restored: revisions from the oldest full snapshot to where the newest chain ends.
-    restorable: Option<Window>,
+    /// What can be restored: each run of revisions from a full snapshot to where its chain ends.
+    restorable: Vec<Window>,
 }
 
 #[derive(Serialize)]
@@ -101,12 +101,12 @@ fn timeline_listing(timeline: Timeline, history: &History) -> TimelineListing {
         time: time(delta.unix_ms),
         bytes: delta.size,
     };
-    let window = history.newest_chain().zip(history.fulls.first()).map(|(chain, oldest)| Window {
-        first_revision: oldest.revision,
-        last_revision: chain.last,
-        first_time: time(oldest.unix_ms),
-        last_time: time(chain.deltas.last().map_or(chain.full.unix_ms, |delta| delta.unix_ms)),
-    });
+    let window = |run: crate::catalog::Restorable| Window {
+        first_revision: run.first,
+        last_revision: run.last,
+        first_time: time(run.first_unix_ms),
+        last_time: time(run.last_unix_ms),
+    };
     TimelineListing {
         timeline,
         bytes: history.size(),
@@ -117,7 +117,7 @@ fn timeline_listing(timeline: Timeline, history: &History) -> TimelineListing {
             .into_iter()
             .map(|gap| Range { first_missing: gap.after + 1, last_missing: gap.before - 1 })
             .collect(),
-        restorable: window,
+        restorable: history.restorable().into_iter().map(window).collect(),
     }
 }
 
@@ -155,12 +155,14 @@ fn table(listing: &Listing) -> String {
         for gap in &timeline.gaps {
             say(format!("  GAP: revisions {} to {} are in no object", gap.first_missing, gap.last_missing));
         }
-        match &timeline.restorable {
-            Some(window) => say(format!(
+        if timeline.restorable.is_empty() {
+            say("  restorable: nothing, there is no full snapshot".to_owned());
+        }
+        for window in &timeline.restorable {
+            say(format!(
                 "  restorable: revisions {} to {}, {} to {}",
                 window.first_revision, window.last_revision, window.first_time, window.last_time
-            )),
-            None => say("  restorable: nothing, there is no full snapshot".to_owned()),
+            ));
         }
     }
     for upload in &listing.unfinished_uploads {

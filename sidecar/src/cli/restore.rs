@@ -22,17 +22,16 @@ use crate::{Error, Result};
 /// Restores the latest state, verifies it (every row, every lease, etcd's own hash where the backup has it), and only then
 /// puts it in place. On failure nothing is left behind.
 #[derive(Debug, clap::Args)]
-#[command(group = clap::ArgGroup::new("source").required(true).args(["store", "snapshot_file"]))]
 #[command(group = clap::ArgGroup::new("target").required(true).args(["data_dir", "all_members"]))]
 pub struct Args {
     /// Where backups are: file:///directory or s3://bucket/prefix; see `sidecar snapshot --help`.
     #[arg(long, env = "SIDECAR_STORE", value_name = "URL")]
     store: Option<String>,
-    /// Restore a plain etcd snapshot instead, or a downloaded full snapshot of ours.
+    /// Restore a plain etcd snapshot instead of what a store has, or a downloaded full snapshot of ours.
     #[arg(long, value_name = "FILE")]
     snapshot_file: Option<PathBuf>,
     /// Take a snapshot file without its sha256, such as a copy of a stopped member's db.
-    #[arg(long, conflicts_with = "store")]
+    #[arg(long, requires = "snapshot_file")]
     skip_hash_check: bool,
     /// The data directory to make. It must be empty or not exist.
     #[arg(long, value_name = "DIR")]
@@ -143,7 +142,7 @@ fn plan_value(plan: &Plan, url: Option<&str>) -> Value {
         Source::File { path, .. } => json!({ "file": path.display().to_string() }),
         Source::Chain { timeline, chain } => json!({
             "store": url, "timeline": timeline, "fullRevision": chain.full.revision, "fullTime": time(chain.full.unix_ms), "deltas": chain.deltas.len(),
-            "revision": chain.last, "bytes": chain.full.size + chain.deltas.iter().map(|delta| delta.size).sum::<u64>(),
+            "revision": chain.last, "bytes": chain.size(),
             "gapAfter": chain.gap.map(|gap| gap.after),
         }),
     };
@@ -157,7 +156,6 @@ fn plan_table(plan: &Plan, url: Option<&str>) -> String {
     let mut text = match &plan.source {
         Source::File { path, .. } => format!("would restore the snapshot {}\n", path.display()),
         Source::Chain { timeline, chain } => {
-            let size = chain.full.size + chain.deltas.iter().map(|delta| delta.size).sum::<u64>();
             format!(
                 "would restore revision {} from timeline {timeline} of {}:\n  the full snapshot of revision {} ({}) and {} deltas, {} to download\n",
                 chain.last,
@@ -165,7 +163,7 @@ fn plan_table(plan: &Plan, url: Option<&str>) -> String {
                 chain.full.revision,
                 time(chain.full.unix_ms),
                 chain.deltas.len(),
-                bytes(size)
+                bytes(chain.size())
             )
         }
     };
@@ -212,13 +210,13 @@ fn table(outcome: &Outcome) -> String {
         proof.rows, proof.keys, proof.leases
     ));
     text.push_str(&match (proof.hash, proof.hash_revision) {
-        (Some(hash), Some(revision)) if revision < outcome.revision => format!(
+        (Some(hash), Some(revision)) if revision < outcome.backup_revision => format!(
             "verified: HashKV {hash} at revision {revision} is what etcd itself answered; of the revisions after it etcd gave no hash\n"
         ),
         (Some(hash), Some(revision)) => {
             format!("verified: HashKV {hash} at revision {revision} is what etcd itself answered\n")
         }
-        _ => "not verified: the backup has no HashKV to compare with\n".to_owned(),
+        _ => format!("not verified against etcd's own HashKV: {}\n", proof.hash_missing.unwrap_or_default()),
     });
     for lease in &outcome.leases_with_guessed_ttl {
         text.push_str(&format!("remark: the TTL of lease {lease} is not in the backup; it got 60 s\n"));

@@ -29,9 +29,19 @@ pub(super) type Piece = Result<Option<Bytes>>;
 pub(super) type Pieces = mpsc::Receiver<Piece>;
 
 /// Fetches all objects in order, ahead of their use.
-pub(super) fn fetch(store: Store, objects: Vec<(ObjectName, u64)>) -> (JoinHandle<()>, Pieces) {
+pub(super) fn fetch(
+    store: Store,
+    objects: Vec<(ObjectName, u64)>,
+    stop: CancellationToken,
+) -> (JoinHandle<()>, Pieces) {
     let (pieces, received) = mpsc::channel(PIECES_AHEAD);
-    (tokio::spawn(feed(store, objects, pieces)), received)
+    let fetching = async move {
+        tokio::select! {
+            () = feed(store, objects, pieces.clone()) => {}
+            () = stop.cancelled() => drop(pieces.send(Err(Error::Cancelled)).await),
+        }
+    };
+    (tokio::spawn(fetching), received)
 }
 
 async fn feed(store: Store, objects: Vec<(ObjectName, u64)>, pieces: mpsc::Sender<Piece>) {
@@ -83,7 +93,9 @@ impl Read for PieceReader<'_> {
                 Some(Ok(Some(bytes))) => self.current = bytes,
                 Some(Ok(None)) => self.ended = true,
                 Some(Err(error)) => return Err(io::Error::other(error)),
-                None => return Err(io::Error::other(Error::Cancelled)),
+                None => {
+                    return Err(io::Error::other(Error::Bug { what: "fetching ended before the objects did".into() }));
+                }
             }
         }
         let length = buf.len().min(self.current.len());
@@ -181,7 +193,9 @@ pub(super) struct Arriving {
 
 impl Arriving {
     fn part(&self) -> Result<Part> {
-        self.parts.recv().unwrap_or(Err(Error::Cancelled))
+        self.parts
+            .recv()
+            .unwrap_or_else(|_| Err(Error::Bug { what: "decompressing ended before the objects did".into() }))
     }
 
     /// The next object. The one before must have been read to its end.

@@ -2,12 +2,12 @@
 
 use proto::backup::ObjectMeta;
 
-use crate::Class;
 use crate::etcd::Etcd;
+use crate::{Class, Result};
 
 /// What can be seen of users, roles and whether auth is on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Auth {
+enum Auth {
     /// The auth revision, where etcd tells it.
     Revision(u64),
     /// What users and roles look like.
@@ -17,22 +17,23 @@ pub(super) enum Auth {
 /// Notices that auth has changed since the newest full snapshot.
 #[derive(Debug, Default)]
 pub(super) struct AuthWatch {
-    pub baseline: Option<Auth>,
-    off: bool,
+    baseline: Option<Auth>,
+    denied: bool,
 }
 
 impl AuthWatch {
-    pub(super) fn since(full: &ObjectMeta) -> Self {
+    /// Since the full snapshot with this metadata.
+    pub fn since(full: &ObjectMeta) -> Self {
         let baseline = match full.auth_fingerprint {
             0 => Auth::Revision(full.auth_revision),
             fingerprint => Auth::Fingerprint(fingerprint),
         };
-        Self { baseline: Some(baseline), off: false }
+        Self { baseline: Some(baseline), denied: false }
     }
 
-    async fn look(&mut self, etcd: &mut Etcd) -> Option<Auth> {
-        if self.off {
-            return None;
+    async fn look(&mut self, etcd: &mut Etcd) -> Result<Option<Auth>> {
+        if self.denied {
+            return Ok(None);
         }
         let looked = match etcd.auth_revision().await {
             Ok(Some(revision)) => Ok(Auth::Revision(revision)),
@@ -40,23 +41,46 @@ impl AuthWatch {
             Err(error) => Err(error),
         };
         match looked {
-            Ok(auth) => Some(auth),
+            Ok(auth) => Ok(Some(auth)),
+            // It was turned on since we connected: connect again, as the user that we were given.
+            Err(error) if error.class() == Class::Denied && etcd.left_out_user() => Err(error),
+            Err(error) if error.class() == Class::Denied => {
+                self.denied = true;
+                tracing::warn!(%error, "this user may not see auth changes; they are backed up with scheduled full snapshots only");
+                Ok(None)
+            }
             Err(error) => {
-                if error.class() == Class::Denied {
-                    self.off = true;
-                    tracing::warn!(%error, "this user may not see auth changes; they are backed up with scheduled full snapshots only");
-                }
-                None
+                tracing::debug!(%error, "auth could not be looked at");
+                Ok(None)
             }
         }
     }
 
-    pub(super) async fn changed(&mut self, etcd: &mut Etcd) -> bool {
-        let now = self.look(etcd).await;
-        now.is_some() && self.baseline.is_some() && now != self.baseline
+    /// Looks whether something changed. What cannot be seen now is seen later.
+    pub async fn changed(&mut self, etcd: &mut Etcd) -> Result<bool> {
+        let now = self.look(etcd).await?;
+        Ok(now.is_some() && self.baseline.is_some() && now != self.baseline)
     }
 
-    pub(super) async fn rebase(&mut self, etcd: &mut Etcd) {
-        self.baseline = self.look(etcd).await;
+    /// Remembers what is there before a full snapshot is taken.
+    pub async fn rebase(&mut self, etcd: &mut Etcd) {
+        if let Ok(Some(now)) = self.look(etcd).await {
+            self.baseline = Some(now);
+        }
+    }
+
+    /// What is to be recorded with a full snapshot, where etcd does not tell its auth revision.
+    pub fn fingerprint(&self) -> Option<u64> {
+        match self.baseline {
+            Some(Auth::Fingerprint(fingerprint)) => Some(fingerprint),
+            _ => None,
+        }
+    }
+
+    /// A full snapshot with this auth revision is in the store.
+    pub fn taken(&mut self, auth_revision: u64) {
+        if self.fingerprint().is_none() {
+            self.baseline = Some(Auth::Revision(auth_revision));
+        }
     }
 }

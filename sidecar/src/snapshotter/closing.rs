@@ -184,6 +184,8 @@ async fn leases_of(etcd: &mut Etcd, builder: &Builder, ttls: &mut HashMap<i64, i
         ttls.clear();
     }
     ids.extend(builder.leases());
+    ids.sort_unstable();
+    ids.dedup();
     // An id may have been revoked and granted anew, which its puts then show.
     let asked_again = |id: &i64| !ttls.contains_key(id) || builder.leases().contains(id);
     let unknown: Vec<i64> = ids.iter().copied().filter(asked_again).collect();

@@ -6,7 +6,7 @@ use proto::backup::{HashKv, ObjectMeta};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::Position;
+use super::closing::Position;
 use crate::catalog::{ObjectName, Timeline};
 use crate::container::{LEVEL_FULL, Writer};
 use crate::etcd::Etcd;
@@ -33,6 +33,15 @@ pub struct TakenFull {
     pub size: u64,
     /// Bytes of etcd's snapshot.
     pub db_size: u64,
+}
+
+pub(super) fn log_full(taken: &TakenFull) {
+    tracing::info!(
+        revision = taken.revision,
+        bytes = taken.size,
+        db_bytes = taken.db_size,
+        "full snapshot is in the store"
+    );
 }
 
 /// What taking one needs.

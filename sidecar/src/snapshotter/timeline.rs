@@ -26,8 +26,10 @@ const MOST_LOOKS: usize = 16;
 pub struct Seen {
     /// The timeline.
     pub timeline: Timeline,
-    /// Metadata of its newest full or delta; `None` when it has none yet.
+    /// Metadata of its newest full or delta that can be read; `None` when it has none yet.
     pub newest: Option<ObjectMeta>,
+    /// A newer one cannot be read, so nothing should be built upon the chain.
+    pub newer_is_damaged: bool,
 }
 
 /// Where backups of this cluster go.
@@ -83,32 +85,28 @@ pub fn decide(seen: Option<&Seen>, live: &Status) -> Decision {
     Decision::Continue { timeline: seen.timeline }
 }
 
-/// Reads what [`decide`] needs from the store: the metadata of the newest object that can be read. Also says whether a newer
-/// one could not, so that nothing should be built upon it.
-pub async fn look(store: &Store, catalog: &Catalog) -> Result<(Option<Seen>, bool)> {
-    let Some((timeline, history)) = catalog.newest() else { return Ok((None, false)) };
-    let fulls = history.fulls.iter().map(|full| {
-        let name = ObjectName::Full { timeline, revision: full.revision, unix_ms: full.unix_ms };
-        (full.revision, full.unix_ms, name, full.size)
-    });
-    let deltas = history.deltas.iter().map(|delta| {
-        let name = ObjectName::Delta { timeline, first: delta.first, last: delta.last, unix_ms: delta.unix_ms };
-        (delta.last, delta.unix_ms, name, delta.size)
-    });
+/// Reads what [`decide`] needs from the store: the metadata of the newest object that can be read.
+pub async fn look(store: &Store, catalog: &Catalog) -> Result<Option<Seen>> {
+    let Some((timeline, history)) = catalog.newest() else { return Ok(None) };
+    let fulls = history.fulls.iter().map(|full| (full.revision, full.unix_ms, full.name(timeline), full.size));
+    let deltas = history.deltas.iter().map(|delta| (delta.last, delta.unix_ms, delta.name(timeline), delta.size));
     let mut objects: Vec<_> = fulls.chain(deltas).collect();
     objects.sort_unstable_by_key(|(last, unix_ms, ..)| std::cmp::Reverse((*last, *unix_ms)));
-    let mut damaged = false;
+    let mut seen = Seen { timeline, newest: None, newer_is_damaged: false };
     for (_, _, name, size) in objects.into_iter().take(MOST_LOOKS) {
         match store.meta(&name, size).await {
-            Ok(meta) => return Ok((Some(Seen { timeline, newest: Some(meta) }), damaged)),
+            Ok(meta) => {
+                seen.newest = Some(meta);
+                break;
+            }
             Err(error) if matches!(error.class(), Class::Corrupt | Class::Missing) => {
                 tracing::error!(%error, "a backup object is damaged; look at the one before it");
-                damaged = true;
+                seen.newer_is_damaged = true;
             }
             Err(error) => return Err(error),
         }
     }
-    Ok((Some(Seen { timeline, newest: None }), damaged))
+    Ok(Some(seen))
 }
 
 /// What the live etcd's own content says of a chain that its numbers let it continue.
@@ -119,7 +117,10 @@ pub enum Comparison {
     /// It holds another history, and how that shows.
     Differs(String),
     /// There is nothing left to compare: etcd compacted it.
-    Impossible,
+    Impossible {
+        /// Up to this revision.
+        compacted: i64,
+    },
 }
 
 /// Compares what etcd itself says of the last revision backed up: its hash, where one was recorded with it and no compaction
@@ -132,8 +133,7 @@ pub async fn compare(
     full: &ObjectMeta,
 ) -> Result<Comparison> {
     let last = chain.deltas.last();
-    let name =
-        last.map(|delta| ObjectName::Delta { timeline, first: delta.first, last: delta.last, unix_ms: delta.unix_ms });
+    let name = last.map(|delta| delta.name(timeline));
     let recorded = match (name, last) {
         (Some(name), Some(delta)) => store.meta(&name, delta.size).await?.hash_kv,
         _ => full.hash_kv,
@@ -155,19 +155,19 @@ pub async fn compare(
             Err(error) => tracing::debug!(%error, "no hash to compare with"),
         }
     }
-    let (Some(name), Some(delta)) = (name, last) else { return Ok(Comparison::Impossible) };
+    // Releases that drop a tombstone at the compaction revision no longer have all of that revision.
+    let compacted = etcd.compact_revision(0).await?;
+    let impossible = Comparison::Impossible { compacted };
+    let (Some(name), Some(delta)) = (name, last) else { return Ok(impossible) };
+    if compacted >= chain.last {
+        return Ok(impossible);
+    }
     let mut expected = last_revisions(store, &name, delta).await?;
-    let Some(first) = expected.keys().next().copied() else { return Ok(Comparison::Impossible) };
+    expected.retain(|revision, _| *revision > compacted);
+    let Some(first) = expected.keys().next().copied() else { return Ok(impossible) };
     let found = match live_revisions(etcd, first, chain.last).await {
-        Err(Error::Compacted { compacted, .. }) if compacted < chain.last => {
-            expected.retain(|revision, _| *revision > compacted);
-            live_revisions(etcd, compacted + 1, chain.last).await
-        }
-        answered => answered,
-    };
-    let found = match found {
         Ok(found) => found,
-        Err(Error::Compacted { .. }) => return Ok(Comparison::Impossible),
+        Err(Error::Compacted { compacted, .. }) => return Ok(Comparison::Impossible { compacted }),
         Err(error) => return Err(error),
     };
     let differs = expected.iter().find(|(revision, digest)| found.get(revision) != Some(digest));
@@ -226,13 +226,8 @@ async fn live_revisions(etcd: &Etcd, first: i64, last: i64) -> Result<BTreeMap<i
     let mut digests = BTreeMap::new();
     let limit = Instant::now() + Duration::from_secs(10);
     loop {
-        let message = tokio::time::timeout_at(limit, watch.message()).await;
-        let message = message.map_err(|_| Error::Unanswered { what: "etcd sent no events to compare".into() })?;
-        let Some(message) = message.map_err(|source| etcd.stream_error("read the watch", source))? else { break };
-        if message.canceled() {
-            return Err(Error::Compacted { have: first, compacted: message.compact_revision() });
-        }
-        let message = message.0;
+        let message = tokio::time::timeout_at(limit, etcd.next_message(&mut watch, first - 1)).await;
+        let message = message.map_err(|_| Error::Unanswered { what: "etcd sent no events to compare".into() })??;
         for event in &message.events {
             let Some(kv) = &event.kv else { continue };
             if kv.mod_revision > last {
@@ -300,6 +295,7 @@ mod tests {
         Seen {
             timeline: 3,
             newest: Some(ObjectMeta { cluster_id: 7, last_revision, raft_index, ..ObjectMeta::default() }),
+            newer_is_damaged: false,
         }
     }
 

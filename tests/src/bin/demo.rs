@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use tests::etcd::Member;
 use tests::program::Sidecar;
 use tests::state;
@@ -72,7 +72,6 @@ async fn main() -> Result<()> {
     let etcd = member.start().await?;
     let after = state::read(&mut etcd.client().await?).await?;
     state::same(&before, &after)?;
-    ensure!(before.hash == after.hash, "HashKV is {:?} instead of {:?}", after.hash, before.hash);
     println!(
         "   revision {}: {} keys equal, {} leases on record",
         after.revision,

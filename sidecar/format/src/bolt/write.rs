@@ -96,13 +96,6 @@ impl<W: Write> Builder<W> {
         }
     }
 
-    /// Leaves a bucket out, or takes one out that the appended-to file has.
-    pub fn remove(&mut self, name: &[u8]) -> Result<()> {
-        self.end()?;
-        self.buckets.remove(name);
-        Ok(())
-    }
-
     fn end(&mut self) -> Result<()> {
         if let Some((name, tree)) = self.open.take() {
             let value = tree.into_bucket_value(&mut self.pages)?;

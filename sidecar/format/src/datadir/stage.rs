@@ -155,7 +155,7 @@ impl<D: Disk> Staged<D> {
         sha.update(&head);
         let mut left = meta.file_size() - head_size;
         let mut taken = head_size;
-        // Hashing and writing have a thread of their own: decompressing is as much work as both.
+        // Hashing has a thread of its own, as writing has: decompressing is as much work as both.
         let (sha, out) = std::thread::scope(|scope| -> Result<_> {
             let (full, filled) = sync_channel::<Vec<u8>>(2);
             let (empty, emptied) = sync_channel::<Vec<u8>>(4);
@@ -243,10 +243,20 @@ impl<D: Disk> Staged<D> {
             match member.place(stamp) {
                 Ok(aside) => replaced.push(aside),
                 Err(error) => {
-                    for (placed, aside) in members.iter_mut().zip(&replaced) {
-                        placed.take_back(aside.as_deref())?;
+                    // Each is tried, whatever becomes of the others.
+                    let failed: Vec<String> = members
+                        .iter_mut()
+                        .zip(&replaced)
+                        .filter_map(|(placed, aside)| placed.take_back(aside.as_deref()).err())
+                        .map(|error| error.to_string())
+                        .collect();
+                    if failed.is_empty() {
+                        return Err(error);
                     }
-                    return Err(error);
+                    return Err(Error::precondition(format!(
+                        "{error}; and what was put in place before could not be taken back: {}",
+                        failed.join("; ")
+                    )));
                 }
             }
         }

@@ -83,11 +83,6 @@ impl<D: Disk> Base<D> {
         Self { disk, path, file, head, meta }
     }
 
-    /// Size of the database in bytes.
-    pub fn size(&self) -> u64 {
-        self.meta.file_size()
-    }
-
     /// Opens the tree for appending.
     pub fn into_tail(self) -> Result<Tail<D>> {
         let read = self.file.try_clone().map_err(Error::io("open again", &self.path))?;
@@ -171,7 +166,7 @@ pub struct Tail<D: Disk> {
 /// What became of a restore.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Restored {
-    /// Current revision of the restored store.
+    /// Last revision that was written; the current one unless [`Spec::bump_revision`] raises it.
     pub revision: i64,
     /// Last revision that the snapshot had.
     pub base_revision: i64,
@@ -319,7 +314,7 @@ impl<D: Disk> Tail<D> {
         }
         let scheduled = spec.compact_revision.min(self.revision).max(self.compaction.scheduled);
         if scheduled > self.compaction.scheduled {
-            meta.insert(SCHEDULED_COMPACT.into(), RowKey::first_of(scheduled));
+            meta.insert(SCHEDULED_COMPACT.into(), RowKey::first_of(scheduled).to_vec());
         }
         if spec.bump_revision > 0 {
             let bumped = self.revision.checked_add(spec.bump_revision);
@@ -327,8 +322,8 @@ impl<D: Disk> Tail<D> {
                 Error::invalid(format!("revision {} cannot be raised by {}", self.revision, spec.bump_revision))
             })?;
             // Old releases raise the current revision to the finished compaction only, so both are set.
-            meta.insert(SCHEDULED_COMPACT.into(), RowKey::first_of(bumped));
-            meta.insert(FINISHED_COMPACT.into(), RowKey::first_of(bumped));
+            meta.insert(SCHEDULED_COMPACT.into(), RowKey::first_of(bumped).to_vec());
+            meta.insert(FINISHED_COMPACT.into(), RowKey::first_of(bumped).to_vec());
         }
         self.put_bucket(META_BUCKET, &meta)
     }

@@ -41,20 +41,32 @@ impl RowKey {
     }
 
     /// The bytes in the database.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(18);
-        bytes.extend_from_slice(&self.main.to_be_bytes());
-        bytes.push(b'_');
-        bytes.extend_from_slice(&self.sub.to_be_bytes());
-        if self.tombstone {
-            bytes.push(b't');
-        }
-        bytes
+    pub fn encode(&self) -> RowKeyBytes {
+        let [m0, m1, m2, m3, m4, m5, m6, m7] = self.main.to_be_bytes();
+        let [s0, s1, s2, s3, s4, s5, s6, s7] = self.sub.to_be_bytes();
+        let bytes = [m0, m1, m2, m3, m4, m5, m6, m7, b'_', s0, s1, s2, s3, s4, s5, s6, s7, b't'];
+        RowKeyBytes { bytes, tombstone: self.tombstone }
     }
 
     /// The first row key of a revision, for [`crate::bolt::Cursor::seek`].
-    pub fn first_of(main: i64) -> Vec<u8> {
+    pub fn first_of(main: i64) -> RowKeyBytes {
         Self { main: main.max(0), sub: 0, tombstone: false }.encode()
+    }
+}
+
+/// An encoded [`RowKey`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowKeyBytes {
+    bytes: [u8; 18],
+    tombstone: bool,
+}
+
+impl std::ops::Deref for RowKeyBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let (key, _) = self.bytes.split_at(17);
+        if self.tombstone { &self.bytes } else { key }
     }
 }
 

@@ -52,7 +52,7 @@ impl Model {
                 KeyValue { key: &name, create_revision: create, mod_revision: main, version, value: b"v", lease: 0 }
                     .encode(&mut value);
             }
-            self.rows.insert(RowKey { main, sub, tombstone }.encode(), value);
+            self.rows.insert(RowKey { main, sub, tombstone }.encode().to_vec(), value);
             sub += 1;
             self.revision = main;
         }

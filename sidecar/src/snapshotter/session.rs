@@ -1,0 +1,528 @@
+//! One connection's worth of backing up.
+
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use etcd_client::WatchStream;
+use proto::backup::ObjectMeta;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::auth::AuthWatch;
+use super::closing::{Ask, CloseJob, Known, Position, TakenDelta, close_delta, log_delta};
+use super::full::{self, TakenFull, log_full};
+use super::pending::Pending;
+use super::timeline::{self, Comparison, Decision, Seen};
+use super::{Settings, now_ms};
+use crate::catalog::{History, ObjectName, Timeline};
+use crate::container::LAYOUT;
+use crate::etcd::{Etcd, Status};
+use crate::{Class, Error, Result};
+
+/// How long an ending run may take to bring its last delta home. Kubernetes grants 30 s in all.
+const FLUSH_DEADLINE: Duration = Duration::from_secs(20);
+/// How long what was given up may take to clean up behind itself.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(3);
+/// Uploads that stayed unfinished for so long have no writer any more.
+const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 3600);
+/// Users and roles are looked at so often.
+const AUTH_PERIOD: Duration = Duration::from_secs(10);
+/// A full snapshot that failed is tried again after so long.
+const FULL_RETRY: Duration = Duration::from_secs(15);
+
+/// Where the store's chain ends.
+#[derive(Debug, Default)]
+pub(super) enum Tip {
+    /// At this revision; what follows is to be taken.
+    At(i64),
+    /// There is none to continue.
+    #[default]
+    None,
+    /// There is one, but nothing shows that this etcd continues it. Says why.
+    Unproven(Error),
+}
+
+/// How a session ended.
+#[derive(Debug)]
+pub(super) enum Ended {
+    /// On request, with everything in the store.
+    Clean,
+    /// By trouble; what was received is in the store.
+    Interrupted(Error),
+    /// With changes that were received and are not in the store.
+    Unsaved(Error),
+}
+
+/// Why a full snapshot is due.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Due {
+    NoChain,
+    Schedule,
+    AuthChanged,
+    Compacted,
+}
+
+enum Done {
+    Delta(Result<TakenDelta>, Box<Known>),
+    Full(Result<TakenFull>),
+}
+
+/// What runs beside the watch, at most one of each kind.
+struct Tasks {
+    running: JoinSet<Done>,
+    full: bool,
+    delta: bool,
+    stop_full: CancellationToken,
+    stop_delta: CancellationToken,
+}
+
+impl Tasks {
+    fn new() -> Self {
+        let (stop_full, stop_delta) = (CancellationToken::new(), CancellationToken::new());
+        Self { running: JoinSet::new(), full: false, delta: false, stop_full, stop_delta }
+    }
+
+    /// The next one that ends; never, when none runs.
+    async fn next(&mut self) -> Result<Done> {
+        let Some(done) = self.running.join_next().await else { return std::future::pending().await };
+        let done = done.map_err(|error| Error::task(&error))?;
+        match done {
+            Done::Delta(..) => self.delta = false,
+            Done::Full(_) => self.full = false,
+        }
+        Ok(done)
+    }
+}
+
+/// A connection to etcd that is being backed up through.
+pub(super) struct Session<'s> {
+    settings: &'s Settings,
+    etcd: Etcd,
+    status: Status,
+    timeline: Timeline,
+    pub tip: Tip,
+    /// When the schedule wants the next full.
+    next_full: Option<DateTime<Utc>>,
+    /// Why a full is due, and from when on it may be tried.
+    due: Option<(Due, Instant)>,
+    auth: AuthWatch,
+    known: Known,
+    pending: Pending,
+    /// A delta was lost: those after it would follow nothing.
+    lost: bool,
+}
+
+impl<'s> Session<'s> {
+    /// Finds out where to go on: from what the store has, and from what etcd is.
+    pub async fn begin(settings: &'s Settings, mut etcd: Etcd, status: Status) -> Result<Self> {
+        let store = &settings.store;
+        let catalog = store.catalog().await?;
+        let abandoned_ms = now_ms() - i64::try_from(ABANDONED_AFTER.as_millis()).unwrap_or(i64::MAX);
+        for (name, _) in &catalog.uploading {
+            if matches!(name, ObjectName::Uploading { unix_ms, .. } if *unix_ms < abandoned_ms) {
+                match store.remove_uploading(name).await {
+                    Ok(()) => tracing::info!(object = %name, "remove an upload that was never finished"),
+                    Err(error) => tracing::warn!(%error, "an upload that was never finished stays"),
+                }
+            }
+        }
+        store.remove_abandoned_files(ABANDONED_AFTER).await;
+        let seen = timeline::look(store, &catalog).await?;
+        let later = etcd.status().await?;
+        let known = Known { position: Position::between(&status, &later), db_size: status.db_size, ..Known::default() };
+        let mut session = Self {
+            settings,
+            pending: Pending::after(status.revision, settings.delta_max_bytes)?,
+            etcd,
+            status,
+            timeline: 1,
+            tip: Tip::None,
+            next_full: None,
+            due: None,
+            auth: AuthWatch::default(),
+            known,
+            lost: false,
+        };
+        match timeline::decide(seen.as_ref(), &session.status) {
+            Decision::Continue { timeline } => {
+                session.timeline = timeline;
+                if let (Some(history), Some(seen)) = (catalog.timelines.get(&timeline), &seen) {
+                    session.resume(history, seen).await?;
+                }
+            }
+            Decision::Begin { timeline, parent, ref reason } => {
+                session.begin_timeline(timeline, parent, reason).await?;
+            }
+        }
+        let backed_up_to = if let Tip::At(tip) = session.tip { Some(tip) } else { None };
+        if let Some(tip) = backed_up_to {
+            session.pending = Pending::after(tip, settings.delta_max_bytes)?;
+        } else {
+            session.due = Some((Due::NoChain, Instant::now()));
+        }
+        tracing::info!(
+            endpoint = session.etcd.endpoint(),
+            version = session.status.version,
+            revision = session.status.revision,
+            timeline = session.timeline,
+            backed_up_to,
+            "connected"
+        );
+        Ok(session)
+    }
+
+    async fn begin_timeline(&mut self, timeline: Timeline, parent: Timeline, reason: &str) -> Result<()> {
+        if parent == 0 {
+            tracing::info!(timeline, "begin the first timeline");
+        } else {
+            tracing::warn!(timeline, parent, reason, "begin a new timeline; nothing of the one before is touched");
+        }
+        let json = timeline::describe(timeline, parent, reason, &self.status)?;
+        self.settings.store.put_timeline(timeline, json).await.map_err(|error| match error.class() {
+            // Its content has the time: another writer began the timeline in the same moment.
+            Class::Precondition => Error::Unanswered {
+                what: format!("another backup of this cluster began timeline {timeline} at the same time; look again"),
+            },
+            _ => error,
+        })?;
+        self.timeline = timeline;
+        self.next_full = None;
+        Ok(())
+    }
+
+    /// Finds where to go on in a timeline. Without a chain that can be trusted there is no tip, and a full is taken.
+    async fn resume(&mut self, history: &History, seen: &Seen) -> Result<()> {
+        let Some(chain) = history.newest_chain() else { return Ok(()) };
+        if let Some(newest) = history.fulls.iter().map(|full| full.unix_ms).max() {
+            self.schedule_after(newest);
+        }
+        if let Some(gap) = chain.gap {
+            tracing::error!(after = gap.after, before = gap.before, "revisions are missing in the store");
+            return Ok(());
+        }
+        let store = &self.settings.store;
+        let compared = async {
+            let full = store.meta(&chain.full.name(self.timeline), chain.full.size).await?;
+            if seen.newer_is_damaged {
+                return Ok::<_, Error>((full, None));
+            }
+            let compared = timeline::compare(store, &mut self.etcd, self.timeline, &chain, &full).await?;
+            Ok((full, Some(compared)))
+        };
+        let (full, compared) = match compared.await {
+            Ok(compared) => compared,
+            Err(error) if matches!(error.class(), Class::Corrupt | Class::Missing) => {
+                tracing::error!(%error, "an object that the chain needs is damaged; a full snapshot is taken");
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        if let Some(Comparison::Differs(reason)) = &compared {
+            return self.begin_timeline(self.timeline.saturating_add(1), self.timeline, reason).await;
+        }
+        self.auth = AuthWatch::since(&full);
+        self.known.compact_revision = full.compact_revision;
+        self.tip = match compared {
+            Some(Comparison::Same) => Tip::At(chain.last),
+            Some(Comparison::Impossible { compacted }) => Tip::Unproven(unproven(chain.last, compacted)),
+            _ => Tip::None,
+        };
+        Ok(())
+    }
+
+    /// Finds when the next full is due after one that was begun then.
+    fn schedule_after(&mut self, unix_ms: i64) {
+        let Some(cron) = &self.settings.full_schedule else { return };
+        // A clock that was set back must not stop scheduled fulls until it has caught up.
+        let begun = DateTime::from_timestamp_millis(unix_ms.min(now_ms())).unwrap_or_default();
+        let next = cron.find_next_occurrence(&begun.with_timezone(&chrono::Local), false);
+        self.next_full = next.ok().map(|next| next.with_timezone(&Utc));
+    }
+
+    fn meta(&self) -> ObjectMeta {
+        ObjectMeta {
+            layout: LAYOUT,
+            cluster_id: self.status.cluster_id,
+            member_id: self.status.member_id,
+            etcd_version: self.status.version.clone(),
+            started_unix_ms: now_ms(),
+            ..ObjectMeta::default()
+        }
+    }
+
+    async fn full_job(&mut self) -> full::Job {
+        // Before the snapshot: a change in between then shows as one after it.
+        self.auth.rebase(&mut self.etcd).await;
+        let mut meta = self.meta();
+        meta.auth_fingerprint = self.auth.fingerprint().unwrap_or_default();
+        full::Job { etcd: self.etcd.clone(), store: self.settings.store.clone(), timeline: self.timeline, meta }
+    }
+
+    /// Takes the delta that fills, and begins the next one.
+    fn close_job(&mut self, ask: Ask) -> Result<CloseJob> {
+        Ok(CloseJob {
+            etcd: self.etcd.clone(),
+            store: self.settings.store.clone(),
+            timeline: self.timeline,
+            meta: self.meta(),
+            builder: self.pending.close()?,
+            ask,
+        })
+    }
+
+    /// Takes a full snapshot.
+    pub async fn full_once(&mut self, stop: &CancellationToken) -> Result<TakenFull> {
+        full::take(self.full_job().await, stop).await
+    }
+
+    /// Takes everything after `tip` that etcd has now.
+    pub async fn deltas_once(&mut self, tip: i64, stop: &CancellationToken) -> Result<Vec<TakenDelta>> {
+        let target = self.status.revision;
+        let mut taken = Vec::new();
+        if target <= tip {
+            return Ok(taken);
+        }
+        let mut watch = self.etcd.watch(tip + 1).await?;
+        loop {
+            self.pending.absorb()?;
+            let done = self.pending.has(target);
+            if self.pending.is_closable() && (done || self.pending.is_full()) {
+                let job = self.close_job(if done { Ask::Last } else { Ask::All })?;
+                let (delta, known) = close_delta(job, std::mem::take(&mut self.known), stop.clone()).await;
+                self.known = known;
+                taken.push(delta?);
+            }
+            if done {
+                return Ok(taken);
+            }
+            if self.pending.has_more() {
+                continue;
+            }
+            let message = tokio::select! {
+                message = self.etcd.next_message(&mut watch, self.pending.last()) => message?,
+                () = stop.cancelled() => return Err(Error::Cancelled),
+                () = tokio::time::sleep(Duration::from_secs(60)) => {
+                    let have = self.pending.last();
+                    return Err(Error::precondition(format!("etcd is at revision {target} but sent nothing after {have} for a minute")));
+                }
+            };
+            self.pending.receive(message.events, message.fragment, now_ms());
+        }
+    }
+
+    /// Backs up until `stop` is cancelled or trouble comes. Then what is pending is brought home, also when etcd is gone: it
+    /// may be all that is left of the last seconds. Only a run that is to end gives that up.
+    pub async fn run(mut self, stop: &CancellationToken) -> Ended {
+        let mut tasks = Tasks::new();
+        let _stops = (tasks.stop_full.clone().drop_guard(), tasks.stop_delta.clone().drop_guard());
+        let result = self.follow(stop, &mut tasks).await;
+        tasks.stop_full.cancel();
+        let given_up = async {
+            stop.cancelled().await;
+            tokio::time::sleep(FLUSH_DEADLINE).await;
+        };
+        let ask = if result.is_ok() { Ask::Last } else { Ask::Nothing };
+        let home = tokio::select! {
+            home = self.bring_home(ask, &mut tasks) => home,
+            () = given_up => {
+                let what = format!(
+                    "the store did not take the last changes within {FLUSH_DEADLINE:?}: they are not backed up; the next run takes them from etcd"
+                );
+                Err(Error::Unanswered { what })
+            }
+        };
+        tasks.stop_delta.cancel();
+        let drain = async { while tasks.running.join_next().await.is_some() {} };
+        if tokio::time::timeout(DRAIN_DEADLINE, drain).await.is_err() {
+            tracing::warn!("an upload did not end in time");
+        }
+        match (result, home) {
+            (_, Err(error)) => Ended::Unsaved(error),
+            (Err(error), Ok(())) => Ended::Interrupted(error),
+            (Ok(()), Ok(())) => Ended::Clean,
+        }
+    }
+
+    async fn follow(&mut self, stop: &CancellationToken, tasks: &mut Tasks) -> Result<()> {
+        let mut watch = self.etcd.watch(self.pending.last() + 1).await?;
+        let mut rotate = tokio::time::interval(self.settings.delta_period);
+        rotate.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut auth_tick = tokio::time::interval(AUTH_PERIOD);
+        auth_tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut rotation_wanted = false;
+        loop {
+            self.start_full_if_due(tasks).await;
+            if let Err(error) = self.pending.absorb() {
+                if error.class() != Class::Missing {
+                    return Err(error);
+                }
+                // Releases that drop a tombstone at the compaction revision leave such a hole.
+                tracing::error!(%error, "etcd left out revisions; a full snapshot is taken");
+                let Some(again) = self.watch_again(stop, tasks).await? else { return Ok(()) };
+                watch = again;
+            }
+            if self.pending.is_closable() && (rotation_wanted || self.pending.is_full()) && !tasks.delta {
+                self.start_delta(Ask::All, tasks)?;
+                rotation_wanted = false;
+            }
+            if self.pending.has_more() && !self.pending.is_full() {
+                continue;
+            }
+            // Back-pressure: with one delta on its way and the next one full, events stay with etcd.
+            let read = self.pending.wants_more();
+            tokio::select! {
+                message = self.etcd.next_message(&mut watch, self.pending.last()), if read => match message {
+                    Ok(message) => self.pending.receive(message.events, message.fragment, now_ms()),
+                    Err(Error::Compacted { have, compacted }) => {
+                        warn_of_hole(have, compacted);
+                        let Some(again) = self.watch_again(stop, tasks).await? else { return Ok(()) };
+                        watch = again;
+                    }
+                    Err(error) => return Err(error),
+                },
+                _ = rotate.tick() => rotation_wanted = true,
+                _ = auth_tick.tick(), if !tasks.full && self.due.is_none() => {
+                    if self.auth.changed(&mut self.etcd).await? {
+                        self.due = Some((Due::AuthChanged, Instant::now()));
+                    }
+                }
+                done = tasks.next() => self.done(done?)?,
+                () = stop.cancelled() => return Ok(()),
+                // Wakes up to look at the schedule and at retries.
+                () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            }
+        }
+    }
+
+    async fn start_full_if_due(&mut self, tasks: &mut Tasks) {
+        if tasks.full {
+            return;
+        }
+        if self.due.is_none() && self.next_full.is_some_and(|next| next <= Utc::now()) {
+            self.due = Some((Due::Schedule, Instant::now()));
+        }
+        let Some((why, _)) = self.due.filter(|(_, from)| *from <= Instant::now()) else { return };
+        self.due = None;
+        tasks.full = true;
+        tracing::info!(?why, "take a full snapshot");
+        let (job, stop) = (self.full_job().await, tasks.stop_full.clone());
+        tasks.running.spawn(async move { Done::Full(full::take(job, &stop).await) });
+    }
+
+    fn start_delta(&mut self, ask: Ask, tasks: &mut Tasks) -> Result<()> {
+        let (job, stop) = (self.close_job(ask)?, tasks.stop_delta.clone());
+        let known = std::mem::take(&mut self.known);
+        tasks.delta = true;
+        tasks.running.spawn(async move {
+            let (taken, known) = close_delta(job, known, stop).await;
+            Done::Delta(taken, Box::new(known))
+        });
+        Ok(())
+    }
+
+    fn done(&mut self, done: Done) -> Result<()> {
+        match done {
+            Done::Delta(taken, known) => {
+                self.known = *known;
+                match taken {
+                    Ok(taken) => log_delta(&taken),
+                    Err(error) => {
+                        self.lost = true;
+                        return Err(error);
+                    }
+                }
+            }
+            Done::Full(Ok(taken)) => {
+                self.auth.taken(taken.auth_revision);
+                self.schedule_after(taken.unix_ms);
+                self.tip = Tip::At(taken.revision);
+                log_full(&taken);
+            }
+            Done::Full(Err(error)) => {
+                // Refused because auth was turned on since we connected: connect again, as the user that we were given.
+                let needs_user = error.class() == Class::Denied && self.etcd.left_out_user();
+                if needs_user || !error.class().passes(true) {
+                    return Err(error);
+                }
+                tracing::error!(%error, retry_in = ?FULL_RETRY, "full snapshot failed; deltas go on, it is tried again");
+                let why = if matches!(self.tip, Tip::At(_)) { Due::Schedule } else { Due::NoChain };
+                self.due = Some((self.due.map_or(why, |(why, _)| why), Instant::now() + FULL_RETRY));
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until the delta on its way is in the store.
+    async fn delta_home(&mut self, tasks: &mut Tasks) -> Result<()> {
+        while tasks.delta {
+            match tasks.next().await? {
+                done @ Done::Delta(..) => self.done(done)?,
+                Done::Full(Ok(taken)) => self.done(Done::Full(Ok(taken)))?,
+                // One that was stopped, or that the next session takes.
+                Done::Full(Err(error)) => {
+                    tracing::debug!(%error, "full snapshot ended");
+                    self.due.get_or_insert_with(|| (Due::NoChain, Instant::now()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the delta on its way and uploads the one that fills, as far as it has whole revisions.
+    async fn bring_home(&mut self, ask: Ask, tasks: &mut Tasks) -> Result<()> {
+        self.delta_home(tasks).await?;
+        if self.lost {
+            return Ok(());
+        }
+        loop {
+            // A gap ends what can be taken in; what is before it is whole.
+            let absorbed = self.pending.absorb().is_ok();
+            self.pending.cut_unfinished()?;
+            if !self.pending.is_closable() {
+                return Ok(());
+            }
+            tracing::info!(last = self.pending.last(), "flush the pending delta");
+            self.start_delta(ask, tasks)?;
+            self.delta_home(tasks).await?;
+            if !self.pending.has_more() || !absorbed {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Brings home what is there and watches from now on: between the two lies a hole that only a full snapshot spans. `None`
+    /// when it was asked to stop while the store took its time.
+    async fn watch_again(&mut self, stop: &CancellationToken, tasks: &mut Tasks) -> Result<Option<WatchStream>> {
+        tokio::select! {
+            home = self.bring_home(Ask::All, tasks) => home?,
+            () = stop.cancelled() => return Ok(None),
+        }
+        self.status = self.etcd.current_status().await?;
+        self.tip = Tip::None;
+        self.due = Some((Due::Compacted, Instant::now()));
+        self.pending = Pending::after(self.status.revision, self.settings.delta_max_bytes)?;
+        self.etcd.watch(self.status.revision + 1).await.map(Some)
+    }
+}
+
+/// Says that etcd has compacted what would prove that it continues the chain that ends at `have`.
+fn unproven(have: i64, compacted: i64) -> Error {
+    if compacted > have {
+        warn_of_hole(have, compacted);
+        return Error::Compacted { have, compacted };
+    }
+    let what = format!(
+        "etcd has compacted, up to revision {compacted}, what would prove that it continues the backup, which ends at revision {have}"
+    );
+    tracing::warn!("{what}; a full snapshot is taken");
+    Error::precondition(format!("{what}; take a full snapshot with --once full"))
+}
+
+fn warn_of_hole(have: i64, compacted: i64) {
+    tracing::error!(
+        backed_up_to = have,
+        compacted,
+        "etcd compacted revisions that are in no delta yet; a full snapshot is taken, and no point in time between can be restored"
+    );
+}
