@@ -11,6 +11,8 @@
 
 use std::collections::BTreeMap;
 
+use serde::{Deserialize, Serialize};
+
 /// Number of a timeline, from 1. Every restore that becomes a live cluster begins one.
 pub type Timeline = u32;
 
@@ -149,6 +151,25 @@ pub struct History {
     pub deltas: Vec<Delta>,
 }
 
+/// Where a timeline comes from: the content of `timeline.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    /// Layout version: 1.
+    pub layout: u32,
+    /// The timeline.
+    pub timeline: Timeline,
+    /// The one that it forks from; 0 for none.
+    pub parent: Timeline,
+    /// Last revision that it shares with its parent; 0 when that is not known.
+    pub fork_revision: i64,
+    /// Why it was begun.
+    pub reason: String,
+    /// Id of the cluster, hexadecimal.
+    pub cluster_id: String,
+    /// When it was begun, RFC 3339.
+    pub created: String,
+}
+
 /// Revisions that no object has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gap {
@@ -189,6 +210,24 @@ impl Chain {
     pub fn objects(&self, timeline: Timeline) -> Vec<(ObjectName, u64)> {
         let deltas = self.deltas.iter().map(|delta| (delta.name(timeline), delta.size));
         std::iter::once((self.full.name(timeline), self.full.size)).chain(deltas).collect()
+    }
+
+    /// Without what is not needed to reach a revision. Its last delta may go beyond.
+    #[must_use]
+    pub fn upto(mut self, revision: i64) -> Self {
+        let mut last = self.full.revision;
+        self.deltas.retain(|delta| {
+            let needed = last < revision;
+            if needed {
+                last = delta.last;
+            }
+            needed
+        });
+        if last >= revision {
+            self.gap = None;
+        }
+        self.last = last;
+        self
     }
 
     /// Bytes of its objects.
@@ -247,6 +286,22 @@ impl History {
         };
         let best = self.fulls.iter().max_by_key(|full| (reach(full), full.revision, full.unix_ms));
         best.map(|full| self.chain_from(*full))
+    }
+
+    /// The chain with the least to replay to reach a revision; when none does, one that comes nearest. `None` when no full
+    /// snapshot is at or before it.
+    pub fn chain_to(&self, revision: i64) -> Option<Chain> {
+        let mut nearest: Option<Chain> = None;
+        for full in self.fulls.iter().rev().filter(|full| full.revision <= revision) {
+            let chain = self.chain_from(*full).upto(revision);
+            if chain.last >= revision {
+                return Some(chain);
+            }
+            if nearest.as_ref().is_none_or(|nearest| chain.last > nearest.last) {
+                nearest = Some(chain);
+            }
+        }
+        nearest
     }
 
     /// The runs of revisions that can be restored, ascending: each from a full snapshot to where its chain ends.
@@ -412,6 +467,22 @@ mod tests {
                 at = delta.last;
             }
         }
+    }
+
+    #[test]
+    fn a_chain_to_a_revision_has_no_more_than_it_needs() {
+        let history = history(&[10, 24], &[(11, 20), (21, 22), (25, 30), (31, 40)]);
+        let to = |revision| {
+            let chain = history.chain_to(revision)?;
+            Some((chain.full.revision, chain.deltas.len(), chain.last, chain.gap.is_some()))
+        };
+        assert_eq!(to(9), None);
+        assert_eq!(to(10), Some((10, 0, 10, false)));
+        assert_eq!(to(15), Some((10, 1, 20, false)));
+        assert_eq!(to(22), Some((10, 2, 22, false)));
+        assert_eq!(to(23), Some((10, 2, 22, true)));
+        assert_eq!(to(26), Some((24, 1, 30, false)));
+        assert_eq!(to(41), Some((24, 2, 40, false)));
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! From a store, or a snapshot file, to a data directory that etcd starts on.
 //!
-//! [`choose`] decides what a [`Plan`] reads, which can be printed; [`execute`] carries it out: objects are fetched ahead in
+//! [`choose`] decides what a [`Plan`] reads, up to where, which can be printed; [`execute`] carries it out: objects are fetched ahead in
 //! order, decompressed, the database placed page by page, the changes appended as rows, log and members written, the
 //! result verified while it is synced, and only then put in its place.
 
 mod pieces;
+mod point;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -24,7 +25,9 @@ use tokio_util::sync::CancellationToken;
 
 use pieces::{Decompressed, PieceReader, Pieces, Stoppable};
 
-use crate::catalog::{Catalog, Chain, ObjectName, Timeline};
+pub use point::{AtTime, Choice, Upto, choose};
+
+use crate::catalog::{Chain, ObjectName, Timeline};
 use crate::container::{self, FromTail};
 use crate::delta::{Reader as DeltaReader, Record};
 use crate::store::Store;
@@ -39,6 +42,10 @@ pub enum Source {
         timeline: Timeline,
         /// The objects.
         chain: Chain,
+        /// The revision to end at; the last when `None`.
+        upto: Option<i64>,
+        /// How that revision was found, when a time was asked for.
+        at_time: Option<AtTime>,
     },
     /// A file as `etcdctl snapshot save` writes it, or one of our full snapshots.
     File {
@@ -74,73 +81,6 @@ pub struct Plan {
     pub bump_revision: i64,
     /// Whether a member that is there moves aside.
     pub replace: bool,
-}
-
-/// Chooses the chain that reaches furthest in the newest timeline, or in the one named.
-///
-/// With `full_revision` the chain starts from that full snapshot, for when a newer one is damaged. A gap behind the chain is
-/// an error, unless it is accepted: then the restore ends before it.
-pub fn choose(
-    catalog: &Catalog,
-    url: &str,
-    timeline: Option<Timeline>,
-    full_revision: Option<i64>,
-    accept_gap: bool,
-) -> Result<Source> {
-    let (timeline, history) = if let Some(wanted) = timeline {
-        let history = catalog.timelines.get(&wanted).ok_or_else(|| {
-            Error::missing(format!("store {url} has no timeline {wanted}; `sidecar list` shows those it has"))
-        })?;
-        (wanted, history)
-    } else {
-        let found = catalog.newest_restorable().ok_or_else(|| nothing_to_restore(catalog, url))?;
-        if let Some((newest, _)) = catalog.newest().filter(|(newest, _)| *newest > found.0) {
-            tracing::warn!(
-                newest,
-                timeline = found.0,
-                "the newest timeline has no full snapshot yet; restore from one before"
-            );
-        }
-        found
-    };
-    let looks_like_one = |name: &str| Path::new(name).extension().is_some_and(|extension| extension == "zst");
-    for (name, _) in catalog.foreign.iter().filter(|(name, _)| looks_like_one(name)) {
-        tracing::warn!(object = name, "leave out an object that looks like a backup and is not named like one");
-    }
-    let chain = match full_revision {
-        Some(revision) => {
-            history.fulls.iter().rev().find(|full| full.revision == revision).map(|full| history.chain_from(*full))
-        }
-        None => history.newest_chain(),
-    };
-    let chain = chain.ok_or_else(|| {
-        let which = full_revision.map(|revision| format!(" of revision {revision}")).unwrap_or_default();
-        Error::missing(format!("timeline {timeline} of store {url} has no full snapshot{which} to start from"))
-    })?;
-    if let Some(gap) = chain.gap {
-        if !accept_gap {
-            return Err(Error::missing(format!(
-                "backups of revisions {} to {} are missing in timeline {timeline} of store {url}: a restore can reach revision {} but none of the later ones; \
-                 give --accept-gap to restore up to there",
-                gap.after + 1,
-                gap.before - 1,
-                gap.after
-            )));
-        }
-        tracing::warn!(after = gap.after, before = gap.before, "restore ends before the gap");
-    }
-    Ok(Source::Chain { timeline, chain })
-}
-
-fn nothing_to_restore(catalog: &Catalog, url: &str) -> Error {
-    let what = if !catalog.timelines.is_empty() {
-        "has deltas but no full snapshot".to_owned()
-    } else if catalog.foreign.is_empty() {
-        "is empty; check bucket and prefix".to_owned()
-    } else {
-        format!("has {} objects but none of ours; check the prefix", catalog.foreign.len())
-    };
-    Error::missing(format!("nothing to restore: store {url} {what}"))
 }
 
 /// Told to whoever watches a restore.
@@ -204,6 +144,8 @@ pub struct Outcome {
     pub leases_with_guessed_ttl: Vec<String>,
     /// Leases that live keys of the snapshot refer to and that had no record there: they got one, of ten years.
     pub orphaned_leases: Vec<String>,
+    /// How the revision was found, when a time was asked for.
+    pub at_time: Option<AtTime>,
     /// What was proved.
     pub proof: Proof,
     /// How long it took, in seconds.
@@ -219,7 +161,7 @@ pub async fn execute(
 ) -> Result<Outcome> {
     let mut full = ObjectMeta::default();
     let (objects, feeder) = match (&plan.source, store) {
-        (Source::Chain { timeline, chain }, Some(store)) => {
+        (Source::Chain { timeline, chain, .. }, Some(store)) => {
             let objects = chain.objects(*timeline);
             if let Some((name, _)) = objects.iter().find(|(_, size)| *size == 0) {
                 return Err(Error::corrupt(format!("{}: object is empty", store.location(name))));
@@ -307,7 +249,8 @@ fn assemble(
             base_from_file(&staged, &path, skip_hash_check, stop, progress)?
         }
         Objects::Store { named, mut received } => {
-            from_store(&staged, &named, &mut received, &mut aside, stop, progress)?
+            let upto = if let Source::Chain { upto, .. } = plan.source { upto } else { None };
+            from_store(&staged, &named, &mut received, upto, &mut aside, stop, progress)?
         }
     };
     let mut restored = tail.finish(&spec(plan, &aside)).map_err(in_dir(&first.data_dir))?;
@@ -346,6 +289,7 @@ fn assemble(
         replaced,
         leases_with_guessed_ttl: restored.guessed_leases.iter().map(|id| format!("{id:x}")).collect(),
         orphaned_leases: orphaned_leases.iter().map(|id| format!("{id:x}")).collect(),
+        at_time: if let Source::Chain { at_time, .. } = plan.source { at_time } else { None },
         proof,
         seconds: started.elapsed().as_secs_f64(),
     })
@@ -414,6 +358,7 @@ fn from_store(
     staged: &Staged<RealDisk>,
     named: &[(ObjectName, String)],
     received: &mut Pieces,
+    upto: Option<i64>,
     aside: &mut Aside,
     stop: &CancellationToken,
     progress: &dyn Fn(Progress),
@@ -438,13 +383,12 @@ fn from_store(
         let (ahead, mut arriving) = pieces::decompressed();
         scope.spawn(move || ahead.run(deltas, received, stop));
         for (name, location) in deltas {
-            append_delta(&mut tail, arriving.next()?, location, aside)?;
-            if let ObjectName::Delta { last, .. } = name
-                && tail.last_revision() != *last
-            {
-                let found = tail.last_revision();
+            append_delta(&mut tail, arriving.next()?, location, upto, aside)?;
+            let (found, expected) =
+                (tail.last_revision(), if let ObjectName::Delta { last, .. } = name { *last } else { 0 });
+            if found != upto.map_or(expected, |upto| expected.min(upto)) {
                 return Err(Error::corrupt(format!(
-                    "{location}: its name says that it ends at revision {last}, its content ends at {found}"
+                    "{location}: its name says that it ends at revision {expected}, its content ends at {found}"
                 )));
             }
             progress(Progress::Delta);
@@ -453,7 +397,15 @@ fn from_store(
     })
 }
 
-fn append_delta(tail: &mut LocalTail, delta: Decompressed<'_>, location: &str, aside: &mut Aside) -> Result<()> {
+/// Appends what a delta has beyond the tail, up to a revision. Of a delta that goes on beyond that, what it says beside its
+/// changes is of a later moment; only the TTLs of its leases are of use.
+fn append_delta(
+    tail: &mut LocalTail,
+    delta: Decompressed<'_>,
+    location: &str,
+    upto: Option<i64>,
+    aside: &mut Aside,
+) -> Result<()> {
     let recorded = delta.meta().and_then(recorded_hash);
     if let Some(cluster_id) = delta.meta().map(|meta| meta.cluster_id).filter(|id| *id != aside.cluster_id) {
         let full = aside.cluster_id;
@@ -462,9 +414,10 @@ fn append_delta(tail: &mut LocalTail, delta: Decompressed<'_>, location: &str, a
         )));
     }
     let mut reader = DeltaReader::new(delta, location);
-    let mut wanted = false;
+    let (mut wanted, mut beyond) = (false, false);
     while let Some(record) = reader.next()? {
         match record {
+            Record::Revision { main, .. } if upto.is_some_and(|upto| main > upto) => (wanted, beyond) = (false, true),
             Record::Revision { main, .. } => {
                 wanted = tail.revision(main).map_err(Error::format(location))? == Revision::Next;
             }
@@ -472,15 +425,18 @@ fn append_delta(tail: &mut LocalTail, delta: Decompressed<'_>, location: &str, a
             Record::Put(value) => tail.change(Change::Put(value)).map_err(Error::format(location))?,
             Record::Delete(key) => tail.change(Change::Delete(key)).map_err(Error::format(location))?,
             Record::End(end) => {
-                aside.compact_revision = aside.compact_revision.max(end.compact_revision);
                 let known = end.leases.iter().filter(|lease| lease.ttl > 0);
                 aside.lease_ttls.extend(known.clone().map(|lease| (lease.id, lease.ttl)));
+                if beyond {
+                    continue;
+                }
+                aside.compact_revision = aside.compact_revision.max(end.compact_revision);
                 aside.live_leases =
                     if end.leases_complete { known.map(|lease| lease.id).collect() } else { BTreeSet::new() };
             }
         }
     }
-    aside.recorded = recorded.or(aside.recorded);
+    aside.recorded = recorded.filter(|_| !beyond).or(aside.recorded);
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use proto::backup::ObjectMeta;
 use tokio::task::JoinSet;
 use url::Url;
 
-use crate::catalog::{Catalog, ObjectName, Timeline};
+use crate::catalog::{Catalog, Description, ObjectName, Timeline};
 use crate::container::{self, FromTail};
 use crate::{Error, Result};
 
@@ -27,6 +27,8 @@ const PART_BYTES: usize = 8 << 20;
 const MOST_COPIED_BYTES: u64 = 5 << 30;
 /// Bytes of one ranged read.
 const RANGE_BYTES: u64 = 2 << 20;
+/// A timeline is described in less.
+const MOST_DESCRIPTION_BYTES: u64 = 64 << 10;
 /// Enough for the metadata at the end of any but the largest objects.
 const TAIL_BYTES: u64 = 64 << 10;
 
@@ -228,8 +230,36 @@ impl Store {
     }
 
     /// Writes the description of a timeline.
-    pub async fn put_timeline(&self, timeline: Timeline, json: String) -> Result<()> {
-        self.put_new(&ObjectName::Timeline { timeline }, &[Bytes::from(json)]).await
+    pub async fn put_description(&self, description: &Description) -> Result<()> {
+        let json = serde_json::to_string_pretty(description)
+            .map_err(|error| Error::Bug { what: format!("describe a timeline: {error}") })?;
+        self.put_new(&ObjectName::Timeline { timeline: description.timeline }, &[Bytes::from(json)]).await
+    }
+
+    /// Reads an object as large as memory allows: a delta.
+    pub async fn get_whole(&self, name: &ObjectName, size: u64) -> Result<Vec<u8>> {
+        let mut object = Vec::new();
+        for range in Self::ranges(size) {
+            object.extend_from_slice(&self.get_range(name, range).await?);
+        }
+        Ok(object)
+    }
+
+    /// Reads where a timeline comes from; `None` when nothing says so.
+    pub async fn description(&self, timeline: Timeline) -> Result<Option<Description>> {
+        let name = ObjectName::Timeline { timeline };
+        let got = match self.inner.get(&self.path(&name.to_string())).await {
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            got => got.map_err(self.fail("get", &name))?,
+        };
+        if got.meta.size > MOST_DESCRIPTION_BYTES {
+            return Err(Error::corrupt(format!("{}: it is too large to describe a timeline", self.location(&name))));
+        }
+        let bytes = got.bytes().await.map_err(self.fail("get", &name))?;
+        let description = serde_json::from_slice(&bytes).map_err(|error| {
+            Error::corrupt(format!("{}: it does not describe a timeline: {error}", self.location(&name)))
+        })?;
+        Ok(Some(description))
     }
 
     /// Reads the metadata of a full or a delta without the rest of it.

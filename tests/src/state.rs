@@ -1,9 +1,12 @@
 //! What an etcd holds, to be compared.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use etcd_client::{Client, GetOptions, SortOrder, SortTarget};
+use etcd_format::bolt::Db;
+use etcd_format::mvcc::{self, KeyValue, RowKey};
 
 use crate::etcd::Member;
 
@@ -16,13 +19,16 @@ pub struct Entry {
     pub numbers: (i64, i64, i64, i64),
 }
 
+/// Every key with what it holds.
+pub type Keys = BTreeMap<Vec<u8>, Entry>;
+
 /// The state at a revision.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct State {
     /// The revision.
     pub revision: i64,
     /// Every key.
-    pub keys: BTreeMap<Vec<u8>, Entry>,
+    pub keys: Keys,
     /// HashKV and the compaction revision it was taken at.
     pub hash: (u32, i64),
     /// Granted TTL of every lease.
@@ -32,6 +38,21 @@ pub struct State {
 /// Reads everything at the current revision.
 pub async fn read(client: &mut Client) -> Result<State> {
     let revision = client.status().await?.header().map_or(0, etcd_client::ResponseHeader::revision);
+    let keys = keys_at(client, revision).await?;
+    // Revision 0 is the current one; old releases refuse to hash at a revision that is exactly the compaction.
+    let hash = client.hash_kv(0).await?;
+    let hash = (hash.hash(), hash.compact_version().max(0));
+    let ids: Vec<i64> = client.leases().await?.leases().iter().map(etcd_client::LeaseStatus::id).collect();
+    let mut leases = BTreeMap::new();
+    for id in ids {
+        let lease = client.lease_time_to_live(id, None).await?;
+        leases.insert(id, lease.granted_ttl());
+    }
+    Ok(State { revision, keys, hash, leases })
+}
+
+/// Reads every key as it was at a revision.
+pub async fn keys_at(client: &mut Client, revision: i64) -> Result<Keys> {
     let mut keys = BTreeMap::new();
     let mut from = vec![0];
     let mut kv = client.kv_client().max_decoding_message_size(1 << 30);
@@ -49,19 +70,29 @@ pub async fn read(client: &mut Client) -> Result<State> {
             from.push(0);
         }
         if !page.more() {
-            break;
+            return Ok(keys);
         }
     }
-    // Revision 0 is the current one; old releases refuse to hash at a revision that is exactly the compaction.
-    let hash = client.hash_kv(0).await?;
-    let hash = (hash.hash(), hash.compact_version().max(0));
-    let ids: Vec<i64> = client.leases().await?.leases().iter().map(etcd_client::LeaseStatus::id).collect();
-    let mut leases = BTreeMap::new();
-    for id in ids {
-        let lease = client.lease_time_to_live(id, None).await?;
-        leases.insert(id, lease.granted_ttl());
+}
+
+/// Reads what a data directory holds without an etcd: current revision, keys, and the leases that have a record.
+pub fn of_directory(data_dir: &Path) -> Result<(i64, Keys, BTreeSet<i64>)> {
+    let db = Db::open(std::fs::File::open(data_dir.join("member/snap/db"))?)?;
+    let (mut revision, mut keys) = (1, BTreeMap::new());
+    for (row, value) in db.rows(mvcc::KEY_BUCKET)? {
+        let row = RowKey::decode(&row).context("a row key")?;
+        let kv = KeyValue::decode(&value)?;
+        revision = row.main;
+        if row.tombstone {
+            keys.remove(kv.key);
+        } else {
+            let numbers = (kv.create_revision, kv.mod_revision, kv.version, kv.lease);
+            keys.insert(kv.key.to_vec(), Entry { value: kv.value.to_vec(), numbers });
+        }
     }
-    Ok(State { revision, keys, hash, leases })
+    let lease = |(key, _): (Vec<u8>, _)| Ok(i64::from_be_bytes(key.as_slice().try_into().context("a lease id")?));
+    let leases = db.rows(mvcc::LEASE_BUCKET)?.into_iter().map(lease).collect::<Result<_>>()?;
+    Ok((revision, keys, leases))
 }
 
 /// Starts etcd on a member's data, reads everything and stops it.

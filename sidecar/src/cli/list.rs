@@ -1,15 +1,17 @@
 //! `sidecar list`.
 
+use std::collections::BTreeMap;
+
 use serde::Serialize;
 
 use super::{Output, StoreFlag, bytes, columns, print, time};
-use crate::Result;
-use crate::catalog::{Catalog, History, Timeline};
+use crate::catalog::{Catalog, Description, History, Timeline};
 use crate::store::{Open, Store};
+use crate::{Class, Result};
 
 /// Show what a store holds: chains, gaps, and what can be restored.
 ///
-/// Only lists names; nothing is read or decompressed.
+/// Lists names, and reads where each timeline comes from; nothing is decompressed.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -29,6 +31,11 @@ struct Listing {
 #[serde(rename_all = "camelCase")]
 struct TimelineListing {
     timeline: Timeline,
+    /// The one that it forks from; `None` for the first, or when nothing says so.
+    parent: Option<Timeline>,
+    /// Last revision shared with the parent; `None` when it is not known.
+    fork_revision: Option<i64>,
+    reason: Option<String>,
     bytes: u64,
     fulls: Vec<Object>,
     deltas: Vec<Object>,
@@ -71,14 +78,31 @@ struct Foreign {
 pub(super) async fn run(args: Args, output: Output) -> Result<u8> {
     let store = Store::open(&args.store.store, Open::Existing)?;
     let catalog = store.catalog().await?;
-    print(output, &listing(store.url(), &catalog), table)?;
+    let mut descriptions = BTreeMap::new();
+    for timeline in catalog.timelines.keys() {
+        match store.description(*timeline).await {
+            Ok(found) => drop(found.and_then(|found| descriptions.insert(*timeline, found))),
+            Err(error) if error.class() == Class::Corrupt => tracing::warn!(%error, "a timeline's origin is not known"),
+            Err(error) => return Err(error),
+        }
+    }
+    print(output, &listing(store.url(), &catalog, &descriptions), table)?;
     Ok(0)
 }
 
-fn listing(url: &str, catalog: &Catalog) -> Listing {
+fn listing(url: &str, catalog: &Catalog, descriptions: &BTreeMap<Timeline, Description>) -> Listing {
+    let timelines = catalog.timelines.iter().map(|(timeline, history)| {
+        let description = descriptions.get(timeline);
+        TimelineListing {
+            parent: description.map(|description| description.parent).filter(|parent| *parent > 0),
+            fork_revision: description.map(|description| description.fork_revision).filter(|fork| *fork > 0),
+            reason: description.map(|description| description.reason.clone()),
+            ..timeline_listing(*timeline, history)
+        }
+    });
     Listing {
         store: url.to_owned(),
-        timelines: catalog.timelines.iter().map(|(timeline, history)| timeline_listing(*timeline, history)).collect(),
+        timelines: timelines.collect(),
         unfinished_uploads: catalog
             .uploading
             .iter()
@@ -109,6 +133,9 @@ fn timeline_listing(timeline: Timeline, history: &History) -> TimelineListing {
     };
     TimelineListing {
         timeline,
+        parent: None,
+        fork_revision: None,
+        reason: None,
         bytes: history.size(),
         fulls: history.fulls.iter().map(full).collect(),
         deltas: history.deltas.iter().map(delta).collect(),
@@ -138,6 +165,10 @@ fn table(listing: &Listing) -> String {
             timeline.deltas.len(),
             bytes(timeline.bytes)
         ));
+        if let Some(parent) = timeline.parent {
+            let fork = timeline.fork_revision.map(|fork| format!(" after revision {fork}")).unwrap_or_default();
+            say(format!("  forks from timeline {parent}{fork}: {}", timeline.reason.as_deref().unwrap_or_default()));
+        }
         let mut rows = vec![["  KIND", "REVISIONS", "TIME", "SIZE"].map(str::to_owned).to_vec()];
         let mut objects: Vec<(&str, &Object)> = timeline.fulls.iter().map(|object| ("  full", object)).collect();
         objects.extend(timeline.deltas.iter().map(|object| ("  delta", object)));

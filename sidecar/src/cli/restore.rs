@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Output, bytes, print, time};
 use crate::catalog::Timeline;
-use crate::restore::{Outcome, Plan, Progress, Source, Target, choose, execute};
+use crate::restore::{AtTime, Choice, Outcome, Plan, Progress, Source, Target, Upto, choose, execute};
 use crate::store::{Open, Store};
 use crate::{Error, Result};
 
@@ -66,6 +66,13 @@ pub struct Args {
     /// Start from the full snapshot of this revision, for when a newer one is damaged; the deltas after it follow.
     #[arg(long, value_name = "REVISION", conflicts_with = "snapshot_file")]
     full_revision: Option<i64>,
+    /// Restore this revision rather than the latest; it may lie in the middle of a delta.
+    #[arg(long, value_name = "N", conflicts_with = "snapshot_file", value_parser = clap::value_parser!(i64).range(1..))]
+    revision: Option<i64>,
+    /// Restore the state at this time, such as 2026-11-22T18:00:00Z: the last revision that the backup had received by
+    /// then. It says how exact that is.
+    #[arg(long, value_name = "RFC3339", conflicts_with_all = ["snapshot_file", "revision"], value_parser = parse_time)]
+    time: Option<i64>,
     /// When revisions are missing in the backup, restore up to there.
     #[arg(long, conflicts_with = "snapshot_file")]
     accept_gap: bool,
@@ -88,7 +95,14 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
         (None, Some(url)) => {
             let store = Store::open(url, Open::Existing)?;
             let catalog = store.catalog().await?;
-            (choose(&catalog, store.url(), args.timeline, args.full_revision, args.accept_gap)?, Some(store))
+            let upto = match (args.revision, args.time) {
+                (Some(revision), _) => Upto::Revision(revision),
+                (None, Some(unix_ms)) => Upto::Time(unix_ms),
+                (None, None) => Upto::Latest,
+            };
+            let (timeline, full_revision, accept_gap) = (args.timeline, args.full_revision, args.accept_gap);
+            let choice = Choice { timeline, full_revision, accept_gap, upto };
+            (choose(&store, &catalog, &choice).await?, Some(store))
         }
         (None, None) => return Err(Error::invalid("give --store or --snapshot-file")),
     };
@@ -102,6 +116,28 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
     let outcome = execute(plan, store, stop, move |progress| watcher.see(progress)).await?;
     print(output, &outcome, table)?;
     Ok(0)
+}
+
+fn parse_time(text: &str) -> Result<i64, String> {
+    chrono::DateTime::parse_from_rfc3339(text)
+        .map(|time| time.timestamp_millis())
+        .map_err(|error| format!("it must be like 2026-11-22T18:00:00Z: {error}"))
+}
+
+/// How exact a time is.
+fn exactness(at: &AtTime) -> String {
+    let millis = |unix_ms| {
+        let time = chrono::DateTime::from_timestamp_millis(unix_ms).unwrap_or_default();
+        time.to_rfc3339_opts(chrono::SecondsFormat::Millis, true)
+    };
+    let received = match at.received_unix_ms {
+        Some(received) => format!("revision {} was received at {}", at.revision, millis(received)),
+        None => format!("revision {} is the last one before", at.revision),
+    };
+    match at.next_unix_ms {
+        Some(next) => format!("{received}, the next one at {}", millis(next)),
+        None => format!("{received}; the backup has no later one"),
+    }
 }
 
 fn members(args: &Args) -> Result<(NewCluster, Vec<Target>)> {
@@ -140,9 +176,9 @@ fn members(args: &Args) -> Result<(NewCluster, Vec<Target>)> {
 fn plan_value(plan: &Plan, url: Option<&str>) -> Value {
     let source = match &plan.source {
         Source::File { path, .. } => json!({ "file": path.display().to_string() }),
-        Source::Chain { timeline, chain } => json!({
+        Source::Chain { timeline, chain, upto, at_time } => json!({
             "store": url, "timeline": timeline, "fullRevision": chain.full.revision, "fullTime": time(chain.full.unix_ms), "deltas": chain.deltas.len(),
-            "revision": chain.last, "bytes": chain.size(),
+            "revision": upto.unwrap_or(chain.last), "atTime": at_time, "bytes": chain.size(),
             "gapAfter": chain.gap.map(|gap| gap.after),
         }),
     };
@@ -155,16 +191,16 @@ fn plan_value(plan: &Plan, url: Option<&str>) -> Value {
 fn plan_table(plan: &Plan, url: Option<&str>) -> String {
     let mut text = match &plan.source {
         Source::File { path, .. } => format!("would restore the snapshot {}\n", path.display()),
-        Source::Chain { timeline, chain } => {
+        Source::Chain { timeline, chain, upto, at_time } => {
             format!(
                 "would restore revision {} from timeline {timeline} of {}:\n  the full snapshot of revision {} ({}) and {} deltas, {} to download\n",
-                chain.last,
+                upto.unwrap_or(chain.last),
                 url.unwrap_or_default(),
                 chain.full.revision,
                 time(chain.full.unix_ms),
                 chain.deltas.len(),
                 bytes(chain.size())
-            )
+            ) + &at_time.map(|at| format!("  {}\n", exactness(&at))).unwrap_or_default()
         }
     };
     for target in &plan.targets {
@@ -203,6 +239,9 @@ fn table(outcome: &Outcome) -> String {
     }
     for replaced in &outcome.replaced {
         text.push_str(&format!("  the member before it is in {}\n", replaced.display()));
+    }
+    if let Some(at) = &outcome.at_time {
+        text.push_str(&format!("  {}\n", exactness(at)));
     }
     let proof = &outcome.proof;
     text.push_str(&format!(

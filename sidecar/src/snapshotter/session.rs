@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
+use chrono::{DateTime, SecondsFormat, Utc};
 use etcd_client::WatchStream;
 use proto::backup::ObjectMeta;
 use tokio::task::JoinSet;
@@ -15,7 +15,7 @@ use super::full::{self, TakenFull, log_full};
 use super::pending::Pending;
 use super::timeline::{self, Comparison, Decision, Seen};
 use super::{Settings, now_ms};
-use crate::catalog::{History, ObjectName, Timeline};
+use crate::catalog::{Description, History, ObjectName, Timeline};
 use crate::container::LAYOUT;
 use crate::etcd::{Etcd, Status};
 use crate::{Class, Error, Result};
@@ -152,7 +152,7 @@ impl<'s> Session<'s> {
                 }
             }
             Decision::Begin { timeline, parent, ref reason } => {
-                session.begin_timeline(timeline, parent, reason).await?;
+                session.begin_timeline(timeline, parent, catalog.timelines.get(&parent), reason).await?;
             }
         }
         let backed_up_to = if let Tip::At(tip) = session.tip { Some(tip) } else { None };
@@ -172,14 +172,41 @@ impl<'s> Session<'s> {
         Ok(session)
     }
 
-    async fn begin_timeline(&mut self, timeline: Timeline, parent: Timeline, reason: &str) -> Result<()> {
-        if parent == 0 {
-            tracing::info!(timeline, "begin the first timeline");
+    async fn begin_timeline(
+        &mut self,
+        timeline: Timeline,
+        parent: Timeline,
+        history: Option<&History>,
+        reason: &str,
+    ) -> Result<()> {
+        let store = &self.settings.store;
+        let mut fork_revision = 0;
+        if let Some(history) = history {
+            let found = timeline::fork_revision(store, &mut self.etcd, parent, history, self.status.revision).await;
+            fork_revision = found.unwrap_or_else(|error| {
+                tracing::warn!(%error, "it cannot be found out where the new timeline parts from the one before");
+                0
+            });
+            tracing::warn!(
+                timeline,
+                parent,
+                fork_revision,
+                reason,
+                "begin a new timeline; nothing of the one before is touched"
+            );
         } else {
-            tracing::warn!(timeline, parent, reason, "begin a new timeline; nothing of the one before is touched");
+            tracing::info!(timeline, "begin the first timeline");
         }
-        let json = timeline::describe(timeline, parent, reason, &self.status)?;
-        self.settings.store.put_timeline(timeline, json).await.map_err(|error| match error.class() {
+        let description = Description {
+            layout: LAYOUT,
+            timeline,
+            parent,
+            fork_revision,
+            reason: reason.to_owned(),
+            cluster_id: format!("{:x}", self.status.cluster_id),
+            created: Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true),
+        };
+        store.put_description(&description).await.map_err(|error| match error.class() {
             // Its content has the time: another writer began the timeline in the same moment.
             Class::Precondition => Error::Unanswered {
                 what: format!("another backup of this cluster began timeline {timeline} at the same time; look again"),
@@ -219,7 +246,8 @@ impl<'s> Session<'s> {
             Err(error) => return Err(error),
         };
         if let Some(Comparison::Differs(reason)) = &compared {
-            return self.begin_timeline(self.timeline.saturating_add(1), self.timeline, reason).await;
+            let parent = self.timeline;
+            return self.begin_timeline(parent.saturating_add(1), parent, Some(history), reason).await;
         }
         self.auth = AuthWatch::since(&full);
         self.known.compact_revision = full.compact_revision;

@@ -4,14 +4,12 @@ use std::collections::BTreeMap;
 use std::io::BufReader;
 use std::time::Duration;
 
-use chrono::{SecondsFormat, Utc};
 use etcd_client::EventType;
 use etcd_format::mvcc::KeyValue;
 use proto::backup::ObjectMeta;
-use serde::Serialize;
 use tokio::time::Instant;
 
-use crate::catalog::{Catalog, Chain, Delta, ObjectName, Timeline};
+use crate::catalog::{Catalog, Chain, Delta, History, ObjectName, Timeline};
 use crate::container;
 use crate::delta::{self, Record};
 use crate::etcd::{Etcd, Status};
@@ -162,7 +160,7 @@ pub async fn compare(
     if compacted >= chain.last {
         return Ok(impossible);
     }
-    let mut expected = last_revisions(store, &name, delta).await?;
+    let mut expected = revisions(store, &name, delta, COMPARED).await?;
     expected.retain(|revision, _| *revision > compacted);
     let Some(first) = expected.keys().next().copied() else { return Ok(impossible) };
     let found = match live_revisions(etcd, first, chain.last).await {
@@ -188,12 +186,9 @@ fn digest(before: u64, is_put: bool, bytes: &[u8]) -> u64 {
     hasher.finish()
 }
 
-/// A digest of each of the last revisions of a delta.
-async fn last_revisions(store: &Store, name: &ObjectName, delta: &Delta) -> Result<BTreeMap<i64, u64>> {
-    let mut object = Vec::new();
-    for range in Store::ranges(delta.size) {
-        object.extend_from_slice(&store.get_range(name, range).await?);
-    }
+/// A digest of each of the last revisions of a delta, so many at most.
+async fn revisions(store: &Store, name: &ObjectName, delta: &Delta, most: usize) -> Result<BTreeMap<i64, u64>> {
+    let object = store.get_whole(name, delta.size).await?;
     let location = store.location(name);
     let mut reader =
         delta::Reader::new(BufReader::new(container::Reader::new(object.as_slice(), &location)?), &location);
@@ -204,7 +199,7 @@ async fn last_revisions(store: &Store, name: &ObjectName, delta: &Delta) -> Resu
             Record::Revision { main, .. } => {
                 at = main;
                 digests.insert(main, 0);
-                if digests.len() > COMPARED {
+                if digests.len() > most {
                     digests.pop_first();
                 }
                 continue;
@@ -254,24 +249,40 @@ async fn live_revisions(etcd: &Etcd, first: i64, last: i64) -> Result<BTreeMap<i
     Ok(digests)
 }
 
-#[derive(Serialize)]
-struct Description<'a> {
-    layout: u32,
+/// The last revision that the live etcd shares with a timeline; 0 when that cannot be known, because etcd has compacted it or
+/// because the timeline has no deltas there.
+pub async fn fork_revision(
+    store: &Store,
+    etcd: &mut Etcd,
     timeline: Timeline,
-    parent: Timeline,
-    fork_revision: i64,
-    reason: &'a str,
-    cluster_id: String,
-    created: String,
+    history: &History,
+    live: i64,
+) -> Result<i64> {
+    let compacted = etcd.compact_revision(0).await?;
+    let comparable = |delta: &&Delta| delta.first > compacted && delta.first <= live;
+    let deltas: Vec<Delta> = history.deltas.iter().filter(comparable).copied().collect();
+    // Two histories agree up to where they part and never after.
+    let (mut agree, mut differ, mut fork) = (0, deltas.len(), 0);
+    while agree < differ {
+        let middle = agree.midpoint(differ);
+        let Some(delta) = deltas.get(middle) else { break };
+        let shared = shared_with(store, etcd, timeline, delta, live).await?;
+        fork = shared.unwrap_or_default().max(fork);
+        if shared == Some(delta.last) {
+            agree = middle + 1;
+        } else {
+            differ = middle;
+        }
+    }
+    Ok(fork)
 }
 
-/// The content of `timeline.json`.
-pub fn describe(timeline: Timeline, parent: Timeline, reason: &str, live: &Status) -> Result<String> {
-    let created = Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true);
-    let cluster_id = format!("{:x}", live.cluster_id);
-    let description = Description { layout: 1, timeline, parent, fork_revision: 0, reason, cluster_id, created };
-    serde_json::to_string_pretty(&description)
-        .map_err(|error| Error::Bug { what: format!("describe a timeline: {error}") })
+/// The last revision of a delta up to which the live etcd has the same.
+async fn shared_with(store: &Store, etcd: &Etcd, timeline: Timeline, delta: &Delta, live: i64) -> Result<Option<i64>> {
+    let expected = revisions(store, &delta.name(timeline), delta, usize::MAX).await?;
+    let found = live_revisions(etcd, delta.first, delta.last.min(live)).await?;
+    let same = expected.iter().take_while(|(revision, digest)| found.get(revision) == Some(digest));
+    Ok(same.last().map(|(revision, _)| *revision))
 }
 
 #[cfg(test)]
