@@ -4,6 +4,7 @@ mod check;
 mod list;
 mod restore;
 mod snapshot;
+mod verify;
 
 use std::io::{IsTerminal, Write};
 
@@ -60,6 +61,7 @@ enum Command {
     List(list::Args),
     Restore(restore::Args),
     Check(check::Args),
+    Verify(verify::Args),
 }
 
 /// The store that a command works on.
@@ -91,6 +93,7 @@ impl Cli {
             Command::Snapshot(args) => snapshot::run(args, self.output, stop).await,
             Command::List(args) => until(&stop, list::run(args, self.output)).await,
             Command::Restore(args) => restore::run(args, self.output, stop).await,
+            Command::Verify(args) => verify::run(args, self.output, stop).await,
             Command::Check(args) => until(&stop, check::run(args, self.output)).await,
         };
         signals.abort();

@@ -10,7 +10,7 @@
 //!
 //! `zstd -d` skips what is skippable, so its output is exactly the content.
 
-use std::io::{self, Read};
+use std::io::{self, BufRead, Read};
 
 use bytes::Bytes;
 use proto::Message;
@@ -72,7 +72,7 @@ impl Writer {
     /// Adds a metadata frame here.
     pub fn put_meta(&mut self, meta: &ObjectMeta) -> Result<()> {
         self.end_frame()?;
-        let frame = skippable(META_MAGIC, &meta.encode_to_vec());
+        let frame = skippable(META_MAGIC, &encode_meta(meta));
         self.frames.push((frame.len() as u32, 0));
         self.output.extend_from_slice(&frame);
         Ok(())
@@ -157,10 +157,30 @@ impl Writer {
     /// Ends an object whose bytes were never taken, with a metadata frame before all others.
     pub fn finish_with_leading_meta(mut self, meta: &ObjectMeta) -> Result<Vec<Bytes>> {
         self.end_frame()?;
-        let head = skippable(META_MAGIC, &meta.encode_to_vec());
+        let head = skippable(META_MAGIC, &encode_meta(meta));
         self.frames.insert(0, (head.len() as u32, 0));
         Ok(vec![head.into(), self.output.into(), seek_table(&self.frames).into()])
     }
+}
+
+/// Tag of the last field of [`ObjectMeta`], its checksum, as a protobuf writer puts it: field 100, fixed 32 bits.
+const CHECKSUM_TAG: [u8; 2] = [0xa5, 0x06];
+
+fn encode_meta(meta: &ObjectMeta) -> Vec<u8> {
+    let mut bytes = ObjectMeta { checksum: 0, ..meta.clone() }.encode_to_vec();
+    let checksum = crc32c::crc32c(&bytes);
+    bytes.extend_from_slice(&CHECKSUM_TAG);
+    bytes.extend_from_slice(&checksum.to_le_bytes());
+    bytes
+}
+
+/// Checks the checksum of encoded metadata.
+fn check_meta(name: &str, content: &[u8]) -> Result<()> {
+    let whole = content.len().checked_sub(CHECKSUM_TAG.len() + 4).and_then(|at| content.split_at_checked(at));
+    let sound = whole.is_some_and(|(before, field)| {
+        field.starts_with(&CHECKSUM_TAG) && u32_at(field, CHECKSUM_TAG.len()) == Some(crc32c::crc32c(before))
+    });
+    if sound { Ok(()) } else { Err(Error::corrupt(format!("{name}: metadata is damaged: its checksum does not fit"))) }
 }
 
 fn skippable(magic: u32, content: &[u8]) -> Vec<u8> {
@@ -201,8 +221,15 @@ pub enum FromTail {
     Meta(Box<ObjectMeta>),
 }
 
-/// Reads the metadata of an object of `size` bytes from its beginning and its end.
-pub fn meta_from_tail(name: &str, size: u64, head: &[u8], tail: &[u8]) -> Result<FromTail> {
+/// The seek table at the end of an object: where it starts in `tail`, and the sizes of the frames before it.
+enum Table {
+    /// So many bytes of the object's end must be given.
+    Need(u64),
+    /// Found.
+    At { start: u64, count: u64 },
+}
+
+fn table_in_tail(name: &str, size: u64, tail: &[u8]) -> Result<Table> {
     let damaged = |what: &str| Error::corrupt(format!("{name}: {what}"));
     let footer = tail.len().checked_sub(FOOTER_BYTES as usize).ok_or_else(|| damaged("object is too short"))?;
     if u32_at(tail, footer + 5) != Some(SEEKABLE_MAGIC) {
@@ -213,8 +240,21 @@ pub fn meta_from_tail(name: &str, size: u64, head: &[u8], tail: &[u8]) -> Result
     if table_bytes > size.min(MOST_TABLE_BYTES) {
         return Err(damaged("seek table is larger than that of any object"));
     }
-    let table_start = (tail.len() as u64).checked_sub(table_bytes);
-    let Some(table_start) = table_start else { return Ok(FromTail::Need(table_bytes + u64::from(MOST_META_BYTES))) };
+    let start = (tail.len() as u64).checked_sub(table_bytes);
+    Ok(match start {
+        Some(start) => Table::At { start, count },
+        None => Table::Need(table_bytes + u64::from(MOST_META_BYTES)),
+    })
+}
+
+/// Reads the metadata of an object of `size` bytes from its beginning and its end.
+pub fn meta_from_tail(name: &str, size: u64, head: &[u8], tail: &[u8]) -> Result<FromTail> {
+    let damaged = |what: &str| Error::corrupt(format!("{name}: {what}"));
+    let (table_start, count) = match table_in_tail(name, size, tail)? {
+        Table::Need(more) => return Ok(FromTail::Need(more)),
+        Table::At { start, count } => (start, count),
+    };
+    let table_bytes = tail.len() as u64 - table_start;
     let mut meta = leading_meta(name, head)?.map(|(meta, _)| meta).unwrap_or_default();
     let last_entry = (table_start + 8 + count.saturating_sub(1) * 8) as usize;
     if count > 1 && u32_at(tail, last_entry + 4) == Some(0) {
@@ -226,6 +266,7 @@ pub fn meta_from_tail(name: &str, size: u64, head: &[u8], tail: &[u8]) -> Result
         let frame = tail.get(start as usize..table_start as usize).unwrap_or_default();
         let content = frame.get(8..).filter(|_| u32_at(frame, 0) == Some(META_MAGIC));
         let content = content.ok_or_else(|| damaged("metadata frame is damaged"))?;
+        check_meta(name, content)?;
         meta.merge(content).map_err(|error| damaged(&format!("metadata cannot be decoded: {error}")))?;
     }
     check_layout(name, &meta)?;
@@ -250,6 +291,7 @@ pub fn leading_meta(name: &str, head: &[u8]) -> Result<Option<(ObjectMeta, usize
     let length = u32_at(head, 4).filter(|length| *length <= MOST_META_BYTES);
     let content = length.and_then(|length| head.get(8..8 + length as usize));
     let content = content.ok_or_else(|| Error::corrupt(format!("{name}: metadata frame is damaged")))?;
+    check_meta(name, content)?;
     let meta = ObjectMeta::decode(content)
         .map_err(|error| Error::corrupt(format!("{name}: metadata cannot be decoded: {error}")))?;
     Ok(Some((meta, 8 + content.len())))
@@ -312,6 +354,141 @@ impl<R: Read> Read for Reader<R> {
     }
 }
 
+/// Sizes of the frames of an object before its seek table, compressed and decompressed; `Err` of how many bytes of its end
+/// must be given when `tail` is too short.
+pub fn frames_in_tail(name: &str, size: u64, tail: &[u8]) -> Result<Result<Vec<(u32, u32)>, u64>> {
+    let (start, count) = match table_in_tail(name, size, tail)? {
+        Table::Need(more) => return Ok(Err(more)),
+        Table::At { start, count } => (start as usize + 8, count as usize),
+    };
+    let entry = |index: usize| Some((u32_at(tail, start + index * 8)?, u32_at(tail, start + index * 8 + 4)?));
+    let frames: Option<Vec<_>> = (0..count).map(entry).collect();
+    Ok(Ok(frames.ok_or_else(|| Error::corrupt(format!("{name}: seek table is cut short")))?))
+}
+
+/// Decompresses an object and checks every byte of it against its seek table: each frame is where the table has it and as
+/// long, metadata fits its checksum, and nothing else is there.
+pub struct CheckedReader<R> {
+    source: R,
+    name: String,
+    frames: Vec<(u32, u32)>,
+    next: usize,
+    decompressor: zstd::bulk::Decompressor<'static>,
+    compressed: Vec<u8>,
+    content: Vec<u8>,
+    at: usize,
+    content_bytes: u64,
+}
+
+impl<R> std::fmt::Debug for CheckedReader<R> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CheckedReader").field("name", &self.name).finish()
+    }
+}
+
+impl<R: Read> CheckedReader<R> {
+    /// `frames` are those of [`frames_in_tail`]; `name` is for messages.
+    pub fn new(source: R, name: impl Into<String>, frames: Vec<(u32, u32)>) -> Result<Self> {
+        let decompressor = zstd::bulk::Decompressor::new().map_err(Error::io("set up", "zstd"))?;
+        let (compressed, content) = (Vec::new(), Vec::new());
+        Ok(Self {
+            source,
+            name: name.into(),
+            frames,
+            next: 0,
+            decompressor,
+            compressed,
+            content,
+            at: 0,
+            content_bytes: 0,
+        })
+    }
+
+    /// Bytes of content so far.
+    pub fn content_bytes(&self) -> u64 {
+        self.content_bytes
+    }
+
+    fn corrupt(&self, what: &str) -> Error {
+        Error::corrupt(format!("{}: frame {}: {what}", self.name, self.next))
+    }
+
+    fn take(&mut self, bytes: u64) -> Result<()> {
+        self.compressed.clear();
+        let read = self.source.by_ref().take(bytes).read_to_end(&mut self.compressed);
+        let read = read.map_err(|error| error.downcast().unwrap_or_else(Error::io("read", &self.name)))?;
+        if read as u64 == bytes { Ok(()) } else { Err(self.corrupt("object ends in it")) }
+    }
+
+    /// Reads the next frame of content; false after the last, when the rest has been checked.
+    fn next_frame(&mut self) -> Result<bool> {
+        self.content.clear();
+        self.at = 0;
+        while let Some((compressed, decompressed)) = self.frames.get(self.next).copied() {
+            let most = zstd::zstd_safe::compress_bound(FRAME_BYTES).max(MOST_META_BYTES as usize + 8);
+            if compressed as usize > most || decompressed as usize > FRAME_BYTES {
+                return Err(self.corrupt("seek table has it larger than any frame"));
+            }
+            self.take(u64::from(compressed))?;
+            if decompressed == 0 {
+                let content = self.compressed.get(8..).filter(|_| u32_at(&self.compressed, 0) == Some(META_MAGIC));
+                let content = content.ok_or_else(|| self.corrupt("it is not the metadata that belongs there"))?;
+                if u32_at(&self.compressed, 4) != u32::try_from(content.len()).ok() {
+                    return Err(self.corrupt("length of the metadata differs from the seek table"));
+                }
+                check_meta(&self.name, content)?;
+                self.next += 1;
+                continue;
+            }
+            let mut content = std::mem::take(&mut self.content);
+            content.resize(decompressed as usize, 0);
+            let got = self.decompressor.decompress_to_buffer(&self.compressed, &mut content);
+            if got.as_ref().ok() != Some(&(decompressed as usize)) {
+                let what = got.map_or_else(|error| error.to_string(), |got| format!("it has {got} bytes of content"));
+                return Err(self.corrupt(&format!("compressed data is damaged: {what}")));
+            }
+            self.content = content;
+            self.content_bytes += u64::from(decompressed);
+            self.next += 1;
+            return Ok(true);
+        }
+        let table = seek_table(&self.frames);
+        self.take(table.len() as u64)?;
+        if self.compressed != table {
+            return Err(self.corrupt("what follows the last one is not the seek table"));
+        }
+        match self.source.read(&mut [0]) {
+            Ok(0) => Ok(false),
+            Ok(_) => Err(self.corrupt("something follows the seek table")),
+            Err(error) => Err(error.downcast().unwrap_or_else(Error::io("read", &self.name))),
+        }
+    }
+}
+
+impl<R: Read> Read for CheckedReader<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let length = self.fill_buf()?.read(buf)?;
+        self.consume(length);
+        Ok(length)
+    }
+}
+
+impl<R: Read> BufRead for CheckedReader<R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.at >= self.content.len() && self.next <= self.frames.len() {
+            let more = self.next_frame().map_err(io::Error::other)?;
+            if !more {
+                self.next = self.frames.len() + 1;
+            }
+        }
+        Ok(self.content.get(self.at..).unwrap_or_default())
+    }
+
+    fn consume(&mut self, amount: usize) {
+        self.at += amount;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -331,6 +508,35 @@ mod tests {
         Ok(content)
     }
 
+    fn checked(bytes: &[u8]) -> Result<Vec<u8>> {
+        let frames = frames_in_tail("test", bytes.len() as u64, bytes)?;
+        let frames = frames.map_err(|need| Error::corrupt(format!("{need} bytes of it are needed")))?;
+        let mut content = Vec::new();
+        let mut reader = CheckedReader::new(bytes, "test", frames)?;
+        reader.read_to_end(&mut content).map_err(|error| error.downcast::<Error>().unwrap_or(Error::Cancelled))?;
+        Ok(content)
+    }
+
+    #[test]
+    fn every_flipped_bit_is_found_or_changes_nothing() {
+        let content: Vec<u8> = (0..3000u32).flat_map(u32::to_be_bytes).collect();
+        let bytes = object(&content);
+        let meta = meta_from_tail("test", bytes.len() as u64, &bytes, &bytes).unwrap();
+        assert_eq!(checked(&bytes).unwrap(), content);
+        for at in 0..bytes.len() {
+            for bit in 0..8 {
+                let mut damaged = bytes.clone();
+                damaged[at] ^= 1 << bit;
+                if let Ok(found) = checked(&damaged) {
+                    assert_eq!(found, content, "byte {at}, bit {bit}");
+                    let found = meta_from_tail("test", damaged.len() as u64, &damaged, &damaged).unwrap();
+                    assert_eq!(found, meta, "byte {at}, bit {bit}");
+                }
+            }
+            assert!(checked(&bytes[..at]).is_err(), "cut at {at}");
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(16))]
         #[test]
@@ -340,11 +546,13 @@ mod tests {
             prop_assert_eq!(read(&bytes).unwrap(), content);
             let meta = meta_from_tail("test", bytes.len() as u64, &bytes, &bytes).unwrap();
             let expected = ObjectMeta { layout: 1, cluster_id: 7, last_revision: 9, ..ObjectMeta::default() };
-            prop_assert_eq!(meta, FromTail::Meta(Box::new(expected)));
+            let FromTail::Meta(meta) = meta else { panic!("no metadata") };
+            prop_assert_eq!(ObjectMeta { checksum: 0, ..*meta }, expected);
         }
 
         #[test]
         fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
+            let _ = checked(&bytes);
             let _ = read(&bytes);
             let _ = meta_from_tail("test", bytes.len() as u64, &bytes, &bytes);
         }

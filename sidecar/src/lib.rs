@@ -2,7 +2,7 @@
 //!
 //! Reading order: [`catalog`] (what is in a store, and which objects make a chain), [`container`] (what an object is
 //! wrapped in) and [`delta`] (what the changes look like in it) are pure. [`etcd`] and [`store`] reach the two worlds outside. [`snapshotter`] moves data from the first to the
-//! second, [`restore`] from the second to a data directory. [`cli`] is what a person types.
+//! second, [`restore`] from the second to a data directory; [`verify`] proves that it could. [`cli`] is what a person types.
 //!
 //! # Invariants
 //! - An object is put once and never overwritten; its name says which revisions it holds.
@@ -18,5 +18,6 @@ pub mod etcd;
 pub mod restore;
 pub mod snapshotter;
 pub mod store;
+pub mod verify;
 
 pub use error::{Class, Error, Result};

@@ -14,16 +14,18 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use etcd_format::ReadAt;
+use etcd_format::bolt::Db;
 use etcd_format::datadir::{
     Change, Minor, RealDisk, Restored, Revision, Severity, Spec, Staged, Summary, Tail, Verdict, Verify, WantHash,
 };
 use etcd_format::membership::NewCluster;
-use etcd_format::mvcc::{HashRequest, HashRules};
+use etcd_format::mvcc::{self, Compaction, HashRequest, HashRules};
 use proto::backup::{HashKv, ObjectMeta};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use pieces::{Decompressed, PieceReader, Pieces, Stoppable};
+use pieces::Decompressed;
+pub(crate) use pieces::{PieceReader, Pieces, Stoppable, fetch};
 
 pub use point::{AtTime, Choice, Upto, choose};
 
@@ -169,7 +171,7 @@ pub async fn execute(
             if let Some((name, size)) = objects.first() {
                 full = store.meta(name, *size).await?;
             }
-            let (feeder, received) = pieces::fetch(store.clone(), objects.clone(), stop.clone());
+            let (feeder, received) = fetch(store.clone(), objects.clone(), stop.clone());
             let named = objects.iter().map(|(name, _)| (*name, store.location(name))).collect();
             (Objects::Store { named, received }, Some(feeder))
         }
@@ -293,6 +295,59 @@ fn assemble(
         proof,
         seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+/// Restores a chain into a temporary directory under `work_dir`, checks it, and compares every HashKV recorded with its
+/// objects. Returns the last revision and those whose hash was compared. Leaves nothing behind.
+pub(crate) async fn replay(
+    store: &Store,
+    timeline: Timeline,
+    chain: Chain,
+    work_dir: &Path,
+    stop: &CancellationToken,
+) -> Result<(i64, Vec<i64>)> {
+    let mut recorded = Vec::new();
+    let mut compacted = None;
+    for (name, size) in chain.objects(timeline) {
+        let meta = store.meta(&name, size).await?;
+        let compacted = *compacted.get_or_insert(meta.compact_revision);
+        // Rows that the snapshot no longer has cannot be hashed as they were.
+        recorded.extend(recorded_hash(&meta).filter(|recorded| recorded.hash.compact_revision.max(0) >= compacted));
+    }
+    let dir = tempfile::Builder::new().prefix("sidecar-verify-").tempdir_in(work_dir);
+    let dir = dir.map_err(Error::io("make a directory in", work_dir.display()))?;
+    let cluster = NewCluster::parse("default=http://localhost:2380", "verify").map_err(Error::format("a cluster"))?;
+    let data_dir = dir.path().join("data");
+    let targets = vec![Target { name: "default".to_owned(), data_dir: data_dir.clone() }];
+    let source = Source::Chain { timeline, chain, upto: None, at_time: None };
+    let plan = Plan { source, targets, cluster, minor: None, bump_revision: 0, replace: false };
+    let outcome = execute(plan, Some(store.clone()), stop.clone(), |_| {}).await?;
+    let compared = tokio::task::spawn_blocking(move || compare_hashes(&data_dir, &recorded));
+    let hashes = compared.await.map_err(|error| Error::task(&error))??;
+    Ok((outcome.revision, hashes))
+}
+
+/// Computes HashKV at each recorded point whose rows are still there, and fails where one differs.
+fn compare_hashes(data_dir: &Path, recorded: &[Recorded]) -> Result<Vec<i64>> {
+    let path = data_dir.join("member/snap/db");
+    let name = path.display().to_string();
+    let db = Db::open(File::open(&path).map_err(Error::io("open", &name))?).map_err(Error::format(&name))?;
+    // Rows are as compacted as those of the snapshot, whatever compaction etcd is to finish when it starts.
+    let finished = Compaction::read(&db).map_err(Error::format(&name))?.finished;
+    let mut hashes = Vec::new();
+    for Recorded { hash, rules } in recorded {
+        let compact_revision = hash.compact_revision.max(0);
+        let request = HashRequest { revision: hash.revision, compact_revision, clean_up_to: finished, rules: *rules };
+        let found = mvcc::hash_kv(&db, request).map_err(Error::format(&name))?;
+        if found.hash != hash.hash {
+            return Err(Error::corrupt(format!(
+                "HashKV at revision {} (compacted at {compact_revision}) is {}; etcd itself had answered {}",
+                hash.revision, found.hash, hash.hash
+            )));
+        }
+        hashes.push(hash.revision);
+    }
+    Ok(hashes)
 }
 
 fn spec(plan: &Plan, aside: &Aside) -> Spec {

@@ -290,6 +290,21 @@ impl Store {
         }
     }
 
+    /// Reads the sizes of an object's frames from its end.
+    pub async fn frames(&self, name: &ObjectName, size: u64) -> Result<Vec<(u32, u32)>> {
+        let mut want = TAIL_BYTES.min(size);
+        loop {
+            let tail = self.get_range(name, size - want..size).await?;
+            match container::frames_in_tail(&self.location(name), size, &tail)? {
+                Ok(frames) => return Ok(frames),
+                Err(more) if more > want && want < size => want = more.min(size),
+                Err(_) => {
+                    return Err(Error::corrupt(format!("{}: seek table contradicts itself", self.location(name))));
+                }
+            }
+        }
+    }
+
     /// Ranged reads under way at once when objects are fetched ahead.
     pub const RANGES_AHEAD: usize = 4;
 

@@ -23,13 +23,13 @@ const CHUNK_BYTES: usize = 128 << 10;
 const CHUNKS_AHEAD: usize = 3;
 
 /// Part of an object on its way; `None` ends the object.
-pub(super) type Piece = Result<Option<Bytes>>;
+pub(crate) type Piece = Result<Option<Bytes>>;
 
 /// The objects of a restore, one after the other, as they arrive.
-pub(super) type Pieces = mpsc::Receiver<Piece>;
+pub(crate) type Pieces = mpsc::Receiver<Piece>;
 
 /// Fetches all objects in order, ahead of their use.
-pub(super) fn fetch(
+pub(crate) fn fetch(
     store: Store,
     objects: Vec<(ObjectName, u64)>,
     stop: CancellationToken,
@@ -71,14 +71,14 @@ async fn feed(store: Store, objects: Vec<(ObjectName, u64)>, pieces: mpsc::Sende
 }
 
 /// Reads one object from the pieces that arrive.
-pub(super) struct PieceReader<'r> {
+pub(crate) struct PieceReader<'r> {
     received: &'r mut Pieces,
     current: Bytes,
     ended: bool,
 }
 
 impl<'r> PieceReader<'r> {
-    pub(super) fn new(received: &'r mut Pieces) -> Self {
+    pub(crate) fn new(received: &'r mut Pieces) -> Self {
         Self { received, current: Bytes::new(), ended: false }
     }
 }
@@ -105,13 +105,13 @@ impl Read for PieceReader<'_> {
 }
 
 /// Fails once somebody asked to stop.
-pub(super) struct Stoppable<'s, R> {
+pub(crate) struct Stoppable<'s, R> {
     inner: R,
     stop: &'s CancellationToken,
 }
 
 impl<'s, R> Stoppable<'s, R> {
-    pub(super) fn new(inner: R, stop: &'s CancellationToken) -> Self {
+    pub(crate) fn new(inner: R, stop: &'s CancellationToken) -> Self {
         Self { inner, stop }
     }
 }

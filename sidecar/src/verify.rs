@@ -1,0 +1,292 @@
+//! Whether backups are what they say: from a look at their names to a replay of everything.
+//!
+//! Memory is bounded by the size of a frame; only a replay needs disk, as much as the database.
+
+use std::io::BufRead;
+use std::path::Path;
+
+use etcd_format::SnapshotScan;
+use etcd_format::mvcc::KeyValue;
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::catalog::{Catalog, Chain, History, ObjectName, Timeline};
+use crate::container::CheckedReader;
+use crate::delta::{Reader, Record};
+use crate::restore::{self, PieceReader, Stoppable};
+use crate::store::Store;
+use crate::{Class, Error, Result};
+
+/// How thoroughly to look. Each level includes those before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// Names alone: that the latest state can be restored.
+    Names,
+    /// Every byte: frames, checksums, seek tables, metadata.
+    Bytes,
+    /// Every record: snapshots are whole and of the revision they are named after, deltas hold every revision in order.
+    Decode,
+    /// Every chain is restored into a temporary directory, checked, and its HashKV compared with every one recorded.
+    Replay,
+}
+
+/// Something that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Problem {
+    /// URL of the object, or of the timeline.
+    pub at: String,
+    /// What is wrong.
+    pub what: String,
+    /// Whether it is a gap rather than damage.
+    pub is_gap: bool,
+}
+
+/// A chain that was replayed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Replayed {
+    /// Its timeline.
+    pub timeline: Timeline,
+    /// The snapshot it starts from.
+    pub full_revision: i64,
+    /// The last revision it reached.
+    pub revision: i64,
+    /// Revisions whose HashKV was found to be what etcd had answered.
+    pub hashes: Vec<i64>,
+}
+
+/// What was looked at and found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Report {
+    /// How thoroughly.
+    pub level: Level,
+    /// Objects looked at.
+    pub objects: u64,
+    /// Their bytes, as far as they were read.
+    pub bytes: u64,
+    /// What is wrong.
+    pub problems: Vec<Problem>,
+    /// What is worth knowing.
+    pub remarks: Vec<String>,
+    /// Chains that were replayed.
+    pub replayed: Vec<Replayed>,
+}
+
+impl Report {
+    /// What the worst of the problems means to a caller; `None` when all is well.
+    pub fn class(&self) -> Option<Class> {
+        let damaged = self.problems.iter().any(|problem| !problem.is_gap);
+        let class = if damaged { Class::Corrupt } else { Class::Missing };
+        (!self.problems.is_empty()).then_some(class)
+    }
+}
+
+/// Looks at everything in a store, or at one timeline. Damage is in the report; an error means that it could not look.
+pub async fn verify(
+    store: &Store,
+    timeline: Option<Timeline>,
+    level: Level,
+    work_dir: &Path,
+    stop: &CancellationToken,
+) -> Result<Report> {
+    let catalog = store.catalog().await?;
+    let mut report =
+        Report { level, objects: 0, bytes: 0, problems: Vec::new(), remarks: Vec::new(), replayed: Vec::new() };
+    if let Some(wanted) = timeline.filter(|wanted| !catalog.timelines.contains_key(wanted)) {
+        return Err(Error::missing(format!("store {} has no timeline {wanted}", store.url())));
+    }
+    let looked_at = || catalog.timelines.iter().filter(|(number, _)| timeline.is_none_or(|wanted| wanted == **number));
+    names(store, &catalog, looked_at(), &mut report);
+    for (timeline, history) in looked_at() {
+        let fulls = history.fulls.iter().map(|full| (full.name(*timeline), full.size));
+        let objects: Vec<_> =
+            fulls.chain(history.deltas.iter().map(|delta| (delta.name(*timeline), delta.size))).collect();
+        report.objects += objects.len() as u64;
+        if level >= Level::Bytes {
+            contents(store, objects, level, stop, &mut report).await?;
+        }
+    }
+    if level == Level::Replay {
+        for (timeline, history) in looked_at() {
+            for full in &history.fulls {
+                let chain = chain_alone(history, history.chain_from(*full));
+                replay(store, *timeline, chain, work_dir, stop, &mut report).await?;
+            }
+        }
+    }
+    Ok(report)
+}
+
+/// A chain up to the next full snapshot, from where another one starts; the last goes to its end.
+fn chain_alone(history: &History, chain: Chain) -> Chain {
+    let next = history.fulls.iter().map(|full| full.revision).find(|revision| *revision > chain.full.revision);
+    match next.filter(|next| chain.last >= *next) {
+        Some(next) => chain.upto(next),
+        None => chain,
+    }
+}
+
+fn names<'c>(
+    store: &Store,
+    catalog: &Catalog,
+    timelines: impl Iterator<Item = (&'c Timeline, &'c History)>,
+    report: &mut Report,
+) {
+    if catalog.newest_restorable().is_none() {
+        let what = "there is no full snapshot: nothing can be restored".to_owned();
+        report.problems.push(Problem { at: store.url().to_owned(), what, is_gap: true });
+    }
+    for (timeline, history) in timelines {
+        let at = store.location(&format!("t{timeline:08}/"));
+        let unreachable = history.newest_chain().and_then(|chain| chain.gap);
+        for gap in history.gaps() {
+            let mut what = format!("revisions {} to {} are in no object", gap.after + 1, gap.before - 1);
+            // One that a later full snapshot spans costs points in time, not the latest state.
+            if unreachable == Some(gap) {
+                what.push_str(", and no full snapshot after them");
+                report.problems.push(Problem { at: at.clone(), what, is_gap: true });
+            } else {
+                report.remarks.push(format!("{at}: {what}: none of them can be restored"));
+            }
+        }
+    }
+}
+
+/// Reads objects to their ends.
+async fn contents(
+    store: &Store,
+    objects: Vec<(ObjectName, u64)>,
+    level: Level,
+    stop: &CancellationToken,
+    report: &mut Report,
+) -> Result<()> {
+    for (name, size) in objects {
+        if stop.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        report.bytes += size;
+        let looked = content(store, name, size, level, stop).await;
+        if let Err(error) = looked {
+            if !matches!(error.class(), Class::Corrupt | Class::Missing) {
+                return Err(error);
+            }
+            report.problems.push(Problem { at: store.location(&name), what: error.to_string(), is_gap: false });
+        }
+    }
+    Ok(())
+}
+
+async fn content(store: &Store, name: ObjectName, size: u64, level: Level, stop: &CancellationToken) -> Result<()> {
+    let meta = store.meta(&name, size).await?;
+    let frames = store.frames(&name, size).await?;
+    let location = store.location(&name);
+    let (feeder, mut received) = restore::fetch(store.clone(), vec![(name, size)], stop.clone());
+    let stop = stop.clone();
+    let checked = tokio::task::spawn_blocking(move || -> Result<()> {
+        let source = Stoppable::new(PieceReader::new(&mut received), &stop);
+        let mut reader = CheckedReader::new(source, &location, frames)?;
+        match name {
+            _ if level < Level::Decode => drain(&mut reader, &location, &mut |_| Ok(()))?,
+            ObjectName::Full { revision, .. } => full(&mut reader, &location, revision)?,
+            ObjectName::Delta { first, last, .. } => delta(&mut reader, &location, first, last)?,
+            ObjectName::Timeline { .. } | ObjectName::Uploading { .. } => {}
+        }
+        let (first, last) = match name {
+            ObjectName::Full { revision, .. } => (revision, revision),
+            ObjectName::Delta { first, last, .. } => (first, last),
+            ObjectName::Timeline { .. } | ObjectName::Uploading { .. } => return Ok(()),
+        };
+        if (meta.first_revision, meta.last_revision) != (first, last) {
+            return Err(Error::corrupt(format!(
+                "{location}: it is named after revisions {first} to {last}, its metadata says {} to {}",
+                meta.first_revision, meta.last_revision
+            )));
+        }
+        if meta.content_bytes != reader.content_bytes() {
+            let (said, found) = (meta.content_bytes, reader.content_bytes());
+            return Err(Error::corrupt(format!(
+                "{location}: it has {found} bytes of content, its metadata says {said}"
+            )));
+        }
+        Ok(())
+    });
+    let checked = checked.await.map_err(|error| Error::task(&error))?;
+    feeder.abort();
+    checked
+}
+
+fn drain(reader: &mut impl BufRead, name: &str, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+    loop {
+        let bytes = reader.fill_buf().map_err(|error| error.downcast().unwrap_or_else(Error::io("read", name)))?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        take(bytes)?;
+        let length = bytes.len();
+        reader.consume(length);
+    }
+}
+
+fn full(reader: &mut impl BufRead, name: &str, revision: i64) -> Result<()> {
+    let mut scan = SnapshotScan::new(revision);
+    drain(reader, name, &mut |bytes| scan.push(bytes).map_err(Error::format(name)))?;
+    let found = scan.finish().map_err(Error::format(name))?.revision;
+    if found == revision {
+        return Ok(());
+    }
+    Err(Error::corrupt(format!("{name}: it is named after revision {revision}, its content is of revision {found}")))
+}
+
+fn delta(reader: &mut impl BufRead, name: &str, first: i64, last: i64) -> Result<()> {
+    let mut records = Reader::new(reader, name);
+    let mut at = first - 1;
+    while let Some(record) = records.next()? {
+        match record {
+            Record::Revision { main, .. } if main == at + 1 => at = main,
+            Record::Revision { main, .. } => {
+                return Err(Error::corrupt(format!("{name}: revision {main} follows revision {at}")));
+            }
+            Record::Put(value) => {
+                let kv = KeyValue::decode(value).map_err(Error::format(name))?;
+                if kv.mod_revision != at || kv.key.is_empty() {
+                    return Err(Error::corrupt(format!(
+                        "{name}: a put of revision {at} says that it is of revision {}",
+                        kv.mod_revision
+                    )));
+                }
+            }
+            Record::Delete([]) => {
+                return Err(Error::corrupt(format!("{name}: a delete of revision {at} has no key")));
+            }
+            Record::Delete(_) | Record::End(_) => {}
+        }
+    }
+    if at != last {
+        return Err(Error::corrupt(format!("{name}: it is named up to revision {last}, its content ends at {at}")));
+    }
+    Ok(())
+}
+
+/// Restores a chain into a temporary directory and compares every HashKV that was recorded along it.
+async fn replay(
+    store: &Store,
+    timeline: Timeline,
+    chain: Chain,
+    work_dir: &Path,
+    stop: &CancellationToken,
+    report: &mut Report,
+) -> Result<()> {
+    let at = store.location(&chain.full.name(timeline));
+    let full_revision = chain.full.revision;
+    match restore::replay(store, timeline, chain, work_dir, stop).await {
+        Ok((revision, hashes)) => report.replayed.push(Replayed { timeline, full_revision, revision, hashes }),
+        Err(error) if matches!(error.class(), Class::Corrupt | Class::Missing) => {
+            report.problems.push(Problem { at, what: error.to_string(), is_gap: false });
+        }
+        Err(error) => return Err(error),
+    }
+    Ok(())
+}
