@@ -13,6 +13,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::{Error, Result};
+
 /// Number of a timeline, from 1. Every restore that becomes a live cluster begins one.
 pub type Timeline = u32;
 
@@ -361,6 +363,27 @@ pub struct Catalog {
 }
 
 impl Catalog {
+    /// Takes an object out, by its name.
+    pub fn remove(&mut self, name: &str) -> Result<()> {
+        let before = self.count();
+        if let Some(ObjectName::Full { timeline, .. } | ObjectName::Delta { timeline, .. }) = ObjectName::parse(name)
+            && let Some(history) = self.timelines.get_mut(&timeline)
+        {
+            history.fulls.retain(|full| full.name(timeline).to_string() != name);
+            history.deltas.retain(|delta| delta.name(timeline).to_string() != name);
+        }
+        if self.count() < before { Ok(()) } else { Err(Error::missing(format!("the store has no object {name}"))) }
+    }
+
+    fn count(&self) -> usize {
+        self.timelines.values().map(|history| history.fulls.len() + history.deltas.len()).sum()
+    }
+
+    /// Whether a directory at the top is one of ours.
+    pub fn is_timeline(name: &str) -> bool {
+        name.strip_prefix('t').and_then(|number| decimal(number, 8)).is_some()
+    }
+
     /// Sorts a listing: names relative to the prefix, and sizes.
     pub fn new(listing: impl IntoIterator<Item = (String, u64)>) -> Self {
         let mut catalog = Self::default();

@@ -8,6 +8,8 @@ use sidecar::cli::Cli;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     cli.init_logging();
+    // Backups and data directories hold every secret of a cluster: they are for their owner alone.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     // Explicitly the one provider there is: nothing in the process picks one by accident.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     // Two workers carry any load this has; the work that takes time runs on threads of its own.

@@ -148,6 +148,8 @@ pub struct Outcome {
     pub orphaned_leases: Vec<String>,
     /// How the revision was found, when a time was asked for.
     pub at_time: Option<AtTime>,
+    /// Where the gap is that the restore was told to end before.
+    pub gap_after: Option<i64>,
     /// What was proved.
     pub proof: Proof,
     /// How long it took, in seconds.
@@ -292,6 +294,7 @@ fn assemble(
         leases_with_guessed_ttl: restored.guessed_leases.iter().map(|id| format!("{id:x}")).collect(),
         orphaned_leases: orphaned_leases.iter().map(|id| format!("{id:x}")).collect(),
         at_time: if let Source::Chain { at_time, .. } = plan.source { at_time } else { None },
+        gap_after: None,
         proof,
         seconds: started.elapsed().as_secs_f64(),
     })
@@ -443,7 +446,7 @@ fn from_store(
                 (tail.last_revision(), if let ObjectName::Delta { last, .. } = name { *last } else { 0 });
             if found != upto.map_or(expected, |upto| expected.min(upto)) {
                 return Err(Error::corrupt(format!(
-                    "{location}: its name says that it ends at revision {expected}, its content ends at {found}"
+                    "{location}: its name says that it ends at revision {expected}, its content ends at {found}; it was renamed"
                 )));
             }
             progress(Progress::Delta);

@@ -62,7 +62,7 @@ pub enum Kind {
 /// What `--once` took.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Taken {
-    /// A full snapshot.
+    /// A full snapshot; also when deltas were asked for and auth has changed.
     Full(TakenFull),
     /// Deltas, more than one when they grew to the largest size.
     Deltas(Vec<TakenDelta>),
@@ -93,6 +93,12 @@ pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> 
         Kind::Delta => match std::mem::take(&mut session.tip) {
             Tip::At(tip) => {
                 let taken = session.deltas_once(tip, stop).await?;
+                if session.auth_changed().await? {
+                    tracing::warn!(
+                        "users, roles or auth have changed, which no delta holds; a full snapshot is taken as well"
+                    );
+                    return Ok(Taken::Full(session.full_once(stop).await?));
+                }
                 Ok(if taken.is_empty() { Taken::Nothing(tip) } else { Taken::Deltas(taken) })
             }
             Tip::Unproven(reason) => Err(reason),

@@ -21,8 +21,11 @@ use crate::catalog::{Catalog, Description, ObjectName, Timeline};
 use crate::container::{self, FromTail};
 use crate::{Error, Result};
 
+const SUPPORTED: &str = "supported are file:///directory and s3://bucket/prefix";
 /// Parts of a multipart upload. At 10,000 parts, S3's limit, an object may have 80 GB.
 const PART_BYTES: usize = 8 << 20;
+/// How long cleaning up behind an upload that was given up may take.
+const ABORT_DEADLINE: Duration = Duration::from_secs(5);
 /// What S3 copies in one request at most.
 const MOST_COPIED_BYTES: u64 = 5 << 30;
 /// Bytes of one ranged read.
@@ -58,8 +61,8 @@ impl Store {
         Self { inner: Arc::new(inner), prefix, url, most_copied_bytes: MOST_COPIED_BYTES, directory: None }
     }
 
-    /// Opens `file:///directory` or `s3://bucket/prefix`. Credentials, region, endpoint and CA of S3 come from the standard
-    /// AWS environment.
+    /// Opens `file:///directory` or `s3://bucket/prefix`. Credentials, region,
+    /// endpoint and CA of S3 come from the standard AWS environment.
     pub fn open(url: &str, open: Open) -> Result<Self> {
         // What cannot be parsed is not shown: it may have credentials in it.
         let parsed = Url::parse(url).map_err(|error| {
@@ -80,9 +83,7 @@ impl Store {
         match parsed.scheme() {
             "file" => Self::open_directory(&parsed, url, open),
             "s3" => Self::open_s3(&parsed, url),
-            other => Err(Error::invalid(format!(
-                "--store has scheme {other:?}; supported are file:///directory and s3://bucket/prefix"
-            ))),
+            other => Err(Error::invalid(format!("--store has scheme {other:?}; {SUPPORTED}"))),
         }
     }
 
@@ -109,45 +110,19 @@ impl Store {
     }
 
     fn open_s3(parsed: &Url, url: String) -> Result<Self> {
-        let bucket = parsed.host_str().filter(|bucket| !bucket.is_empty());
-        let bucket = bucket
-            .ok_or_else(|| Error::invalid(format!("--store {url} names no bucket; it must be s3://bucket/prefix")))?;
         let fail = |source| Error::Store { op: "open", location: url.clone(), source };
-        let mut options =
-            ClientOptions::new().with_timeout(Duration::from_secs(60)).with_connect_timeout(Duration::from_secs(5));
-        let endpoint = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"]
-            .into_iter()
-            .find_map(|name| std::env::var(name).ok());
-        if endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://")) {
-            options = options.with_allow_http(true);
-        }
-        if let Ok(path) = std::env::var("AWS_CA_BUNDLE") {
-            let pem = std::fs::read(&path).map_err(Error::io("read the CA bundle", &path))?;
-            for certificate in Certificate::from_pem_bundle(&pem).map_err(fail)? {
-                options = options.with_root_certificate(certificate);
-            }
-        }
-        // The loop above this retries for ever; a single command should answer within a minute or so.
-        let retry = RetryConfig {
-            backoff: BackoffConfig {
-                init_backoff: Duration::from_millis(200),
-                max_backoff: Duration::from_secs(5),
-                base: 2.0,
-            },
-            max_retries: 6,
-            retry_timeout: Duration::from_secs(45),
-        };
+        let endpoint = first_of(&["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"]);
+        let options = client_options(endpoint.as_deref(), "AWS_CA_BUNDLE", &url)?;
         let mut builder = AmazonS3Builder::from_env()
-            .with_bucket_name(bucket)
+            .with_bucket_name(bucket(parsed, &url)?)
             .with_client_options(options)
-            .with_retry(retry)
+            .with_retry(retries())
             .with_copy_if_not_exists(S3CopyIfNotExists::Multipart);
         if let Some(endpoint) = endpoint {
             builder = builder.with_endpoint(endpoint);
         }
         let store = builder.build().map_err(fail)?;
-        let prefix = Path::from_url_path(parsed.path()).map_err(|error| fail(error.into()))?;
-        Ok(Self::new(store, prefix, url))
+        Ok(Self::new(store, prefix(parsed, &url)?, url))
     }
 
     /// Wraps any store.
@@ -177,6 +152,11 @@ impl Store {
 
     /// Lists everything under the prefix.
     pub async fn catalog(&self) -> Result<Catalog> {
+        if let Some(directory) = self.directory.clone() {
+            let fail = Error::io("list", directory.display().to_string());
+            let listed = tokio::task::spawn_blocking(move || list_directory(&directory));
+            return Ok(Catalog::new(listed.await.map_err(|error| Error::task(&error))?.map_err(fail)?));
+        }
         let prefix = (self.prefix != Path::default()).then_some(&self.prefix);
         let objects: Vec<(String, u64)> = self
             .inner
@@ -236,6 +216,15 @@ impl Store {
         self.put_new(&ObjectName::Timeline { timeline: description.timeline }, &[Bytes::from(json)]).await
     }
 
+    /// Whether an object is still there.
+    pub async fn exists(&self, name: &ObjectName) -> Result<bool> {
+        match self.inner.head(&self.path(&name.to_string())).await {
+            Ok(_) => Ok(true),
+            Err(object_store::Error::NotFound { .. }) => Ok(false),
+            Err(source) => Err(self.fail("look at", name)(source)),
+        }
+    }
+
     /// Reads an object as large as memory allows: a delta.
     pub async fn get_whole(&self, name: &ObjectName, size: u64) -> Result<Vec<u8>> {
         let mut object = Vec::new();
@@ -283,7 +272,10 @@ impl Store {
                 range(size.saturating_sub(want)..size).await.map_err(self.fail("get", name))?
             };
             match container::meta_from_tail(&location, size, &head, &tail)? {
-                FromTail::Meta(meta) => return Ok(*meta),
+                FromTail::Meta(meta) => {
+                    check_name(&location, name, &meta)?;
+                    return Ok(*meta);
+                }
                 FromTail::Need(more) if more > want && want < size => want = more.min(size),
                 FromTail::Need(_) => return Err(Error::corrupt(format!("{location}: seek table contradicts itself"))),
             }
@@ -346,25 +338,126 @@ impl Store {
 
     /// Begins an object whose name is not known before its last byte.
     pub fn upload(&self, staging: ObjectName) -> Upload {
-        Upload { store: self.clone(), staging, held: BytesMut::new(), parts: None, sent: 0 }
+        Upload { store: self.clone(), staging, held: BytesMut::new(), parts: None, sent: 0, whole: false }
     }
 }
 
-/// `LocalFileSystem` writes a new object as `NAME#NUMBER` first.
-fn remove_staged_files(directory: &std::path::Path, older_than: Duration) -> std::io::Result<usize> {
-    let is_staged = |name: &str| {
-        name.rsplit_once('#').is_some_and(|(object, number)| {
-            !number.is_empty()
-                && number.bytes().all(|byte| byte.is_ascii_digit())
-                && (object == "timeline.json"
-                    || object.starts_with("uploading-")
-                    || std::path::Path::new(object).extension().is_some_and(|extension| extension == "zst"))
-        })
+fn first_of(variables: &[&str]) -> Option<String> {
+    variables.iter().find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
+}
+
+fn bucket<'u>(parsed: &'u Url, url: &str) -> Result<&'u str> {
+    let named = parsed.host_str().filter(|bucket| !bucket.is_empty());
+    named.ok_or_else(|| Error::invalid(format!("--store {url} names no bucket; {SUPPORTED}")))
+}
+
+fn prefix(parsed: &Url, url: &str) -> Result<Path> {
+    Path::from_url_path(parsed.path()).map_err(|error| Error::Store {
+        op: "open",
+        location: url.to_owned(),
+        source: error.into(),
+    })
+}
+
+/// Deadlines, and the CA bundle that a variable of the environment names. An endpoint that says http is taken at its word.
+fn client_options(endpoint: Option<&str>, ca_bundle: &str, url: &str) -> Result<ClientOptions> {
+    let fail = |source| Error::Store { op: "open", location: url.to_owned(), source };
+    let parsed = endpoint.and_then(|endpoint| Url::parse(endpoint).ok());
+    if parsed.is_some_and(|endpoint| !endpoint.username().is_empty() || endpoint.password().is_some()) {
+        return Err(Error::invalid(
+            "the store's endpoint URL must not have credentials; give them in their own variables",
+        ));
+    }
+    let mut options =
+        ClientOptions::new().with_timeout(Duration::from_secs(60)).with_connect_timeout(Duration::from_secs(5));
+    if endpoint.is_some_and(|endpoint| endpoint.starts_with("http://")) {
+        options = options.with_allow_http(true);
+    }
+    if let Some(path) = first_of(&[ca_bundle]) {
+        let pem = std::fs::read(&path).map_err(Error::io("read the CA bundle", &path))?;
+        for certificate in Certificate::from_pem_bundle(&pem).map_err(fail)? {
+            options = options.with_root_certificate(certificate);
+        }
+    }
+    Ok(options)
+}
+
+/// The loop above this retries for ever; a single command should answer within a minute or so.
+fn retries() -> RetryConfig {
+    RetryConfig {
+        backoff: BackoffConfig {
+            init_backoff: Duration::from_millis(200),
+            max_backoff: Duration::from_secs(5),
+            base: 2.0,
+        },
+        max_retries: 6,
+        retry_timeout: Duration::from_secs(45),
+    }
+}
+
+/// An object holds what its name says.
+fn check_name(location: &str, name: &ObjectName, meta: &ObjectMeta) -> Result<()> {
+    let (first, last) = match name {
+        ObjectName::Full { revision, .. } => (*revision, *revision),
+        ObjectName::Delta { first, last, .. } => (*first, *last),
+        ObjectName::Timeline { .. } | ObjectName::Uploading { .. } => return Ok(()),
     };
+    if (meta.first_revision, meta.last_revision) == (first, last) {
+        return Ok(());
+    }
+    Err(Error::corrupt(format!(
+        "{location}: it is named after revisions {first} to {last}, its metadata says {} to {}; it was renamed",
+        meta.first_revision, meta.last_revision
+    )))
+}
+
+/// The names of all objects in a local store, and of whatever else is there. What is not ours may be unreadable.
+fn list_directory(directory: &std::path::Path) -> std::io::Result<Vec<(String, u64)>> {
+    let mut found = Vec::new();
+    let mut pending = vec![(directory.to_owned(), String::new())];
+    while let Some((place, prefix)) = pending.pop() {
+        let ours = prefix.is_empty() || Catalog::is_timeline(prefix.split('/').next().unwrap_or_default());
+        let entries = match std::fs::read_dir(&place) {
+            Ok(entries) => entries,
+            Err(error) if ours => return Err(error),
+            Err(error) => {
+                tracing::debug!(%error, place = %place.display(), "leave out what cannot be listed");
+                continue;
+            }
+        };
+        for entry in entries {
+            let entry = entry?;
+            let name = entry.file_name();
+            let name = format!("{prefix}{}", name.to_string_lossy());
+            let kind = entry.file_type()?;
+            if kind.is_dir() {
+                pending.push((entry.path(), format!("{name}/")));
+            } else if kind.is_file() && !is_staged(&name) {
+                // One that was removed meanwhile is not there.
+                found.extend(entry.metadata().ok().map(|metadata| (name, metadata.len())));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Whether a file is one that `LocalFileSystem` has on its way to its name: it writes a new object as `NAME#NUMBER` first.
+fn is_staged(name: &str) -> bool {
+    name.rsplit_once('#').is_some_and(|(object, number)| {
+        let object = object.rsplit('/').next().unwrap_or_default();
+        !number.is_empty()
+            && number.bytes().all(|byte| byte.is_ascii_digit())
+            && (object == "timeline.json"
+                || object.starts_with("uploading-")
+                || std::path::Path::new(object).extension().is_some_and(|extension| extension == "zst"))
+    })
+}
+
+fn remove_staged_files(directory: &std::path::Path, older_than: Duration) -> std::io::Result<usize> {
     let mut removed = 0;
     for timeline in std::fs::read_dir(directory)? {
         let timeline = timeline?;
-        if !timeline.file_name().to_str().is_some_and(|name| name.starts_with('t')) || !timeline.file_type()?.is_dir() {
+        if !timeline.file_name().to_str().is_some_and(Catalog::is_timeline) || !timeline.file_type()?.is_dir() {
             continue;
         }
         for place in [timeline.path(), timeline.path().join("full"), timeline.path().join("delta")] {
@@ -427,6 +520,8 @@ pub struct Upload {
     held: BytesMut,
     parts: Option<Parts>,
     sent: u64,
+    /// Every part is at the staging name; what is missing is the name.
+    whole: bool,
 }
 
 impl std::fmt::Debug for Upload {
@@ -460,19 +555,16 @@ impl Upload {
     }
 
     /// Gives the object its name; returns its size.
-    pub async fn finish(mut self, name: &ObjectName) -> Result<u64> {
-        if self.parts.is_none() {
+    ///
+    /// After an error of class [`Precondition`](crate::Class::Precondition) it may be given another.
+    pub async fn finish(&mut self, name: &ObjectName) -> Result<u64> {
+        if self.parts.is_none() && !self.whole {
             let size = self.held.len() as u64;
-            self.store.put_new(name, &[self.held.freeze()]).await?;
+            self.store.put_new(name, &[self.held.clone().freeze()]).await?;
             return Ok(size);
         }
-        match self.complete(name).await {
-            Ok(()) => Ok(self.sent),
-            Err(error) => {
-                self.abort().await;
-                Err(error)
-            }
-        }
+        self.complete(name).await?;
+        Ok(self.sent)
     }
 
     async fn complete(&mut self, name: &ObjectName) -> Result<()> {
@@ -481,8 +573,14 @@ impl Upload {
             self.send(last).await?;
         }
         let staging = self.staging.to_string();
-        let Some(parts) = &mut self.parts else { return Ok(()) };
-        parts.complete().await.map_err(self.store.fail("complete upload of", &staging))?;
+        if let Some(mut parts) = self.parts.take() {
+            let completed = parts.complete().await;
+            if completed.is_err() {
+                self.parts = Some(parts);
+            }
+            completed.map_err(self.store.fail("complete upload of", &staging))?;
+            self.whole = true;
+        }
         let from = self.store.path(&staging);
         if self.sent > self.store.most_copied_bytes {
             self.store.copy_in_parts(&self.staging, name, self.sent).await?;
@@ -514,9 +612,16 @@ impl Upload {
 
     /// Gives up and removes what was sent, as far as the store lets it.
     pub async fn abort(mut self) {
-        if let Some(parts) = self.parts.take() {
-            parts.abort().await;
+        let begun = self.parts.is_some() || self.whole;
+        let clean = async {
+            if let Some(parts) = self.parts.take() {
+                parts.abort().await;
+            }
             let _ = self.store.remove_uploading(&self.staging).await;
+        };
+        // What cannot be removed now is removed by a later run.
+        if begun && tokio::time::timeout(ABORT_DEADLINE, clean).await.is_err() {
+            tracing::warn!(object = %self.staging, "leave an unfinished upload for a later run to remove");
         }
     }
 }

@@ -194,17 +194,6 @@ async fn content(store: &Store, name: ObjectName, size: u64, level: Level, stop:
             ObjectName::Delta { first, last, .. } => delta(&mut reader, &location, first, last)?,
             ObjectName::Timeline { .. } | ObjectName::Uploading { .. } => {}
         }
-        let (first, last) = match name {
-            ObjectName::Full { revision, .. } => (revision, revision),
-            ObjectName::Delta { first, last, .. } => (first, last),
-            ObjectName::Timeline { .. } | ObjectName::Uploading { .. } => return Ok(()),
-        };
-        if (meta.first_revision, meta.last_revision) != (first, last) {
-            return Err(Error::corrupt(format!(
-                "{location}: it is named after revisions {first} to {last}, its metadata says {} to {}",
-                meta.first_revision, meta.last_revision
-            )));
-        }
         if meta.content_bytes != reader.content_bytes() {
             let (said, found) = (meta.content_bytes, reader.content_bytes());
             return Err(Error::corrupt(format!(

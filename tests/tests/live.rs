@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use etcd_client::{Client, CompactionOptions, Permission};
+use etcd_client::{Client, CompactionOptions, Permission, Txn, TxnOp};
 use rustix::process::Signal;
 use tests::etcd::{Member, ROOT};
 use tests::minio::Minio;
@@ -82,7 +82,7 @@ async fn auth_change_makes_a_full_due(minor: &str) -> Result<()> {
     tokio::time::sleep(Duration::from_millis(1500)).await;
     client.role_add("writer").await?;
     client.role_grant_permission("writer", Permission::read_write("/w/").with_prefix()).await?;
-    backup.logs("AuthChanged", LONG).await?;
+    backup.logs("users, roles or auth have changed", LONG).await?;
     backup.logs_times("full snapshot is in the store", 2, LONG).await?;
     let mut client = etcd.enable_auth().await?;
     // It goes on as that user.
@@ -322,6 +322,94 @@ async fn a_damaged_delta_leads_to_a_full() -> Result<()> {
     let mut backup = store.follow(&member, "100ms").spawn()?;
     backup.logs("an object that the chain needs is damaged", LONG).await?;
     backup.logs("full snapshot is in the store", LONG).await?;
+    backup.terminate().await?.expect(0)?;
+    let before = state::read(&mut client).await?;
+    etcd.kill9()?;
+    state::same(&before, &store.restore_and_read(&member).await?)
+}
+
+/// Asked to end while it is behind, a run receives first what etcd has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_ends_has_everything() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let mut etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    let mut backup = store.follow(&member, "1h").args(["--delta-max-bytes", "64KiB"]).spawn()?;
+    backup.logs("full snapshot is in the store", LONG).await?;
+    for n in 0..40u32 {
+        let puts: Vec<TxnOp> = (0..100u32).map(|m| TxnOp::put(format!("/{n}/{m}"), "v".repeat(300), None)).collect();
+        client.txn(Txn::new().and_then(puts)).await?;
+    }
+    backup.terminate().await?.expect(0)?;
+    let before = state::read(&mut client).await?;
+    etcd.kill9()?;
+    state::same(&before, &store.restore_and_read(&member).await?)
+}
+
+/// Two writers on one prefix: overlaps are legal, and neither stops the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_writers_do_not_harm_each_other() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let mut etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    client.put("x", "1", None).await?;
+    let mut first = store.follow(&member, "100ms").spawn()?;
+    first.logs("full snapshot is in the store", LONG).await?;
+    let mut second = store.follow(&member, "100ms").spawn()?;
+    second.logs("connected", LONG).await?;
+    for seed in 0..6 {
+        writes(seed).run(&mut client).await?;
+        if seed == 2 {
+            second.signal(Signal::STOP)?;
+        }
+        if seed == 4 {
+            second.signal(Signal::CONT)?;
+        }
+    }
+    tests::workload::expire(&mut client).await?;
+    first.terminate().await?.expect(0)?;
+    second.terminate().await?.expect(0)?;
+    let before = state::read(&mut client).await?;
+    etcd.kill9()?;
+    state::same(&before, &store.restore_and_read(&member).await?)
+}
+
+/// A delta under a name that promises more than it has, and a store that is emptied: both lead to a new full.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_somebody_did_to_the_store_is_noticed() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let place = dir.path().join("store");
+    let store = Store::directory(&place);
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let mut etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    client.put("x", "1", None).await?;
+    store.once("full", &member).run().await?.expect(0)?;
+    client.put("x", "2", None).await?;
+    store.once("delta", &member).run().await?.expect(0)?;
+    let delta = objects(&place)?.into_iter().next().context("no delta")?;
+    let renamed = delta.to_string_lossy().replace("-00000000000000000003-", "-00000000000000001000-");
+    std::fs::rename(&delta, &renamed)?;
+    client.put("x", "3", None).await?;
+    let mut backup = store.follow(&member, "100ms").spawn()?;
+    backup.logs("it was renamed", LONG).await?;
+    backup.logs("full snapshot is in the store", LONG).await?;
+    client.put("x", "4", None).await?;
+    backup.logs("delta is in the store", LONG).await?;
+    // It overlaps what is good, and can be left out.
+    let target = dir.path().join("restored");
+    store.restore(&target).run().await?.expect(10)?.says("it was renamed")?;
+    let name = renamed.split_once("/t00000001/").map(|(_, name)| format!("t00000001/{name}")).context("no timeline")?;
+    store.restore(&target).args(["--without", &name]).run().await?.expect(0)?;
+    ensure!(state::of_directory(&target)?.0 == 5);
+    std::fs::remove_dir_all(place.join("t00000001"))?;
+    backup.logs("the full snapshot that deltas follow is gone from the store", LONG).await?;
+    backup.logs_times("full snapshot is in the store", 2, LONG).await?;
+    client.put("x", "5", None).await?;
     backup.terminate().await?.expect(0)?;
     let before = state::read(&mut client).await?;
     etcd.kill9()?;

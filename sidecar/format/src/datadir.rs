@@ -21,7 +21,7 @@ mod verify;
 
 pub use disk::{Disk, DiskWriter, RealDisk};
 pub use minor::Minor;
-pub use stage::Staged;
+pub use stage::{Staged, check_target};
 pub use tail::{Base, Change, Restored, Revision, Spec, Tail};
 pub use verify::{Finding, Severity, Summary, Verdict, Verify, WantHash, verify, verify_database};
 

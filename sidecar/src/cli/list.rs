@@ -36,6 +36,9 @@ struct TimelineListing {
     /// Last revision shared with the parent; `None` when it is not known.
     fork_revision: Option<i64>,
     reason: Option<String>,
+    /// Id of the cluster that it was begun with.
+    cluster_id: Option<String>,
+    created: Option<String>,
     bytes: u64,
     fulls: Vec<Object>,
     deltas: Vec<Object>,
@@ -97,6 +100,8 @@ fn listing(url: &str, catalog: &Catalog, descriptions: &BTreeMap<Timeline, Descr
             parent: description.map(|description| description.parent).filter(|parent| *parent > 0),
             fork_revision: description.map(|description| description.fork_revision).filter(|fork| *fork > 0),
             reason: description.map(|description| description.reason.clone()),
+            cluster_id: description.map(|description| description.cluster_id.clone()),
+            created: description.map(|description| description.created.clone()),
             ..timeline_listing(*timeline, history)
         }
     });
@@ -136,6 +141,8 @@ fn timeline_listing(timeline: Timeline, history: &History) -> TimelineListing {
         parent: None,
         fork_revision: None,
         reason: None,
+        cluster_id: None,
+        created: None,
         bytes: history.size(),
         fulls: history.fulls.iter().map(full).collect(),
         deltas: history.deltas.iter().map(delta).collect(),
@@ -165,6 +172,9 @@ fn table(listing: &Listing) -> String {
             timeline.deltas.len(),
             bytes(timeline.bytes)
         ));
+        if let (Some(cluster), Some(created)) = (&timeline.cluster_id, &timeline.created) {
+            say(format!("  of cluster {cluster}, begun {created}"));
+        }
         if let Some(parent) = timeline.parent {
             let fork = timeline.fork_revision.map(|fork| format!(" after revision {fork}")).unwrap_or_default();
             say(format!("  forks from timeline {parent}{fork}: {}", timeline.reason.as_deref().unwrap_or_default()));

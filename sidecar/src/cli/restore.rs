@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use etcd_format::datadir::Minor;
+use etcd_format::datadir::{Minor, check_target};
 use etcd_format::membership::NewCluster;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -30,7 +30,7 @@ pub struct Args {
     /// Restore a plain etcd snapshot instead of what a store has, or a downloaded full snapshot of ours.
     #[arg(long, value_name = "FILE")]
     snapshot_file: Option<PathBuf>,
-    /// Take a snapshot file without its sha256, such as a copy of a stopped member's db.
+    /// Take a snapshot file without its sha256, such as a copy of a stopped member's db, or with a wrong one.
     #[arg(long, requires = "snapshot_file")]
     skip_hash_check: bool,
     /// The data directory to make. It must be empty or not exist.
@@ -73,6 +73,10 @@ pub struct Args {
     /// then. It says how exact that is.
     #[arg(long, value_name = "RFC3339", conflicts_with_all = ["snapshot_file", "revision"], value_parser = parse_time)]
     time: Option<i64>,
+    /// Leave this object out, as if it were not there; its name as an error or `sidecar list -o json` shows it. For when it
+    /// is damaged and others overlap it.
+    #[arg(long, value_name = "NAME", conflicts_with = "snapshot_file")]
+    without: Vec<String>,
     /// When revisions are missing in the backup, restore up to there.
     #[arg(long, conflicts_with = "snapshot_file")]
     accept_gap: bool,
@@ -94,7 +98,10 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
         (Some(path), _) => (Source::File { path: path.clone(), skip_hash_check: args.skip_hash_check }, None),
         (None, Some(url)) => {
             let store = Store::open(url, Open::Existing)?;
-            let catalog = store.catalog().await?;
+            let mut catalog = store.catalog().await?;
+            for name in &args.without {
+                catalog.remove(name.strip_prefix(store.url()).unwrap_or(name).trim_start_matches('/'))?;
+            }
             let upto = match (args.revision, args.time) {
                 (Some(revision), _) => Upto::Revision(revision),
                 (None, Some(unix_ms)) => Upto::Time(unix_ms),
@@ -109,11 +116,25 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
     let plan = Plan { source, targets, cluster, minor, bump_revision: args.bump_revision, replace: args.replace };
     let url = store.as_ref().map(|store| store.url().to_owned());
     if args.dry_run {
+        for target in &plan.targets {
+            let dir = format!("restore into {}", target.data_dir.display());
+            check_target(&target.data_dir, plan.replace).map_err(Error::format(dir))?;
+        }
+        if let Source::File { path, .. } = &plan.source {
+            std::fs::File::open(path).map_err(Error::io("open", path.display()))?;
+        }
         print(output, &plan_value(&plan, url.as_deref()), |_| plan_table(&plan, url.as_deref()))?;
         return Ok(0);
     }
     let watcher = Watcher::new();
-    let outcome = execute(plan, store, stop, move |progress| watcher.see(progress)).await?;
+    let gap_after = if let Source::Chain { chain, .. } = &plan.source { chain.gap.map(|gap| gap.after) } else { None };
+    let from_chain = matches!(plan.source, Source::Chain { .. });
+    let outcome = execute(plan, store, stop, move |progress| watcher.see(progress)).await.inspect_err(|error| {
+        if from_chain && error.class() == crate::Class::Corrupt {
+            tracing::warn!("to go round what is damaged: --full-revision starts from another full snapshot, --without leaves an object out, --revision ends before it; `sidecar verify` finds all damage");
+        }
+    })?;
+    let outcome = Outcome { gap_after, ..outcome };
     print(output, &outcome, table)?;
     Ok(0)
 }
@@ -239,6 +260,9 @@ fn table(outcome: &Outcome) -> String {
     }
     for replaced in &outcome.replaced {
         text.push_str(&format!("  the member before it is in {}\n", replaced.display()));
+    }
+    if let Some(after) = outcome.gap_after {
+        text.push_str(&format!("  revisions after {after} are not in it: they are missing in the backup\n"));
     }
     if let Some(at) = &outcome.at_time {
         text.push_str(&format!("  {}\n", exactness(at)));

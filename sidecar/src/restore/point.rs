@@ -138,6 +138,17 @@ async fn choose_timeline<'c>(store: &Store, catalog: &'c Catalog, choice: &Choic
             "the newest timeline has no full snapshot yet; restore from one before"
         );
     }
+    let reach = |history: &History| history.newest_chain().map_or(0, |chain| chain.last);
+    let further = catalog.timelines.iter().rev().find(|(_, other)| reach(other) > reach(history));
+    if let Some((other, there)) = further.filter(|_| choice.upto == Upto::Latest) {
+        tracing::warn!(
+            timeline = newest,
+            revision = reach(history),
+            other,
+            other_revision = reach(there),
+            "an older timeline reaches further than the newest, which is of a cluster that was restored to an earlier point or began empty; --timeline restores the older one"
+        );
+    }
     match choice.upto {
         Upto::Latest => Ok((newest, history)),
         Upto::Time(unix_ms) => {

@@ -32,21 +32,22 @@ impl AuthWatch {
     }
 
     async fn look(&mut self, etcd: &mut Etcd) -> Result<Option<Auth>> {
-        if self.denied {
-            return Ok(None);
-        }
         let looked = match etcd.auth_revision().await {
             Ok(Some(revision)) => Ok(Auth::Revision(revision)),
             Ok(None) => etcd.auth_fingerprint().await.map(Auth::Fingerprint),
             Err(error) => Err(error),
         };
         match looked {
-            Ok(auth) => Ok(Some(auth)),
+            Ok(auth) => {
+                self.denied = false;
+                Ok(Some(auth))
+            }
             // It was turned on since we connected: connect again, as the user that we were given.
             Err(error) if error.class() == Class::Denied && etcd.left_out_user() => Err(error),
             Err(error) if error.class() == Class::Denied => {
-                self.denied = true;
-                tracing::warn!(%error, "this user may not see auth changes; they are backed up with scheduled full snapshots only");
+                if !std::mem::replace(&mut self.denied, true) {
+                    tracing::error!(%error, "etcd refuses to tell of auth; changes of users and roles go unnoticed until it does: look at --user, its password and its role");
+                }
                 Ok(None)
             }
             Err(error) => {

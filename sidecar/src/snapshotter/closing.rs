@@ -14,8 +14,10 @@ use crate::catalog::{ObjectName, Timeline};
 use crate::delta::Builder;
 use crate::etcd::{Etcd, Status};
 use crate::store::Store;
-use crate::{Error, Result};
+use crate::{Class, Error, Result};
 
+/// Leases whose TTL is asked for again with each delta.
+const LEASES_AGAIN: usize = 512;
 /// Leases listed in each delta; with more, only those that its puts refer to are.
 const MOST_LEASES: usize = 20_000;
 /// How long, at the end of a run, each question to etcd may take that the delta can do without.
@@ -65,6 +67,8 @@ pub(super) struct Known {
     pub position: Position,
     pub db_size: i64,
     pub last_hash: Option<Instant>,
+    /// The last lease that was asked about again.
+    pub lease_cursor: i64,
 }
 
 /// What is asked of etcd when a delta is closed.
@@ -112,16 +116,11 @@ pub(super) async fn close_delta(
 ) -> (Result<TakenDelta>, Known) {
     let last = job.builder.last();
     let mut end = DeltaEnd { compact_revision: known.compact_revision, ..DeltaEnd::default() };
-    end.leases = job.builder.leases().iter().map(|id| known.granted(*id)).collect();
+    let mut leases = None;
     if job.ask != Ask::Nothing {
         let limit = if job.ask == Ask::Last { LAST_QUESTION } else { Duration::from_secs(120) };
         let etcd = &mut job.etcd;
-        if let Some((leases, complete)) =
-            ask(limit, "leases", async { Ok(leases_of(etcd, &job.builder, &mut known.ttls).await) }).await
-        {
-            end.leases = leases;
-            end.leases_complete = complete;
-        }
+        leases = ask(limit, "leases", async { Ok(leases_of(etcd, &job.builder, &mut known).await) }).await;
         if let Some(revision) = ask(limit, "compaction revision", etcd.compact_revision(known.compact_revision)).await {
             known.compact_revision = revision;
             end.compact_revision = revision;
@@ -142,6 +141,9 @@ pub(super) async fn close_delta(
                 Some(HashKv { hash: live.hash, revision: last, compact_revision: live.compact_revision });
         }
     }
+    // What was answered in time is remembered, also when not all was.
+    (end.leases, end.leases_complete) =
+        leases.unwrap_or_else(|| (job.builder.leases().iter().map(|id| known.granted(*id)).collect(), false));
     known.position.mark(&mut job.meta, last);
     let uploaded = upload_delta(job, end, &stop).await;
     (uploaded, known)
@@ -161,17 +163,25 @@ impl Known {
 
 async fn upload_delta(job: CloseJob, end: DeltaEnd, stop: &CancellationToken) -> Result<TakenDelta> {
     let CloseJob { store, timeline, builder, meta, .. } = job;
-    let name = ObjectName::Delta { timeline, first: builder.first(), last: builder.last(), unix_ms: now_ms() };
+    let (first, last, mut unix_ms) = (builder.first(), builder.last(), now_ms());
     let events = builder.events();
     let content =
         tokio::task::spawn_blocking(move || builder.finish(end, meta)).await.map_err(|error| Error::task(&error))??;
     let size = content.iter().map(Bytes::len).sum::<usize>() as u64;
-    store.persist("upload of a delta", stop, || store.put_new(&name, &content)).await?;
-    Ok(TakenDelta { name, events, size })
+    loop {
+        let name = ObjectName::Delta { timeline, first, last, unix_ms };
+        match store.persist("upload of a delta", stop, || store.put_new(&name, &content)).await {
+            Ok(()) => return Ok(TakenDelta { name, events, size }),
+            // Another writer closed the same revisions in the same millisecond, which is legal.
+            Err(error) if error.class() == Class::Precondition && unix_ms < now_ms() + 1000 => unix_ms += 1,
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// The leases to record with a delta. Those that its puts refer to are always among them.
-async fn leases_of(etcd: &mut Etcd, builder: &Builder, ttls: &mut HashMap<i64, i64>) -> (Vec<GrantedLease>, bool) {
+async fn leases_of(etcd: &mut Etcd, builder: &Builder, known: &mut Known) -> (Vec<GrantedLease>, bool) {
+    let ttls = &mut known.ttls;
     let listed = etcd.leases().await.inspect_err(|error| tracing::debug!(%error, "leases are not listed"));
     let (mut ids, mut complete) = match listed {
         Ok(ids) if ids.len() <= MOST_LEASES => (ids, true),
@@ -186,9 +196,14 @@ async fn leases_of(etcd: &mut Etcd, builder: &Builder, ttls: &mut HashMap<i64, i
     ids.extend(builder.leases());
     ids.sort_unstable();
     ids.dedup();
-    // An id may have been revoked and granted anew, which its puts then show.
-    let asked_again = |id: &i64| !ttls.contains_key(id) || builder.leases().contains(id);
-    let unknown: Vec<i64> = ids.iter().copied().filter(asked_again).collect();
+    // An id may be revoked and granted anew with another TTL. Its puts show that; of the others some are asked about again
+    // each time, in turn.
+    let (own, other): (Vec<i64>, Vec<i64>) = ids.iter().partition(|id| builder.leases().contains(id));
+    let (seen, unseen): (Vec<i64>, Vec<i64>) = other.into_iter().partition(|id| ttls.contains_key(id));
+    let turn = seen.partition_point(|id| *id <= known.lease_cursor);
+    let again: Vec<i64> = seen.iter().cycle().skip(turn).take(seen.len().min(LEASES_AGAIN)).copied().collect();
+    known.lease_cursor = again.last().copied().unwrap_or_default();
+    let unknown: Vec<i64> = own.into_iter().chain(unseen).chain(again).collect();
     let asked = futures::stream::iter(unknown.into_iter().map(|id| {
         let mut etcd = etcd.clone();
         async move { etcd.lease_ttl(id).await.map(|ttl| (id, ttl)) }
@@ -197,7 +212,7 @@ async fn leases_of(etcd: &mut Etcd, builder: &Builder, ttls: &mut HashMap<i64, i
     while let Some(answer) = asked.next().await {
         match answer {
             // Gone: not remembered, an id may be granted again.
-            Ok((_, 0)) => {}
+            Ok((id, 0)) => drop(ttls.remove(&id)),
             Ok((id, ttl)) => drop(ttls.insert(id, ttl)),
             Err(error) => {
                 complete = false;

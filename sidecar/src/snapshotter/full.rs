@@ -11,7 +11,7 @@ use crate::catalog::{ObjectName, Timeline};
 use crate::container::{LEVEL_FULL, Writer};
 use crate::etcd::Etcd;
 use crate::store::{Store, Upload};
-use crate::{Error, Result};
+use crate::{Class, Error, Result};
 
 /// etcd sends 32 KiB at a time; work is handed on in larger pieces.
 const PIECE_BYTES: usize = 512 << 10;
@@ -68,8 +68,23 @@ pub(super) async fn take(mut job: Job, stop: &CancellationToken) -> Result<Taken
             return Err(error);
         }
     };
-    let name = ObjectName::Full { timeline: job.timeline, revision: scanned.revision, unix_ms };
-    let size = upload.finish(&name).await?;
+    let mut name_ms = unix_ms;
+    let (name, size) = loop {
+        let name = ObjectName::Full { timeline: job.timeline, revision: scanned.revision, unix_ms: name_ms };
+        let finished = tokio::select! {
+            result = upload.finish(&name) => result,
+            () = stop.cancelled() => Err(Error::Cancelled),
+        };
+        match finished {
+            Ok(size) => break (name, size),
+            // Another writer began one of the same revision in the same millisecond, which is legal.
+            Err(error) if error.class() == Class::Precondition && name_ms < unix_ms + 100 => name_ms += 1,
+            Err(error) => {
+                upload.abort().await;
+                return Err(error);
+            }
+        }
+    };
     Ok(TakenFull {
         name,
         revision: scanned.revision,

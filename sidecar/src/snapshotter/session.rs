@@ -22,6 +22,8 @@ use crate::{Class, Error, Result};
 
 /// How long an ending run may take to bring its last delta home. Kubernetes grants 30 s in all.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(20);
+/// Of that, how long it may take to receive what etcd has.
+const CATCH_UP_DEADLINE: Duration = Duration::from_secs(10);
 /// How long what was given up may take to clean up behind itself.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(3);
 /// Uploads that stayed unfinished for so long have no writer any more.
@@ -61,6 +63,17 @@ enum Due {
     Schedule,
     AuthChanged,
     Compacted,
+}
+
+impl Due {
+    fn because(self) -> &'static str {
+        match self {
+            Self::NoChain => "there is none that deltas could follow",
+            Self::Schedule => "it is scheduled",
+            Self::AuthChanged => "users, roles or auth have changed",
+            Self::Compacted => "etcd compacted what was not backed up",
+        }
+    }
 }
 
 enum Done {
@@ -109,8 +122,12 @@ pub(super) struct Session<'s> {
     auth: AuthWatch,
     known: Known,
     pending: Pending,
+    /// The full snapshot that deltas follow.
+    base: Option<ObjectName>,
     /// A delta was lost: those after it would follow nothing.
     lost: bool,
+    /// Why changes that etcd had when the run was asked to end were not received.
+    unsaved: Option<Error>,
 }
 
 impl<'s> Session<'s> {
@@ -142,7 +159,9 @@ impl<'s> Session<'s> {
             due: None,
             auth: AuthWatch::default(),
             known,
+            base: None,
             lost: false,
+            unsaved: None,
         };
         match timeline::decide(seen.as_ref(), &session.status) {
             Decision::Continue { timeline } => {
@@ -250,6 +269,7 @@ impl<'s> Session<'s> {
             return self.begin_timeline(parent.saturating_add(1), parent, Some(history), reason).await;
         }
         self.auth = AuthWatch::since(&full);
+        self.base = Some(chain.full.name(self.timeline));
         self.known.compact_revision = full.compact_revision;
         self.tip = match compared {
             Some(Comparison::Same) => Tip::At(chain.last),
@@ -299,6 +319,11 @@ impl<'s> Session<'s> {
         })
     }
 
+    /// Whether users, roles or auth have changed since the newest full snapshot.
+    pub async fn auth_changed(&mut self) -> Result<bool> {
+        self.auth.changed(&mut self.etcd).await
+    }
+
     /// Takes a full snapshot.
     pub async fn full_once(&mut self, stop: &CancellationToken) -> Result<TakenFull> {
         full::take(self.full_job().await, stop).await
@@ -316,7 +341,11 @@ impl<'s> Session<'s> {
             self.pending.absorb()?;
             let done = self.pending.has(target);
             if self.pending.is_closable() && (done || self.pending.is_full()) {
-                let job = self.close_job(if done { Ask::Last } else { Ask::All })?;
+                if done {
+                    // The end of a run is worth a hash.
+                    self.known.last_hash = None;
+                }
+                let job = self.close_job(Ask::All)?;
                 let (delta, known) = close_delta(job, std::mem::take(&mut self.known), stop.clone()).await;
                 self.known = known;
                 taken.push(delta?);
@@ -365,8 +394,12 @@ impl<'s> Session<'s> {
         if tokio::time::timeout(DRAIN_DEADLINE, drain).await.is_err() {
             tracing::warn!("an upload did not end in time");
         }
+        if result.is_ok() && home.is_ok() && self.unsaved.is_none() {
+            tracing::info!(backed_up_to = self.pending.last(), "stopped; everything that was received is in the store");
+        }
         match (result, home) {
             (_, Err(error)) => Ended::Unsaved(error),
+            (Ok(()), Ok(())) if self.unsaved.is_some() => self.unsaved.map_or(Ended::Clean, Ended::Unsaved),
             (Err(error), Ok(())) => Ended::Interrupted(error),
             (Ok(()), Ok(())) => Ended::Clean,
         }
@@ -411,14 +444,78 @@ impl<'s> Session<'s> {
                 },
                 _ = rotate.tick() => rotation_wanted = true,
                 _ = auth_tick.tick(), if !tasks.full && self.due.is_none() => {
+                    self.check_base().await?;
                     if self.auth.changed(&mut self.etcd).await? {
                         self.due = Some((Due::AuthChanged, Instant::now()));
                     }
                 }
                 done = tasks.next() => self.done(done?)?,
-                () = stop.cancelled() => return Ok(()),
+                () = stop.cancelled() => {
+                    self.unsaved = self.catch_up(&mut watch, tasks).await.err();
+                    return Ok(());
+                }
                 // Wakes up to look at the schedule and at retries.
                 () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            }
+        }
+    }
+
+    /// Notices that somebody emptied the store: deltas that follow nothing are no backup.
+    async fn check_base(&mut self) -> Result<()> {
+        let Some(base) = self.base else { return Ok(()) };
+        match self.settings.store.exists(&base).await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Error::missing(format!(
+                "{}: the full snapshot that deltas follow is gone from the store",
+                self.settings.store.location(&base)
+            ))),
+            Err(error) => {
+                tracing::debug!(%error, "the store could not be looked at");
+                Ok(())
+            }
+        }
+    }
+
+    /// Receives what etcd had when the run was asked to end.
+    async fn catch_up(&mut self, watch: &mut WatchStream, tasks: &mut Tasks) -> Result<()> {
+        let deadline = Instant::now() + CATCH_UP_DEADLINE;
+        let target = match tokio::time::timeout_at(deadline, self.etcd.status()).await {
+            Ok(Ok(status)) => status.revision,
+            // It ends together with us; what it had last cannot be known.
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "etcd does not tell its last revision; what was received is backed up");
+                return Ok(());
+            }
+            Err(_) => {
+                tracing::warn!("etcd does not tell its last revision in time; what was received is backed up");
+                return Ok(());
+            }
+        };
+        loop {
+            self.pending.absorb()?;
+            if self.pending.has(target) {
+                return Ok(());
+            }
+            if self.pending.is_closable() && self.pending.is_full() && !tasks.delta {
+                self.start_delta(Ask::Last, tasks)?;
+            }
+            if self.pending.has_more() && !self.pending.is_full() {
+                continue;
+            }
+            let read = self.pending.wants_more();
+            tokio::select! {
+                message = self.etcd.next_message(watch, self.pending.last()), if read => {
+                    let message = message?;
+                    self.pending.receive(message.events, message.fragment, now_ms());
+                }
+                done = tasks.next() => self.done(done?)?,
+                () = tokio::time::sleep_until(deadline) => {
+                    let have = self.pending.last();
+                    let what = format!(
+                        "etcd is at revision {target}, revisions after {have} are not backed up: there was no time; the next run takes them from etcd"
+                    );
+                    return Err(Error::Unanswered { what });
+                }
             }
         }
     }
@@ -433,7 +530,7 @@ impl<'s> Session<'s> {
         let Some((why, _)) = self.due.filter(|(_, from)| *from <= Instant::now()) else { return };
         self.due = None;
         tasks.full = true;
-        tracing::info!(?why, "take a full snapshot");
+        tracing::info!(why = why.because(), "take a full snapshot");
         let (job, stop) = (self.full_job().await, tasks.stop_full.clone());
         tasks.running.spawn(async move { Done::Full(full::take(job, &stop).await) });
     }
@@ -465,6 +562,7 @@ impl<'s> Session<'s> {
                 self.auth.taken(taken.auth_revision);
                 self.schedule_after(taken.unix_ms);
                 self.tip = Tip::At(taken.revision);
+                self.base = Some(taken.name);
                 log_full(&taken);
             }
             Done::Full(Err(error)) => {

@@ -26,6 +26,8 @@ pub struct Seen {
     pub timeline: Timeline,
     /// Metadata of its newest full or delta that can be read; `None` when it has none yet.
     pub newest: Option<ObjectMeta>,
+    /// Id of the cluster that the timeline was begun with, hexadecimal, where it has no object yet.
+    pub begun_with: Option<String>,
     /// A newer one cannot be read, so nothing should be built upon the chain.
     pub newer_is_damaged: bool,
 }
@@ -59,7 +61,15 @@ pub fn decide(seen: Option<&Seen>, live: &Status) -> Decision {
         return Decision::Begin { timeline: 1, parent: 0, reason: "first backup into this store".into() };
     };
     let begin = |reason| Decision::Begin { timeline: seen.timeline.saturating_add(1), parent: seen.timeline, reason };
-    let Some(newest) = &seen.newest else { return Decision::Continue { timeline: seen.timeline } };
+    let Some(newest) = &seen.newest else {
+        let live_id = format!("{:x}", live.cluster_id);
+        return match &seen.begun_with {
+            Some(begun_with) if *begun_with != live_id => begin(format!(
+                "cluster {live_id} is not the cluster {begun_with} that the empty timeline was begun with"
+            )),
+            _ => Decision::Continue { timeline: seen.timeline },
+        };
+    };
     if newest.cluster_id != live.cluster_id {
         return begin(format!(
             "cluster {:x} is not the cluster {:x} whose backups the store has",
@@ -90,7 +100,13 @@ pub async fn look(store: &Store, catalog: &Catalog) -> Result<Option<Seen>> {
     let deltas = history.deltas.iter().map(|delta| (delta.last, delta.unix_ms, delta.name(timeline), delta.size));
     let mut objects: Vec<_> = fulls.chain(deltas).collect();
     objects.sort_unstable_by_key(|(last, unix_ms, ..)| std::cmp::Reverse((*last, *unix_ms)));
-    let mut seen = Seen { timeline, newest: None, newer_is_damaged: false };
+    let mut seen = Seen { timeline, newest: None, begun_with: None, newer_is_damaged: false };
+    if objects.is_empty() {
+        seen.begun_with = match store.description(timeline).await {
+            Err(error) if error.class() == Class::Corrupt => None,
+            described => described?.map(|described| described.cluster_id),
+        };
+    }
     for (_, _, name, size) in objects.into_iter().take(MOST_LOOKS) {
         match store.meta(&name, size).await {
             Ok(meta) => {
@@ -306,6 +322,7 @@ mod tests {
         Seen {
             timeline: 3,
             newest: Some(ObjectMeta { cluster_id: 7, last_revision, raft_index, ..ObjectMeta::default() }),
+            begun_with: None,
             newer_is_damaged: false,
         }
     }
@@ -328,6 +345,13 @@ mod tests {
         // Restored to the very revision of the backup, then written to until both numbers are past those recorded.
         assert!(begins(&seen(100, 150), &live(7, 100, 4)));
         assert!(begins(&seen(100, 150), &live(7, 500, 404)));
+    }
+
+    #[test]
+    fn an_empty_timeline_is_only_for_the_cluster_it_was_begun_with() {
+        let seen = |begun_with: &str| Seen { newest: None, begun_with: Some(begun_with.into()), ..seen(0, 0) };
+        assert_eq!(decide(Some(&seen("7")), &live(7, 1, 1)), Decision::Continue { timeline: 3 });
+        assert!(begins(&seen("8"), &live(7, 1, 1)));
     }
 
     #[test]

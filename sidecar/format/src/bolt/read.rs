@@ -19,6 +19,7 @@ const WINDOW_GAP: u64 = 4;
 pub struct Db<R> {
     source: R,
     meta: Meta,
+    spoiled: Option<u64>,
 }
 
 /// Where a bucket's rows are.
@@ -63,6 +64,12 @@ impl<R: ReadAt> Db<R> {
                 .find(Result::is_ok)
                 .unwrap_or_else(|| Err(Error::corrupt(0, "neither meta page is valid"))),
         };
+        // Without the first, the page size is that of the second, which lies one page behind it.
+        let spoiled = match (&first, &second) {
+            (Ok(meta), Err(_)) => Some(u64::from(meta.page_size)),
+            (Err(_), _) => Some(0),
+            (Ok(_), Ok(_)) => None,
+        };
         let meta = match (first, second) {
             (Ok(first), Ok(second)) if second.page_size == first.page_size && second.txid > first.txid => second,
             (Ok(first), _) => first,
@@ -72,7 +79,12 @@ impl<R: ReadAt> Db<R> {
         if meta.file_size() > size {
             return Err(Error::Truncated { what: "database", offset: 0, need: meta.file_size(), have: size });
         }
-        Ok(Self { source, meta })
+        Ok(Self { source, meta, spoiled })
+    }
+
+    /// Where a meta page lies that is not valid; the other one is in force.
+    pub fn spoiled_meta(&self) -> Option<u64> {
+        self.spoiled
     }
 
     /// The meta in force.

@@ -283,7 +283,8 @@ fn verify_snapshots(
         }
     }
     if let Some(path) = broken {
-        verdict.add(Severity::Corrupt, &path, None, "raft snapshot is damaged and there is no older one");
+        let what = "raft snapshot is damaged; etcd sets it aside and reads the log from its beginning, where it still reaches back";
+        verdict.add(Severity::Repairable, &path, None, what);
     }
     Ok(None)
 }
@@ -327,6 +328,10 @@ fn check_database<R: ReadAt>(db: &Db<R>, options: &Verify) -> Result<(Summary, V
     let mut findings = Vec::new();
     let mut find =
         |severity, offset, what: String| findings.push(Finding { severity, what, path: PathBuf::new(), offset });
+    if let Some(offset) = db.spoiled_meta() {
+        let what = "meta page is not valid; etcd uses the other one, which may be of the commit before".to_owned();
+        find(Severity::Repairable, Some(offset), what);
+    }
     let visited = db.check_small_buckets(&[KEY_BUCKET], Visited::new(db.meta()))?;
     let leases = read_leases(db)?;
     let check = CheckRows { compaction: options.compaction, ..CheckRows::new(leases) };
