@@ -7,8 +7,15 @@ use etcd_client::{Client, DeleteOptions, LeaseGrantOptions, PutOptions, Txn, Txn
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-/// Last digit of the ids of leases that expire after one second.
+/// Last digit of the ids of leases that are revoked,
+const REVOKED: i64 = 2;
+/// and of those that expire after one second.
 const SHORT: i64 = 3;
+
+/// Whether a lease is one that ends while the workload runs.
+pub fn ends(lease: i64) -> bool {
+    [REVOKED, SHORT].contains(&(lease % 10))
+}
 
 /// What to write.
 #[derive(Debug, Clone, Copy)]
@@ -78,7 +85,7 @@ impl Workload {
         if !round.is_multiple_of(5) {
             return Ok(());
         }
-        let grants = [(base, 3600 + i64::from(round)), (base + 1, 600), (base + 2, 60), (base + SHORT, 1)];
+        let grants = [(base, 3600 + i64::from(round)), (base + 1, 600), (base + REVOKED, 60), (base + SHORT, 1)];
         for (id, ttl) in grants {
             client.lease_grant(ttl, Some(LeaseGrantOptions::new().with_id(id))).await?;
             let options = || Some(PutOptions::new().with_lease(id));
@@ -90,7 +97,7 @@ impl Workload {
         answers.message().await?;
         // A key that leaves its lease.
         client.put(format!("/lease/{base}/b"), "free", None).await?;
-        client.lease_revoke(base + 2).await?;
+        client.lease_revoke(base + REVOKED).await?;
         Ok(())
     }
 }

@@ -16,8 +16,10 @@ use crate::etcd::{Etcd, Status};
 use crate::store::Store;
 use crate::{Class, Error, Result};
 
-/// Leases whose TTL is asked for again with each delta.
+/// So many leases are asked about again at once,
 const LEASES_AGAIN: usize = 512;
+/// and not more often than this: each question is a request to etcd's leader.
+const LEASES_PERIOD: Duration = Duration::from_secs(10);
 /// Leases listed in each delta; with more, only those that its puts refer to are.
 const MOST_LEASES: usize = 20_000;
 /// How long, at the end of a run, each question to etcd may take that the delta can do without.
@@ -67,7 +69,8 @@ pub(super) struct Known {
     pub position: Position,
     pub db_size: i64,
     pub last_hash: Option<Instant>,
-    /// The last lease that was asked about again.
+    /// When leases were asked about again, and the last of them.
+    pub leases_asked: Option<Instant>,
     pub lease_cursor: i64,
 }
 
@@ -200,9 +203,13 @@ async fn leases_of(etcd: &mut Etcd, builder: &Builder, known: &mut Known) -> (Ve
     // each time, in turn.
     let (own, other): (Vec<i64>, Vec<i64>) = ids.iter().partition(|id| builder.leases().contains(id));
     let (seen, unseen): (Vec<i64>, Vec<i64>) = other.into_iter().partition(|id| ttls.contains_key(id));
+    let most = if known.leases_asked.is_none_or(|at| at.elapsed() >= LEASES_PERIOD) { LEASES_AGAIN } else { 0 };
+    if most > 0 {
+        known.leases_asked = Some(Instant::now());
+    }
     let turn = seen.partition_point(|id| *id <= known.lease_cursor);
-    let again: Vec<i64> = seen.iter().cycle().skip(turn).take(seen.len().min(LEASES_AGAIN)).copied().collect();
-    known.lease_cursor = again.last().copied().unwrap_or_default();
+    let again: Vec<i64> = seen.iter().cycle().skip(turn).take(seen.len().min(most)).copied().collect();
+    known.lease_cursor = again.last().copied().unwrap_or(known.lease_cursor);
     let unknown: Vec<i64> = own.into_iter().chain(unseen).chain(again).collect();
     let asked = futures::stream::iter(unknown.into_iter().map(|id| {
         let mut etcd = etcd.clone();

@@ -336,10 +336,20 @@ impl HashRules {
 pub struct HashedKv {
     /// CRC-32C over the rows.
     pub hash: u32,
+    /// The hash once that compaction has taken its rows, where that may differ: while no key exists at the revision, etcd
+    /// hashes whatever rows there are.
+    pub if_compacted: Option<u32>,
     /// Revision up to which rows were hashed.
     pub revision: i64,
     /// Compaction revision that was assumed; 0 when never compacted.
     pub compact_revision: i64,
+}
+
+impl HashedKv {
+    /// Whether a live etcd with these rows may have answered that.
+    pub fn may_be(&self, live: u32) -> bool {
+        self.hash == live || self.if_compacted == Some(live)
+    }
 }
 
 /// Which rows a compaction leaves.
@@ -545,26 +555,36 @@ pub fn hash_kv<R: ReadAt>(db: &Db<R>, request: HashRequest) -> Result<HashedKv> 
     }
     // Never compacted: every row counts, and nothing needs to be known of the keys.
     let filter = if compact > 0 { Some(CompactionFilter::new(db, revision, compact, clean_up_to)?) } else { None };
-    let mut hash = crc32c::crc32c(KEY_BUCKET);
-    if let Some(root) = db.bucket(KEY_BUCKET)? {
-        let mut cursor = db.cursor(&root);
-        let mut ordinal = 0;
-        while let Some(row) = cursor.next()? {
-            let (key, kv) = decode_row(row.key, row.value)?;
-            if key.main > revision {
-                break;
-            }
-            let drops = |filter: &CompactionFilter| filter.keeps_any && !filter.keeps(ordinal, key, &kv);
-            let dropped = key.main <= compact && filter.as_ref().is_some_and(drops);
-            let hidden = rules.keeps_tombstone_at_compaction && key.main == compact && key.tombstone;
-            if !dropped && !hidden {
-                hash = crc32c::crc32c_append(hash, row.key);
-                hash = crc32c::crc32c_append(hash, row.value);
-            }
-            ordinal += 1;
-        }
+    let hidden = |key: RowKey| rules.keeps_tombstone_at_compaction && key.main == compact && key.tombstone;
+    let hash = hash_rows(db, revision, |ordinal, key, kv| {
+        let drops = |filter: &CompactionFilter| filter.keeps_any && !filter.keeps(ordinal, key, kv);
+        hidden(key) || (key.main <= compact && filter.as_ref().is_some_and(drops))
+    })?;
+    let mut if_compacted = None;
+    if compact > clean_up_to && filter.is_some_and(|filter| !filter.keeps_any) {
+        let finished = CompactionFilter::new(db, compact, compact, clean_up_to)?;
+        if_compacted = Some(hash_rows(db, revision, |ordinal, key, kv| !finished.keeps(ordinal, key, kv))?);
     }
-    Ok(HashedKv { hash, revision, compact_revision: compact })
+    Ok(HashedKv { hash, if_compacted, revision, compact_revision: compact })
+}
+
+fn hash_rows<R: ReadAt>(db: &Db<R>, revision: i64, skips: impl Fn(u64, RowKey, &KeyValue<'_>) -> bool) -> Result<u32> {
+    let mut hash = crc32c::crc32c(KEY_BUCKET);
+    let Some(root) = db.bucket(KEY_BUCKET)? else { return Ok(hash) };
+    let mut cursor = db.cursor(&root);
+    let mut ordinal = 0;
+    while let Some(row) = cursor.next()? {
+        let (key, kv) = decode_row(row.key, row.value)?;
+        if key.main > revision {
+            break;
+        }
+        if !skips(ordinal, key, &kv) {
+            hash = crc32c::crc32c_append(hash, row.key);
+            hash = crc32c::crc32c_append(hash, row.value);
+        }
+        ordinal += 1;
+    }
+    Ok(hash)
 }
 
 /// The hash of `snapshot status`: every bucket's name and rows, in order. With `ignore`, those keys of the meta bucket are
