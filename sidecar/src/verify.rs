@@ -234,7 +234,7 @@ fn delta(reader: &mut impl BufRead, name: &str, first: i64, last: i64) -> Result
     let mut at = first - 1;
     while let Some(record) = records.next()? {
         match record {
-            Record::Revision { main, .. } if main == at + 1 => at = main,
+            Record::Revision { main, .. } if Some(main) == at.checked_add(1) => at = main,
             Record::Revision { main, .. } => {
                 return Err(Error::corrupt(format!("{name}: revision {main} follows revision {at}")));
             }

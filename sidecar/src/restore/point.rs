@@ -209,7 +209,7 @@ async fn at_time(store: &Store, timeline: Timeline, history: &History, unix_ms: 
     let next_unix_ms = times.iter().map(|(_, received)| *received).find(|received| *received > unix_ms);
     times.retain(|(_, received)| *received <= unix_ms);
     if times.is_empty()
-        && let Some(before) = history.deltas.iter().rev().find(|before| before.last + 1 == delta.first)
+        && let Some(before) = history.deltas.iter().rev().find(|before| before.last.saturating_add(1) == delta.first)
     {
         times = revision_times(store, timeline, before).await?;
     }

@@ -336,7 +336,7 @@ impl<'s> Session<'s> {
         if target <= tip {
             return Ok(taken);
         }
-        let mut watch = self.etcd.watch(tip + 1).await?;
+        let mut watch = self.etcd.watch(tip.saturating_add(1)).await?;
         loop {
             self.pending.absorb()?;
             let done = self.pending.has(target);
@@ -406,7 +406,7 @@ impl<'s> Session<'s> {
     }
 
     async fn follow(&mut self, stop: &CancellationToken, tasks: &mut Tasks) -> Result<()> {
-        let mut watch = self.etcd.watch(self.pending.last() + 1).await?;
+        let mut watch = self.etcd.watch(self.pending.last().saturating_add(1)).await?;
         let mut rotate = tokio::time::interval(self.settings.delta_period);
         rotate.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut auth_tick = tokio::time::interval(AUTH_PERIOD);
@@ -628,7 +628,7 @@ impl<'s> Session<'s> {
         self.tip = Tip::None;
         self.due = Some((Due::Compacted, Instant::now()));
         self.pending = Pending::after(self.status.revision, self.settings.delta_max_bytes)?;
-        self.etcd.watch(self.status.revision + 1).await.map(Some)
+        self.etcd.watch(self.status.revision.saturating_add(1)).await.map(Some)
     }
 }
 
