@@ -1,0 +1,222 @@
+//! Objects whose name is not known before their last byte.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use object_store::{CopyMode, CopyOptions, MultipartUpload, ObjectStoreExt};
+use tokio::task::JoinSet;
+
+use super::Store;
+use crate::Result;
+use crate::catalog::ObjectName;
+
+/// Parts of a multipart upload. At 10,000 parts, S3's limit, an object may have 80 GB.
+const PART_BYTES: usize = 8 << 20;
+/// How long cleaning up behind an upload that was given up may take.
+const ABORT_DEADLINE: Duration = Duration::from_secs(5);
+
+/// The parts of an object on their way.
+struct Parts {
+    upload: Box<dyn MultipartUpload>,
+    sending: JoinSet<object_store::Result<()>>,
+}
+
+impl Parts {
+    async fn begin(store: &Store, name: &str) -> object_store::Result<Self> {
+        Ok(Self { upload: store.inner.put_multipart(&store.path(name)).await?, sending: JoinSet::new() })
+    }
+
+    /// Sends a part; waits while two others are on their way. They go on also while nobody waits.
+    async fn send(&mut self, part: Bytes) -> object_store::Result<()> {
+        self.sending.spawn(self.upload.put_part(part.into()));
+        self.wait_until(2).await
+    }
+
+    async fn wait_until(&mut self, left: usize) -> object_store::Result<()> {
+        while self.sending.len() > left {
+            self.sending.join_next().await.transpose()?.unwrap_or(Ok(()))?;
+        }
+        Ok(())
+    }
+
+    async fn complete(&mut self) -> object_store::Result<()> {
+        self.wait_until(0).await?;
+        self.upload.complete().await.map(drop)
+    }
+
+    async fn abort(mut self) {
+        drop(self.sending);
+        let _ = self.upload.abort().await;
+    }
+}
+
+/// An object being uploaded. Up to one part it waits in memory and is put at once under its name; beyond that its parts
+/// go to a staging name, and its name is given by a copy within the store when it is whole.
+///
+/// Must be ended with [`Upload::finish`] or [`Upload::abort`].
+pub struct Upload {
+    store: Store,
+    staging: ObjectName,
+    held: BytesMut,
+    parts: Option<Parts>,
+    sent: u64,
+    /// Every part is at the staging name; what is missing is the name.
+    whole: bool,
+}
+
+impl std::fmt::Debug for Upload {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Upload").field("staging", &self.staging).field("sent", &self.sent).finish()
+    }
+}
+
+impl Upload {
+    /// Adds bytes; waits while two parts are on their way.
+    pub async fn write(&mut self, bytes: Bytes) -> Result<()> {
+        self.held.extend_from_slice(&bytes);
+        while self.held.len() > PART_BYTES {
+            let part = self.held.split_to(PART_BYTES).freeze();
+            self.send(part).await?;
+        }
+        Ok(())
+    }
+
+    async fn send(&mut self, part: Bytes) -> Result<()> {
+        let staging = self.staging.to_string();
+        let parts = match &mut self.parts {
+            Some(parts) => parts,
+            none => {
+                let begun = Parts::begin(&self.store, &staging).await;
+                none.insert(begun.map_err(self.store.fail("begin upload of", &staging))?)
+            }
+        };
+        self.sent += part.len() as u64;
+        parts.send(part).await.map_err(self.store.fail("upload a part of", &staging))
+    }
+
+    /// Gives the object its name; returns its size.
+    ///
+    /// After an error of class [`Precondition`](crate::Class::Precondition) it may be given another.
+    pub async fn finish(&mut self, name: &ObjectName) -> Result<u64> {
+        if self.parts.is_none() && !self.whole {
+            let size = self.held.len() as u64;
+            self.store.put_new(name, &[self.held.clone().freeze()]).await?;
+            return Ok(size);
+        }
+        self.complete(name).await?;
+        Ok(self.sent)
+    }
+
+    async fn complete(&mut self, name: &ObjectName) -> Result<()> {
+        let last = self.held.split().freeze();
+        if !last.is_empty() {
+            self.send(last).await?;
+        }
+        let staging = self.staging.to_string();
+        if let Some(mut parts) = self.parts.take() {
+            let completed = parts.complete().await;
+            if completed.is_err() {
+                self.parts = Some(parts);
+            }
+            completed.map_err(self.store.fail("complete upload of", &staging))?;
+            self.whole = true;
+        }
+        let from = self.store.path(&staging);
+        if self.sent > self.store.most_copied_bytes {
+            self.store.copy_in_parts(&self.staging, name, self.sent).await?;
+        } else {
+            let to = self.store.path(&name.to_string());
+            let create = CopyOptions::new().with_mode(CopyMode::Create);
+            match self.store.inner.copy_opts(&from, &to, create).await {
+                Ok(()) => {}
+                // No conditional copy here. The name has the millisecond in it, so nobody else means the same one.
+                Err(object_store::Error::NotSupported { .. } | object_store::Error::NotImplemented { .. }) => {
+                    self.store.inner.copy(&from, &to).await.map_err(self.store.fail("name", name))?;
+                }
+                Err(source @ object_store::Error::AlreadyExists { .. }) => {
+                    // The answer to an earlier attempt was lost: what is there is ours.
+                    let there = self.store.inner.head(&to).await.map_err(self.store.fail("look at", name))?;
+                    if there.size != self.sent {
+                        return Err(self.store.fail("name", name)(source));
+                    }
+                }
+                Err(source) => return Err(self.store.fail("name", name)(source)),
+            }
+        }
+        // The object has its name; a staging copy that stays is removed by a later run.
+        if let Err(source) = self.store.inner.delete(&from).await {
+            tracing::warn!(object = %staging, error = %source, "leave the staging copy of an upload for a later run to remove");
+        }
+        Ok(())
+    }
+
+    /// Gives up and removes what was sent, as far as the store lets it.
+    pub async fn abort(mut self) {
+        let begun = self.parts.is_some() || self.whole;
+        let clean = async {
+            if let Some(parts) = self.parts.take() {
+                parts.abort().await;
+            }
+            let _ = self.store.remove_uploading(&self.staging).await;
+        };
+        // What cannot be removed now is removed by a later run.
+        if begun && tokio::time::timeout(ABORT_DEADLINE, clean).await.is_err() {
+            tracing::warn!(object = %self.staging, "leave an unfinished upload for a later run to remove");
+        }
+    }
+}
+
+impl Store {
+    /// Begins an object whose name is not known before its last byte.
+    pub fn upload(&self, staging: ObjectName) -> Upload {
+        Upload { store: self.clone(), staging, held: BytesMut::new(), parts: None, sent: 0, whole: false }
+    }
+
+    /// Copies through this process what is too large for the store to copy by itself.
+    async fn copy_in_parts(&self, from: &ObjectName, to: &ObjectName, size: u64) -> Result<()> {
+        let name = to.to_string();
+        let mut parts = Parts::begin(self, &name).await.map_err(self.fail("begin upload of", &name))?;
+        let copied = async {
+            let mut at = 0;
+            while at < size {
+                let end = size.min(at + PART_BYTES as u64);
+                let part = self.get_range(from, at..end).await?;
+                parts.send(part).await.map_err(self.fail("upload a part of", &name))?;
+                at = end;
+            }
+            parts.complete().await.map_err(self.fail("complete upload of", &name))
+        };
+        let copied = copied.await;
+        if copied.is_err() {
+            parts.abort().await;
+        }
+        copied
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use object_store::memory::InMemory;
+
+    use super::super::MOST_COPIED_BYTES;
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_too_large_to_copy_at_once_is_copied_in_parts() -> Result<()> {
+        let staging = ObjectName::Uploading { timeline: 1, unix_ms: 5, random: 7 };
+        let name = ObjectName::Full { timeline: 1, revision: 9, unix_ms: 5 };
+        let content: Bytes = (0..2 * PART_BYTES + 12_345).map(|n| (n / 1000) as u8).collect();
+        for most_copied_bytes in [MOST_COPIED_BYTES, content.len() as u64 - 1] {
+            let store = Store { most_copied_bytes, ..Store::from_parts(Arc::new(InMemory::new()), "some/prefix") };
+            let mut upload = store.upload(staging);
+            upload.write(content.clone()).await?;
+            assert_eq!(upload.finish(&name).await?, content.len() as u64);
+            assert_eq!(store.get_range(&name, 0..content.len() as u64).await?, content);
+            let catalog = store.catalog().await?;
+            assert!(catalog.uploading.is_empty(), "{:?}", catalog.uploading);
+        }
+        Ok(())
+    }
+}
