@@ -5,18 +5,60 @@
 //! t<timeline:08>/delta/<first:020>-<last:020>-<unix ms:013>.delta.zst
 //! t<timeline:08>/timeline.json
 //! t<timeline:08>/full/uploading-<unix ms:013>-<random:016x>      a full on its way to its name
+//! v1/…, v2/…                                                     the predecessor's, see [`gardener`]
 //! ```
 //!
+//! What the predecessor wrote counts as timeline 0: a history like any other, which the first of ours may fork from.
 //! Overlap is legal: two writers, or a full newer than the first delta. A gap is not: it is named with both revisions.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::{Error, Result, gardener};
 
 /// Number of a timeline, from 1. Every restore that becomes a live cluster begins one.
 pub type Timeline = u32;
+
+/// The timeline that the predecessor's backups count as.
+pub const PREDECESSOR: Timeline = 0;
+
+/// How objects are named and made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Layout {
+    /// Ours.
+    #[default]
+    Steward,
+    /// That of gardener/etcd-backup-restore: JSON and gzip, without metadata, timelines, TTLs of leases and hashes.
+    #[value(name = "gardener-v2")]
+    GardenerV2,
+}
+
+impl Layout {
+    /// Name of a full snapshot.
+    pub fn full(self, timeline: Timeline, revision: i64, unix_ms: i64) -> ObjectName {
+        match self {
+            Self::Steward => ObjectName::Full { timeline, revision, unix_ms },
+            Self::GardenerV2 => ObjectName::Gardener(gardener::Name::full(revision, unix_ms / 1000)),
+        }
+    }
+
+    /// Name of a delta.
+    pub fn delta(self, timeline: Timeline, first: i64, last: i64, unix_ms: i64) -> ObjectName {
+        match self {
+            Self::Steward => ObjectName::Delta { timeline, first, last, unix_ms },
+            Self::GardenerV2 => ObjectName::Gardener(gardener::Name::delta(first, last, unix_ms / 1000)),
+        }
+    }
+
+    /// The finest difference between two names' times, in milliseconds.
+    pub fn tick_ms(self) -> i64 {
+        match self {
+            Self::Steward => 1,
+            Self::GardenerV2 => 1000,
+        }
+    }
+}
 
 /// What the name of an object says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -55,13 +97,32 @@ pub enum ObjectName {
         /// Tells two writers apart.
         random: u64,
     },
+    /// A full snapshot or a delta of the predecessor's.
+    Gardener(gardener::Name),
 }
 
 impl ObjectName {
+    /// Whether it names a full snapshot.
+    pub fn is_full(&self) -> bool {
+        matches!(self, Self::Full { .. }) || matches!(self, Self::Gardener(name) if name.is_full())
+    }
+
+    /// First and last revision of a full snapshot or a delta. A full of the predecessor's may have later ones.
+    pub fn revisions(&self) -> Option<(i64, i64)> {
+        match self {
+            Self::Full { revision, .. } => Some((*revision, *revision)),
+            Self::Delta { first, last, .. } => Some((*first, *last)),
+            Self::Gardener(name) if name.is_full() => Some((name.last(), name.last())),
+            Self::Gardener(name) => Some((name.first(), name.last())),
+            Self::Timeline { .. } | Self::Uploading { .. } => None,
+        }
+    }
+
     /// `None` when the name, relative to the store's prefix, is not one of ours.
     pub fn parse(name: &str) -> Option<Self> {
         let (timeline, rest) = name.split_once('/')?;
-        let timeline: Timeline = decimal(timeline.strip_prefix('t')?, 8)?.try_into().ok()?;
+        let Some(timeline) = timeline.strip_prefix('t') else { return gardener::Name::parse(name).map(Self::Gardener) };
+        let timeline: Timeline = decimal(timeline, 8)?.try_into().ok()?;
         let parsed = if rest == "timeline.json" {
             Self::Timeline { timeline }
         } else if let Some(rest) = rest.strip_prefix("full/uploading-") {
@@ -102,6 +163,7 @@ impl std::fmt::Display for ObjectName {
             Self::Uploading { timeline, unix_ms, random } => {
                 write!(f, "t{timeline:08}/full/uploading-{unix_ms:013}-{random:016x}")
             }
+            Self::Gardener(name) => name.fmt(f),
         }
     }
 }
@@ -115,12 +177,15 @@ pub struct Full {
     pub unix_ms: i64,
     /// Bytes of the object.
     pub size: u64,
+    /// Its name, when it is the predecessor's. `revision` is then the least that it may have.
+    pub gardener: Option<gardener::Name>,
 }
 
 impl Full {
     /// Its name in a timeline.
     pub fn name(&self, timeline: Timeline) -> ObjectName {
-        ObjectName::Full { timeline, revision: self.revision, unix_ms: self.unix_ms }
+        let ours = ObjectName::Full { timeline, revision: self.revision, unix_ms: self.unix_ms };
+        self.gardener.map_or(ours, ObjectName::Gardener)
     }
 }
 
@@ -135,12 +200,15 @@ pub struct Delta {
     pub unix_ms: i64,
     /// Bytes of the object.
     pub size: u64,
+    /// Its name, when it is the predecessor's.
+    pub gardener: Option<gardener::Name>,
 }
 
 impl Delta {
     /// Its name in a timeline.
     pub fn name(&self, timeline: Timeline) -> ObjectName {
-        ObjectName::Delta { timeline, first: self.first, last: self.last, unix_ms: self.unix_ms }
+        let ours = ObjectName::Delta { timeline, first: self.first, last: self.last, unix_ms: self.unix_ms };
+        self.gardener.map_or(ours, ObjectName::Gardener)
     }
 }
 
@@ -160,7 +228,7 @@ pub struct Description {
     pub layout: u32,
     /// The timeline.
     pub timeline: Timeline,
-    /// The one that it forks from; 0 for none.
+    /// The one that it forks from; 0 for none, or for the predecessor's backups where there are some.
     pub parent: Timeline,
     /// Last revision that it shares with its parent; 0 when that is not known.
     pub fork_revision: i64,
@@ -366,9 +434,8 @@ impl Catalog {
     /// Takes an object out, by its name.
     pub fn remove(&mut self, name: &str) -> Result<()> {
         let before = self.count();
-        if let Some(ObjectName::Full { timeline, .. } | ObjectName::Delta { timeline, .. }) = ObjectName::parse(name)
-            && let Some(history) = self.timelines.get_mut(&timeline)
-        {
+        for (timeline, history) in &mut self.timelines {
+            let timeline = *timeline;
             history.fulls.retain(|full| full.name(timeline).to_string() != name);
             history.deltas.retain(|delta| delta.name(timeline).to_string() != name);
         }
@@ -390,10 +457,30 @@ impl Catalog {
         for (name, size) in listing {
             match ObjectName::parse(&name) {
                 Some(ObjectName::Full { timeline, revision, unix_ms }) => {
-                    catalog.timelines.entry(timeline).or_default().fulls.push(Full { revision, unix_ms, size });
+                    catalog.timelines.entry(timeline).or_default().fulls.push(Full {
+                        revision,
+                        unix_ms,
+                        size,
+                        gardener: None,
+                    });
                 }
                 Some(ObjectName::Delta { timeline, first, last, unix_ms }) => {
-                    catalog.timelines.entry(timeline).or_default().deltas.push(Delta { first, last, unix_ms, size });
+                    catalog.timelines.entry(timeline).or_default().deltas.push(Delta {
+                        first,
+                        last,
+                        unix_ms,
+                        size,
+                        gardener: None,
+                    });
+                }
+                Some(ObjectName::Gardener(name)) => {
+                    let history = catalog.timelines.entry(PREDECESSOR).or_default();
+                    let (first, last, unix_ms, gardener) = (name.first(), name.last(), name.unix_ms(), Some(name));
+                    if name.is_full() {
+                        history.fulls.push(Full { revision: last, unix_ms, size, gardener });
+                    } else {
+                        history.deltas.push(Delta { first, last, unix_ms, size, gardener });
+                    }
                 }
                 Some(ObjectName::Timeline { timeline }) => drop(catalog.timelines.entry(timeline).or_default()),
                 Some(uploading @ ObjectName::Uploading { .. }) => catalog.uploading.push((uploading, size)),

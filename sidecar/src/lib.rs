@@ -1,8 +1,10 @@
 //! Continuous backup of an etcd member and restore without any etcd: the library behind the `sidecar` program.
 //!
 //! Reading order: [`catalog`] (what is in a store, and which objects make a chain), [`container`] (what an object is
-//! wrapped in) and [`delta`] (what the changes look like in it) are pure. [`etcd`] and [`store`] reach the two worlds outside. [`snapshotter`] moves data from the first to the
-//! second, [`restore`] from the second to a data directory; [`verify`] proves that it could. [`cli`] is what a person types.
+//! wrapped in) and [`delta`] (what the changes look like in it) are pure, and so is [`gardener`], the same three for what the
+//! predecessor wrote; [`object`] opens either. [`etcd`] and [`store`] reach the two worlds outside. [`snapshotter`] moves
+//! data from the first to the second, [`restore`] from the second to a data directory; [`verify`] proves that it could.
+//! [`cli`] is what a person types.
 //!
 //! # Invariants
 //! - An object is put once and never overwritten; its name says which revisions it holds.
@@ -15,6 +17,8 @@ pub mod container;
 pub mod delta;
 pub mod error;
 pub mod etcd;
+pub mod gardener;
+pub mod object;
 pub mod restore;
 pub mod snapshotter;
 pub mod store;

@@ -31,7 +31,8 @@ pub use point::{AtTime, Choice, Upto, choose};
 
 use crate::catalog::{Chain, ObjectName, Timeline};
 use crate::container::{self, FromTail};
-use crate::delta::{Reader as DeltaReader, Record};
+use crate::delta::Record;
+use crate::object::{Content, Records, check_full_revision};
 use crate::store::Store;
 use crate::{Error, Result};
 
@@ -171,7 +172,7 @@ pub async fn execute(
                 return Err(Error::corrupt(format!("{}: object is empty", store.location(name))));
             }
             if let Some((name, size)) = objects.first() {
-                full = store.meta(name, *size).await?;
+                full = store.meta(name, *size).await?.unwrap_or_default();
             }
             let (feeder, received) = fetch(store.clone(), objects.clone(), stop.clone());
             let named = objects.iter().map(|(name, _)| (*name, store.location(name))).collect();
@@ -312,7 +313,7 @@ pub(crate) async fn replay(
     let mut recorded = Vec::new();
     let mut compacted = None;
     for (name, size) in chain.objects(timeline) {
-        let meta = store.meta(&name, size).await?;
+        let Some(meta) = store.meta(&name, size).await? else { continue };
         let compacted = *compacted.get_or_insert(meta.compact_revision);
         // Rows that the snapshot no longer has cannot be hashed as they were.
         recorded.extend(recorded_hash(&meta).filter(|recorded| recorded.hash.compact_revision.max(0) >= compacted));
@@ -424,15 +425,14 @@ fn from_store(
     let Some(((full_name, location), deltas)) = named.split_first() else {
         return Err(Error::Bug { what: "a chain without objects".into() });
     };
-    let mut source = container::Reader::new(Stoppable::new(PieceReader::new(received), stop), location)?;
+    let mut source = Content::open(full_name, Stoppable::new(PieceReader::new(received), stop), location)?;
     let base = staged.write_base(&mut source, true, &mut |bytes| progress(Progress::Bytes(bytes)));
     let mut tail = base.map_err(unwrap_source(location))?.into_tail().map_err(Error::format(location))?;
-    if let ObjectName::Full { revision, .. } = full_name
-        && tail.last_revision() != *revision
-    {
-        return Err(Error::corrupt(format!(
-            "{location}: its name says revision {revision}, its content is of revision {}",
-            tail.last_revision()
+    let base_revision = tail.last_revision();
+    check_full_revision(full_name, location, base_revision)?;
+    if let Some(upto) = upto.filter(|upto| *upto < base_revision) {
+        return Err(Error::missing(format!(
+            "{location}: it has revision {base_revision} already, later than its name says and than revision {upto}; --full-revision starts from an older full snapshot"
         )));
     }
     progress(Progress::Deltas(deltas.len() as u64));
@@ -441,10 +441,10 @@ fn from_store(
         let (ahead, mut arriving) = pieces::decompressed();
         scope.spawn(move || ahead.run(deltas, received, stop));
         for (name, location) in deltas {
-            append_delta(&mut tail, arriving.next()?, location, upto, aside)?;
-            let (found, expected) =
-                (tail.last_revision(), if let ObjectName::Delta { last, .. } = name { *last } else { 0 });
-            if found != upto.map_or(expected, |upto| expected.min(upto)) {
+            append_delta(&mut tail, arriving.next()?, (name, location), upto, aside)?;
+            let (found, expected) = (tail.last_revision(), name.revisions().map_or(0, |(_, last)| last));
+            // A full of the predecessor's may go beyond the first deltas after it.
+            if found != upto.map_or(expected, |upto| expected.min(upto)).max(base_revision) {
                 return Err(Error::corrupt(format!(
                     "{location}: its name says that it ends at revision {expected}, its content ends at {found}; it was renamed"
                 )));
@@ -460,7 +460,7 @@ fn from_store(
 fn append_delta(
     tail: &mut LocalTail,
     delta: Decompressed<'_>,
-    location: &str,
+    (name, location): (&ObjectName, &str),
     upto: Option<i64>,
     aside: &mut Aside,
 ) -> Result<()> {
@@ -471,7 +471,7 @@ fn append_delta(
             "{location}: delta is of cluster {cluster_id:x}, the full snapshot before it of cluster {full:x}"
         )));
     }
-    let mut reader = DeltaReader::new(delta, location);
+    let mut reader = Records::new(name, delta, location);
     let (mut wanted, mut beyond) = (false, false);
     while let Some(record) = reader.next()? {
         match record {

@@ -31,6 +31,7 @@ use session::{Ended, Session, Tip};
 pub use closing::TakenDelta;
 pub use full::TakenFull;
 
+use crate::catalog::Layout;
 use crate::etcd::{Etcd, EtcdFlags};
 use crate::store::Store;
 use crate::{Error, Result};
@@ -42,6 +43,8 @@ pub struct Settings {
     pub etcd: EtcdFlags,
     /// Where backups go.
     pub store: Store,
+    /// What they look like there.
+    pub layout: Layout,
     /// When full snapshots are due; `None` for only when needed.
     pub full_schedule: Option<Cron>,
     /// A delta is closed at least so often, when there is anything in it.
@@ -93,6 +96,12 @@ pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> 
         Kind::Delta => match std::mem::take(&mut session.tip) {
             Tip::At(tip) => {
                 let taken = session.deltas_once(tip, stop).await?;
+                if taken.iter().any(|delta| delta.is_too_large_to_replay) {
+                    tracing::warn!(
+                        "a revision is too large for the predecessor's restore to replay; a full snapshot is taken as well"
+                    );
+                    return Ok(Taken::Full(session.full_once(stop).await?));
+                }
                 if session.auth_changed().await? {
                     tracing::warn!(
                         "users, roles or auth have changed, which no delta holds; a full snapshot is taken as well"

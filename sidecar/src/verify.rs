@@ -2,7 +2,7 @@
 //!
 //! Memory is bounded by the size of a frame; only a replay needs disk, as much as the database.
 
-use std::io::BufRead;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use etcd_format::SnapshotScan;
@@ -10,9 +10,10 @@ use etcd_format::mvcc::KeyValue;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use crate::catalog::{Catalog, Chain, History, ObjectName, Timeline};
+use crate::catalog::{Catalog, Chain, History, ObjectName, PREDECESSOR, Timeline};
 use crate::container::CheckedReader;
-use crate::delta::{Reader, Record};
+use crate::delta::Record;
+use crate::object::{Content, Records, check_full_revision};
 use crate::restore::{self, PieceReader, Stoppable};
 use crate::store::Store;
 use crate::{Class, Error, Result};
@@ -140,7 +141,8 @@ fn names<'c>(
         report.problems.push(Problem { at: store.url().to_owned(), what, is_gap: true });
     }
     for (timeline, history) in timelines {
-        let at = store.location(&format!("t{timeline:08}/"));
+        let place = if *timeline == PREDECESSOR { String::new() } else { format!("t{timeline:08}/") };
+        let at = store.location(&place);
         let unreachable = history.newest_chain().and_then(|chain| chain.gap);
         for gap in history.gaps() {
             let mut what = format!("revisions {} to {} are in no object", gap.after + 1, gap.before - 1);
@@ -180,19 +182,25 @@ async fn contents(
 }
 
 async fn content(store: &Store, name: ObjectName, size: u64, level: Level, stop: &CancellationToken) -> Result<()> {
-    let meta = store.meta(&name, size).await?;
-    let frames = store.frames(&name, size).await?;
+    let ours = match store.meta(&name, size).await? {
+        Some(meta) => Some((meta, store.frames(&name, size).await?)),
+        None => None,
+    };
     let location = store.location(&name);
     let (feeder, mut received) = restore::fetch(store.clone(), vec![(name, size)], stop.clone());
     let stop = stop.clone();
     let checked = tokio::task::spawn_blocking(move || -> Result<()> {
         let source = Stoppable::new(PieceReader::new(&mut received), &stop);
+        let Some((meta, frames)) = ours else {
+            // The predecessor's have no checksums but the one at the end of their content.
+            let mut reader = BufReader::new(Content::open(&name, source, &location)?);
+            return records(&mut reader, &name, &location);
+        };
         let mut reader = CheckedReader::new(source, &location, frames)?;
-        match name {
-            _ if level < Level::Decode => drain(&mut reader, &location, &mut |_| Ok(()))?,
-            ObjectName::Full { revision, .. } => full(&mut reader, &location, revision)?,
-            ObjectName::Delta { first, last, .. } => delta(&mut reader, &location, first, last)?,
-            ObjectName::Timeline { .. } | ObjectName::Uploading { .. } => {}
+        if level < Level::Decode {
+            drain(&mut reader, &location, &mut |_| Ok(()))?;
+        } else {
+            records(&mut reader, &name, &location)?;
         }
         if meta.content_bytes != reader.content_bytes() {
             let (said, found) = (meta.content_bytes, reader.content_bytes());
@@ -207,6 +215,11 @@ async fn content(store: &Store, name: ObjectName, size: u64, level: Level, stop:
     checked
 }
 
+/// Reads an object's content to its end and compares it with its name.
+fn records(reader: &mut impl BufRead, name: &ObjectName, location: &str) -> Result<()> {
+    if name.is_full() { full(reader, name, location) } else { delta(reader, name, location) }
+}
+
 fn drain(reader: &mut impl BufRead, name: &str, take: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
     loop {
         let bytes = reader.fill_buf().map_err(|error| error.downcast().unwrap_or_else(Error::io("read", name)))?;
@@ -219,18 +232,15 @@ fn drain(reader: &mut impl BufRead, name: &str, take: &mut dyn FnMut(&[u8]) -> R
     }
 }
 
-fn full(reader: &mut impl BufRead, name: &str, revision: i64) -> Result<()> {
-    let mut scan = SnapshotScan::new(revision);
-    drain(reader, name, &mut |bytes| scan.push(bytes).map_err(Error::format(name)))?;
-    let found = scan.finish().map_err(Error::format(name))?.revision;
-    if found == revision {
-        return Ok(());
-    }
-    Err(Error::corrupt(format!("{name}: it is named after revision {revision}, its content is of revision {found}")))
+fn full(reader: &mut impl BufRead, name: &ObjectName, location: &str) -> Result<()> {
+    let mut scan = SnapshotScan::new(name.revisions().map_or(0, |(_, last)| last));
+    drain(reader, location, &mut |bytes| scan.push(bytes).map_err(Error::format(location)))?;
+    check_full_revision(name, location, scan.finish().map_err(Error::format(location))?.revision)
 }
 
-fn delta(reader: &mut impl BufRead, name: &str, first: i64, last: i64) -> Result<()> {
-    let mut records = Reader::new(reader, name);
+fn delta(reader: &mut impl BufRead, object: &ObjectName, name: &str) -> Result<()> {
+    let mut records = Records::new(object, reader, name);
+    let (first, last) = object.revisions().unwrap_or_default();
     let mut at = first - 1;
     while let Some(record) = records.next()? {
         match record {

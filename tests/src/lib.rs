@@ -2,6 +2,7 @@
 
 pub mod certificates;
 pub mod etcd;
+pub mod gardener;
 pub mod minio;
 pub mod program;
 pub mod state;

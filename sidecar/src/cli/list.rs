@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{Output, StoreFlag, bytes, columns, print, time};
-use crate::catalog::{Catalog, Description, History, Timeline};
+use crate::catalog::{Catalog, Description, History, PREDECESSOR, Timeline};
 use crate::store::{Open, Store};
 use crate::{Class, Result};
 
@@ -97,7 +97,9 @@ fn listing(url: &str, catalog: &Catalog, descriptions: &BTreeMap<Timeline, Descr
     let timelines = catalog.timelines.iter().map(|(timeline, history)| {
         let description = descriptions.get(timeline);
         TimelineListing {
-            parent: description.map(|description| description.parent).filter(|parent| *parent > 0),
+            parent: description
+                .map(|description| description.parent)
+                .filter(|parent| catalog.timelines.contains_key(parent)),
             fork_revision: description.map(|description| description.fork_revision).filter(|fork| *fork > 0),
             reason: description.map(|description| description.reason.clone()),
             cluster_id: description.map(|description| description.cluster_id.clone()),
@@ -165,8 +167,9 @@ fn table(listing: &Listing) -> String {
         say(format!("{}: no backups", listing.store));
     }
     for timeline in &listing.timelines {
+        let whose = if timeline.timeline == PREDECESSOR { " (gardener/etcd-backup-restore)" } else { "" };
         say(format!(
-            "timeline {}: {} full, {} delta, {}",
+            "timeline {}{whose}: {} full, {} delta, {}",
             timeline.timeline,
             timeline.fulls.len(),
             timeline.deltas.len(),

@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use super::{Output, StoreFlag, bytes, print};
-use crate::catalog::ObjectName;
+use crate::catalog::Layout;
 use crate::etcd::EtcdFlags;
 use crate::snapshotter::{self, Kind, Settings, Taken, TakenDelta};
 use crate::store::{Open, Store};
@@ -31,6 +31,10 @@ pub struct Args {
     /// compacted ahead of the deltas, and when users, roles or auth change. Empty for no schedule.
     #[arg(long, default_value = "0 */1 * * *", value_name = "CRON")]
     full_schedule: String,
+    /// What to write: `gardener-v2` is for gardener/etcd-backup-restore to read, without the metadata, hashes, TTLs of leases
+    /// and timelines of our own.
+    #[arg(long, value_enum, default_value_t)]
+    layout: Layout,
     /// How often a delta is uploaded, when anything changed; such as 20s, 5m, 500ms.
     #[arg(long, default_value = "20s", value_parser = parse_duration, value_name = "DURATION")]
     delta_period: Duration,
@@ -101,6 +105,7 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
     let settings = Settings {
         etcd: args.etcd,
         store: Store::open(&args.store.store, Open::Create)?,
+        layout: args.layout,
         full_schedule,
         delta_period: args.delta_period,
         delta_max_bytes: args.delta_max_bytes,
@@ -120,10 +125,7 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
         }),
         Taken::Deltas(deltas) => {
             let delta = |delta: &TakenDelta| {
-                let (first, last) = match delta.name {
-                    ObjectName::Delta { first, last, .. } => (first, last),
-                    _ => (0, 0),
-                };
+                let (first, last) = delta.name.revisions().unwrap_or_default();
                 json!({
                     "object": settings.store.location(&delta.name), "firstRevision": first, "lastRevision": last,
                     "events": delta.events, "bytes": delta.size,

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::catalog::ObjectName;
-use crate::container;
+use crate::object::Content;
 use crate::store::Store;
 use crate::{Error, Result};
 
@@ -151,8 +151,8 @@ pub(super) struct Ahead {
 impl Ahead {
     /// Works until everything is handed on, nobody takes it any more, or an error is.
     pub(super) fn run(self, objects: &[(ObjectName, String)], received: &mut Pieces, stop: &CancellationToken) {
-        for (_, location) in objects {
-            match self.object(location, received, stop) {
+        for (name, location) in objects {
+            match self.object(name, location, received, stop) {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(error) => {
@@ -163,9 +163,15 @@ impl Ahead {
         }
     }
 
-    fn object(&self, location: &str, received: &mut Pieces, stop: &CancellationToken) -> Result<bool> {
+    fn object(
+        &self,
+        name: &ObjectName,
+        location: &str,
+        received: &mut Pieces,
+        stop: &CancellationToken,
+    ) -> Result<bool> {
         let source = Stoppable::new(PieceReader::new(received), stop);
-        let mut source = container::Reader::new(source, location)?;
+        let mut source = Content::open(name, source, location)?;
         let meta = source.meta().cloned().map(Box::new);
         if self.parts.send(Ok(Part::Begin(meta))).is_err() {
             return Ok(false);

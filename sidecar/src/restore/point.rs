@@ -1,14 +1,13 @@
 //! Which chain a restore reads, and at which revision it ends.
 
-use std::io::BufReader;
 use std::path::Path;
 
 use serde::Serialize;
 
 use super::Source;
 use crate::catalog::{Catalog, Delta, History, Timeline};
-use crate::container;
-use crate::delta::{Reader, Record};
+use crate::delta::Record;
+use crate::object::delta_in_memory;
 use crate::store::Store;
 use crate::{Error, Result};
 
@@ -164,9 +163,8 @@ async fn choose_timeline<'c>(store: &Store, catalog: &'c Catalog, choice: &Choic
             let (mut timeline, mut history) = (newest, history);
             // A timeline has what its fulls reach back to; before that it shares what its parent has up to the fork.
             while history.fulls.first().is_none_or(|full| full.revision > revision) {
-                let Some(description) = store.description(timeline).await?.filter(|found| found.parent > 0) else {
-                    break;
-                };
+                // The predecessor's backups are no timeline with a parent.
+                let Some(description) = store.description(timeline).await? else { break };
                 let parent = catalog.timelines.get(&description.parent);
                 let Some(parent_history) = parent else { break };
                 if revision > description.fork_revision {
@@ -222,8 +220,7 @@ async fn at_time(store: &Store, timeline: Timeline, history: &History, unix_ms: 
 async fn revision_times(store: &Store, timeline: Timeline, delta: &Delta) -> Result<Vec<(i64, i64)>> {
     let name = delta.name(timeline);
     let (object, location) = (store.get_whole(&name, delta.size).await?, store.location(&name));
-    let content = container::Reader::new(object.as_slice(), &location)?;
-    let mut reader = Reader::new(BufReader::new(content), &location);
+    let mut reader = delta_in_memory(&name, &object, &location)?;
     let mut times: Vec<(i64, i64)> = Vec::new();
     while let Some(record) = reader.next()? {
         if let Record::Revision { main, received_unix_ms } = record {

@@ -1,6 +1,7 @@
 //! Closing a delta: what etcd is asked beside its events, and the upload.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -10,11 +11,12 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::now_ms;
-use crate::catalog::{ObjectName, Timeline};
-use crate::delta::Builder;
+use crate::catalog::{Layout, ObjectName, Timeline};
+use crate::delta::{self, Builder};
 use crate::etcd::{Etcd, Status};
 use crate::store::Store;
 use crate::{Class, Error, Result};
+use crate::{container, gardener};
 
 /// So many leases are asked about again at once,
 const LEASES_AGAIN: usize = 512;
@@ -38,6 +40,8 @@ pub struct TakenDelta {
     pub events: u64,
     /// Bytes of the object.
     pub size: u64,
+    /// Whether it has a revision that the predecessor's restore cannot replay, when it is to be read by that.
+    pub is_too_large_to_replay: bool,
 }
 
 /// Where a cluster stands in its raft log; see [`decide`].
@@ -89,6 +93,7 @@ pub(super) enum Ask {
 pub(super) struct CloseJob {
     pub etcd: Etcd,
     pub store: Store,
+    pub layout: Layout,
     pub timeline: Timeline,
     pub meta: ObjectMeta,
     pub builder: Builder,
@@ -165,21 +170,35 @@ impl Known {
 }
 
 async fn upload_delta(job: CloseJob, end: DeltaEnd, stop: &CancellationToken) -> Result<TakenDelta> {
-    let CloseJob { store, timeline, builder, meta, .. } = job;
+    let CloseJob { store, layout, timeline, builder, meta, .. } = job;
     let (first, last, mut unix_ms) = (builder.first(), builder.last(), now_ms());
     let events = builder.events();
-    let content =
-        tokio::task::spawn_blocking(move || builder.finish(end, meta)).await.map_err(|error| Error::task(&error))??;
+    let made = tokio::task::spawn_blocking(move || make(builder, layout, end, meta)).await;
+    let (content, is_too_large_to_replay) = made.map_err(|error| Error::task(&error))??;
     let size = content.iter().map(Bytes::len).sum::<usize>() as u64;
     loop {
-        let name = ObjectName::Delta { timeline, first, last, unix_ms };
+        let name = layout.delta(timeline, first, last, unix_ms);
         match store.persist("upload of a delta", stop, || store.put_new(&name, &content)).await {
-            Ok(()) => return Ok(TakenDelta { name, events, size }),
-            // Another writer closed the same revisions in the same millisecond, which is legal.
-            Err(error) if error.class() == Class::Precondition && unix_ms < now_ms() + 1000 => unix_ms += 1,
+            Ok(()) => return Ok(TakenDelta { name, events, size, is_too_large_to_replay }),
+            // Another writer closed the same revisions in the same moment, which is legal.
+            Err(error) if error.class() == Class::Precondition && unix_ms < now_ms() + 1000 * layout.tick_ms() => {
+                unix_ms += layout.tick_ms();
+            }
             Err(error) => return Err(error),
         }
     }
+}
+
+/// The object, and whether it has a revision too large for the predecessor.
+fn make(builder: Builder, layout: Layout, end: DeltaEnd, meta: ObjectMeta) -> Result<(Vec<Bytes>, bool)> {
+    let content = builder.finish(end, meta)?;
+    if layout == Layout::Steward {
+        return Ok((content, false));
+    }
+    let name = "the delta to be uploaded";
+    let container = container::Reader::new(io::Cursor::new(content.concat()), name)?;
+    let encoded = gardener::encode(&mut delta::Reader::new(io::BufReader::new(container), name))?;
+    Ok((vec![encoded.object], encoded.is_too_large_to_replay))
 }
 
 /// The leases to record with a delta. Those that its puts refer to are always among them.
@@ -232,7 +251,7 @@ async fn leases_of(etcd: &mut Etcd, builder: &Builder, known: &mut Known) -> (Ve
 }
 
 pub(super) fn log_delta(taken: &TakenDelta) {
-    if let ObjectName::Delta { first, last, .. } = taken.name {
+    if let Some((first, last)) = taken.name.revisions() {
         tracing::info!(first, last, events = taken.events, bytes = taken.size, "delta is in the store");
     }
 }

@@ -7,11 +7,11 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::closing::Position;
-use crate::catalog::{ObjectName, Timeline};
-use crate::container::{LEVEL_FULL, Writer};
+use crate::catalog::{Layout, ObjectName, Timeline};
 use crate::etcd::Etcd;
+use crate::object::FullWriter;
 use crate::store::{Store, Upload};
-use crate::{Class, Error, Result};
+use crate::{Error, Result};
 
 /// etcd sends 32 KiB at a time; work is handed on in larger pieces.
 const PIECE_BYTES: usize = 512 << 10;
@@ -48,6 +48,7 @@ pub(super) fn log_full(taken: &TakenFull) {
 pub(super) struct Job {
     pub etcd: Etcd,
     pub store: Store,
+    pub layout: Layout,
     pub timeline: Timeline,
     pub meta: ObjectMeta,
 }
@@ -68,21 +69,19 @@ pub(super) async fn take(mut job: Job, stop: &CancellationToken) -> Result<Taken
             return Err(error);
         }
     };
-    let mut name_ms = unix_ms;
-    let (name, size) = loop {
-        let name = ObjectName::Full { timeline: job.timeline, revision: scanned.revision, unix_ms: name_ms };
-        let finished = tokio::select! {
-            result = upload.finish(&name) => result,
-            () = stop.cancelled() => Err(Error::Cancelled),
-        };
-        match finished {
-            Ok(size) => break (name, size),
-            // Another writer began one of the same revision in the same millisecond, which is legal.
-            Err(error) if error.class() == Class::Precondition && name_ms < unix_ms + 100 => name_ms += 1,
-            Err(error) => {
-                upload.abort().await;
-                return Err(error);
-            }
+    let name = |attempt| {
+        let unix_ms = unix_ms + attempt * job.layout.tick_ms();
+        job.layout.full(job.timeline, scanned.revision, unix_ms)
+    };
+    let finished = tokio::select! {
+        result = upload.finish_as(name) => result,
+        () = stop.cancelled() => Err(Error::Cancelled),
+    };
+    let (name, size) = match finished {
+        Ok(finished) => finished,
+        Err(error) => {
+            upload.abort().await;
+            return Err(error);
         }
     };
     Ok(TakenFull {
@@ -103,8 +102,8 @@ async fn transfer(job: &mut Job, upload: &mut Upload) -> Result<Scanned> {
     let (to_compress, compress_in) = mpsc::channel::<Bytes>(PIECES_AHEAD);
     let (compressed, mut compressed_out) = mpsc::channel::<Bytes>(2);
     let scanning = tokio::task::spawn_blocking(move || scan(scan_in, before.revision));
-    let meta = job.meta.clone();
-    let compressing = tokio::task::spawn_blocking(move || compress(compress_in, &compressed, &meta));
+    let (layout, meta) = (job.layout, job.meta.clone());
+    let compressing = tokio::task::spawn_blocking(move || compress(compress_in, &compressed, layout, &meta));
     let receive = receive(&mut job.etcd, to_scan, to_compress);
     let send = async {
         while let Some(bytes) = compressed_out.recv().await {
@@ -115,7 +114,7 @@ async fn transfer(job: &mut Job, upload: &mut Upload) -> Result<Scanned> {
     // Both ends at once. When one fails the other is dropped, and the workers end because their channels do.
     tokio::try_join!(receive, send)?;
     let scanned = scanning.await.map_err(|error| Error::task(&error))?;
-    let mut writer = compressing.await.map_err(|error| Error::task(&error))??;
+    let writer = compressing.await.map_err(|error| Error::task(&error))??;
     let scanned = scanned.map_err(Error::format("snapshot from etcd"))?;
     let mut trailer = ObjectMeta {
         first_revision: scanned.revision,
@@ -127,8 +126,7 @@ async fn transfer(job: &mut Job, upload: &mut Upload) -> Result<Scanned> {
         ..ObjectMeta::default()
     };
     position.mark(&mut trailer, scanned.revision);
-    writer.put_meta(&trailer)?;
-    upload.write(writer.finish()?).await?;
+    upload.write(writer.finish(&trailer)?).await?;
     Ok(scanned)
 }
 
@@ -168,9 +166,13 @@ fn scan(mut pieces: mpsc::Receiver<Bytes>, least_revision: i64) -> Result<Scanne
     scan.finish()
 }
 
-fn compress(mut pieces: mpsc::Receiver<Bytes>, out: &mpsc::Sender<Bytes>, meta: &ObjectMeta) -> Result<Writer> {
-    let mut writer = Writer::new(LEVEL_FULL)?;
-    writer.put_meta(meta)?;
+fn compress(
+    mut pieces: mpsc::Receiver<Bytes>,
+    out: &mpsc::Sender<Bytes>,
+    layout: Layout,
+    meta: &ObjectMeta,
+) -> Result<FullWriter> {
+    let mut writer = FullWriter::new(layout, meta)?;
     while let Some(piece) = pieces.blocking_recv() {
         writer.write(&piece)?;
         if writer.ready() >= PIECE_BYTES && out.blocking_send(writer.take()).is_err() {

@@ -13,9 +13,9 @@ use super::auth::AuthWatch;
 use super::closing::{Ask, CloseJob, Known, Position, TakenDelta, close_delta, log_delta};
 use super::full::{self, TakenFull, log_full};
 use super::pending::Pending;
-use super::timeline::{self, Comparison, Decision, Seen};
+use super::timeline::{self, Comparison, Decision};
 use super::{Settings, now_ms};
-use crate::catalog::{Description, History, ObjectName, Timeline};
+use crate::catalog::{Catalog, Description, History, Layout, ObjectName, PREDECESSOR, Timeline};
 use crate::container::LAYOUT;
 use crate::etcd::{Etcd, Status};
 use crate::{Class, Error, Result};
@@ -63,6 +63,7 @@ enum Due {
     Schedule,
     AuthChanged,
     Compacted,
+    TooLargeToReplay,
 }
 
 impl Due {
@@ -72,6 +73,7 @@ impl Due {
             Self::Schedule => "it is scheduled",
             Self::AuthChanged => "users, roles or auth have changed",
             Self::Compacted => "etcd compacted what was not backed up",
+            Self::TooLargeToReplay => "a delta has a revision too large for the predecessor's restore to replay",
         }
     }
 }
@@ -145,7 +147,6 @@ impl<'s> Session<'s> {
             }
         }
         store.remove_abandoned_files(ABANDONED_AFTER).await;
-        let seen = timeline::look(store, &catalog).await?;
         let later = etcd.status().await?;
         let known = Known { position: Position::between(&status, &later), db_size: status.db_size, ..Known::default() };
         let mut session = Self {
@@ -163,16 +164,9 @@ impl<'s> Session<'s> {
             lost: false,
             unsaved: None,
         };
-        match timeline::decide(seen.as_ref(), &session.status) {
-            Decision::Continue { timeline } => {
-                session.timeline = timeline;
-                if let (Some(history), Some(seen)) = (catalog.timelines.get(&timeline), &seen) {
-                    session.resume(history, seen).await?;
-                }
-            }
-            Decision::Begin { timeline, parent, ref reason } => {
-                session.begin_timeline(timeline, parent, catalog.timelines.get(&parent), reason).await?;
-            }
+        match settings.layout {
+            Layout::Steward => session.find_timeline(&catalog).await?,
+            Layout::GardenerV2 => session.find_predecessor(&catalog).await?,
         }
         let backed_up_to = if let Tip::At(tip) = session.tip { Some(tip) } else { None };
         if let Some(tip) = backed_up_to {
@@ -189,6 +183,41 @@ impl<'s> Session<'s> {
             "connected"
         );
         Ok(session)
+    }
+
+    async fn find_timeline(&mut self, catalog: &Catalog) -> Result<()> {
+        let seen = timeline::look(&self.settings.store, catalog).await?;
+        match timeline::decide(seen.as_ref(), &self.status) {
+            Decision::Continue { timeline } => {
+                self.timeline = timeline;
+                match (catalog.timelines.get(&timeline), &seen) {
+                    (Some(history), Some(seen)) => self.resume(history, seen.newer_is_damaged).await,
+                    _ => Ok(()),
+                }
+            }
+            Decision::Begin { timeline, parent, ref reason } => {
+                self.begin_timeline(timeline, parent, catalog.timelines.get(&parent), reason).await
+            }
+        }
+    }
+
+    /// The predecessor's layout has one history, and nothing in it says of which cluster.
+    async fn find_predecessor(&mut self, catalog: &Catalog) -> Result<()> {
+        self.timeline = PREDECESSOR;
+        let Some(history) = catalog.timelines.get(&PREDECESSOR) else { return Ok(()) };
+        let last = history.fulls.iter().map(|full| full.revision).chain(history.deltas.iter().map(|delta| delta.last));
+        if let Some(last) = last.max().filter(|last| *last > self.status.revision) {
+            let live = self.status.revision;
+            return Err(self.no_timelines(&format!("etcd is at revision {live}, the backup at {last}")));
+        }
+        self.resume(history, false).await
+    }
+
+    fn no_timelines(&self, what: &str) -> Error {
+        let url = self.settings.store.url();
+        Error::precondition(format!(
+            "{what}: store {url} holds another history, and the layout gardener-v2 cannot keep two apart; give another prefix, or leave --layout out"
+        ))
     }
 
     async fn begin_timeline(
@@ -238,7 +267,7 @@ impl<'s> Session<'s> {
     }
 
     /// Finds where to go on in a timeline. Without a chain that can be trusted there is no tip, and a full is taken.
-    async fn resume(&mut self, history: &History, seen: &Seen) -> Result<()> {
+    async fn resume(&mut self, history: &History, newer_is_damaged: bool) -> Result<()> {
         let Some(chain) = history.newest_chain() else { return Ok(()) };
         if let Some(newest) = history.fulls.iter().map(|full| full.unix_ms).max() {
             self.schedule_after(newest);
@@ -250,10 +279,10 @@ impl<'s> Session<'s> {
         let store = &self.settings.store;
         let compared = async {
             let full = store.meta(&chain.full.name(self.timeline), chain.full.size).await?;
-            if seen.newer_is_damaged {
+            if newer_is_damaged {
                 return Ok::<_, Error>((full, None));
             }
-            let compared = timeline::compare(store, &mut self.etcd, self.timeline, &chain, &full).await?;
+            let compared = timeline::compare(store, &mut self.etcd, self.timeline, &chain, full.as_ref()).await?;
             Ok((full, Some(compared)))
         };
         let (full, compared) = match compared.await {
@@ -265,12 +294,20 @@ impl<'s> Session<'s> {
             Err(error) => return Err(error),
         };
         if let Some(Comparison::Differs(reason)) = &compared {
+            if self.settings.layout == Layout::GardenerV2 {
+                return Err(self.no_timelines(reason));
+            }
             let parent = self.timeline;
             return self.begin_timeline(parent.saturating_add(1), parent, Some(history), reason).await;
         }
-        self.auth = AuthWatch::since(&full);
         self.base = Some(chain.full.name(self.timeline));
-        self.known.compact_revision = full.compact_revision;
+        if let Some(full) = full {
+            self.auth = AuthWatch::since(&full);
+            self.known.compact_revision = full.compact_revision;
+        } else {
+            // What users and roles were then is not written down; changes from now on are noticed.
+            self.auth.rebase(&mut self.etcd).await;
+        }
         self.tip = match compared {
             Some(Comparison::Same) => Tip::At(chain.last),
             Some(Comparison::Impossible { compacted }) => Tip::Unproven(unproven(chain.last, compacted)),
@@ -304,7 +341,8 @@ impl<'s> Session<'s> {
         self.auth.rebase(&mut self.etcd).await;
         let mut meta = self.meta();
         meta.auth_fingerprint = self.auth.fingerprint().unwrap_or_default();
-        full::Job { etcd: self.etcd.clone(), store: self.settings.store.clone(), timeline: self.timeline, meta }
+        let (store, layout, timeline) = (self.settings.store.clone(), self.settings.layout, self.timeline);
+        full::Job { etcd: self.etcd.clone(), store, layout, timeline, meta }
     }
 
     /// Takes the delta that fills, and begins the next one.
@@ -312,6 +350,7 @@ impl<'s> Session<'s> {
         Ok(CloseJob {
             etcd: self.etcd.clone(),
             store: self.settings.store.clone(),
+            layout: self.settings.layout,
             timeline: self.timeline,
             meta: self.meta(),
             builder: self.pending.close()?,
@@ -551,7 +590,12 @@ impl<'s> Session<'s> {
             Done::Delta(taken, known) => {
                 self.known = *known;
                 match taken {
-                    Ok(taken) => log_delta(&taken),
+                    Ok(taken) => {
+                        log_delta(&taken);
+                        if taken.is_too_large_to_replay {
+                            self.due.get_or_insert_with(|| (Due::TooLargeToReplay, Instant::now()));
+                        }
+                    }
                     Err(error) => {
                         self.lost = true;
                         return Err(error);

@@ -1,7 +1,6 @@
 //! Whether a live cluster continues the history that the store has.
 
 use std::collections::BTreeMap;
-use std::io::BufReader;
 use std::time::Duration;
 
 use etcd_client::EventType;
@@ -9,10 +8,10 @@ use etcd_format::mvcc::KeyValue;
 use proto::backup::ObjectMeta;
 use tokio::time::Instant;
 
-use crate::catalog::{Catalog, Chain, Delta, History, ObjectName, Timeline};
-use crate::container;
-use crate::delta::{self, Record};
+use crate::catalog::{Catalog, Chain, Delta, History, ObjectName, PREDECESSOR, Timeline};
+use crate::delta::Record;
 use crate::etcd::{Etcd, Status};
+use crate::object::delta_in_memory;
 use crate::store::Store;
 use crate::{Class, Error, Result};
 
@@ -95,7 +94,9 @@ pub fn decide(seen: Option<&Seen>, live: &Status) -> Decision {
 
 /// Reads what [`decide`] needs from the store: the metadata of the newest object that can be read.
 pub async fn look(store: &Store, catalog: &Catalog) -> Result<Option<Seen>> {
-    let Some((timeline, history)) = catalog.newest() else { return Ok(None) };
+    let Some((timeline, history)) = catalog.newest().filter(|(timeline, _)| *timeline != PREDECESSOR) else {
+        return Ok(None);
+    };
     let fulls = history.fulls.iter().map(|full| (full.revision, full.unix_ms, full.name(timeline), full.size));
     let deltas = history.deltas.iter().map(|delta| (delta.last, delta.unix_ms, delta.name(timeline), delta.size));
     let mut objects: Vec<_> = fulls.chain(deltas).collect();
@@ -110,7 +111,7 @@ pub async fn look(store: &Store, catalog: &Catalog) -> Result<Option<Seen>> {
     for (_, _, name, size) in objects.into_iter().take(MOST_LOOKS) {
         match store.meta(&name, size).await {
             Ok(meta) => {
-                seen.newest = Some(meta);
+                seen.newest = meta;
                 break;
             }
             Err(error) if matches!(error.class(), Class::Corrupt | Class::Missing) => {
@@ -144,13 +145,13 @@ pub async fn compare(
     etcd: &mut Etcd,
     timeline: Timeline,
     chain: &Chain,
-    full: &ObjectMeta,
+    full: Option<&ObjectMeta>,
 ) -> Result<Comparison> {
     let last = chain.deltas.last();
     let name = last.map(|delta| delta.name(timeline));
     let recorded = match (name, last) {
-        (Some(name), Some(delta)) => store.meta(&name, delta.size).await?.hash_kv,
-        _ => full.hash_kv,
+        (Some(name), Some(delta)) => store.meta(&name, delta.size).await?.and_then(|meta| meta.hash_kv),
+        _ => full.and_then(|full| full.hash_kv),
     };
     if let Some(recorded) = recorded.filter(|recorded| recorded.revision == chain.last) {
         match etcd.hash_kv(recorded.revision).await {
@@ -206,8 +207,7 @@ fn digest(before: u64, is_put: bool, bytes: &[u8]) -> u64 {
 async fn revisions(store: &Store, name: &ObjectName, delta: &Delta, most: usize) -> Result<BTreeMap<i64, u64>> {
     let object = store.get_whole(name, delta.size).await?;
     let location = store.location(name);
-    let mut reader =
-        delta::Reader::new(BufReader::new(container::Reader::new(object.as_slice(), &location)?), &location);
+    let mut reader = delta_in_memory(name, &object, &location)?;
     let mut digests = BTreeMap::new();
     let mut at = 0;
     while let Some(record) = reader.next()? {

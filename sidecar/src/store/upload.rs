@@ -7,11 +7,13 @@ use object_store::{CopyMode, CopyOptions, MultipartUpload, ObjectStoreExt};
 use tokio::task::JoinSet;
 
 use super::Store;
-use crate::Result;
 use crate::catalog::ObjectName;
+use crate::{Class, Result};
 
 /// Parts of a multipart upload. At 10,000 parts, S3's limit, an object may have 80 GB.
 const PART_BYTES: usize = 8 << 20;
+/// Names tried for one object.
+const MOST_NAMES: i64 = 100;
 /// How long cleaning up behind an upload that was given up may take.
 const ABORT_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -105,6 +107,20 @@ impl Upload {
         }
         self.complete(name).await?;
         Ok(self.sent)
+    }
+
+    /// Gives the object the first of the names for 0, 1, 2, … that is free: another writer may have begun one of the same
+    /// revision in the same moment, which is legal. Returns name and size.
+    pub async fn finish_as(&mut self, name: impl Fn(i64) -> ObjectName) -> Result<(ObjectName, u64)> {
+        let mut attempt = 0;
+        loop {
+            let name = name(attempt);
+            match self.finish(&name).await {
+                Ok(size) => return Ok((name, size)),
+                Err(error) if error.class() == Class::Precondition && attempt < MOST_NAMES => attempt += 1,
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     async fn complete(&mut self, name: &ObjectName) -> Result<()> {

@@ -74,6 +74,13 @@ pub const TOOLS: &[Tool] = &[
         origin: Origin::Go(&[("github.com/minio/minio", "minio")]),
     },
     Tool {
+        name: "gardener",
+        version: "1",
+        programs: &["gardener"],
+        probe: ("--version", "gardener 1"),
+        origin: Origin::Go(&[(".", "gardener")]),
+    },
+    Tool {
         name: "zstd",
         version: "1.5",
         programs: &["zstd"],
