@@ -1,12 +1,14 @@
 //! What a person types, and what they get to read.
 
 mod check;
+mod gc;
 mod list;
 mod restore;
 mod snapshot;
 mod verify;
 
 use std::io::{IsTerminal, Write};
+use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -62,6 +64,7 @@ enum Command {
     Restore(restore::Args),
     Check(check::Args),
     Verify(verify::Args),
+    Gc(gc::Args),
 }
 
 /// The store that a command works on.
@@ -94,6 +97,7 @@ impl Cli {
             Command::List(args) => until(&stop, list::run(args, self.output)).await,
             Command::Restore(args) => restore::run(args, self.output, stop).await,
             Command::Verify(args) => verify::run(args, self.output, stop).await,
+            Command::Gc(args) => gc::run(args, self.output, stop).await,
             Command::Check(args) => until(&stop, check::run(args, self.output)).await,
         };
         signals.abort();
@@ -167,6 +171,28 @@ fn columns(rows: &[Vec<String>]) -> String {
         text.push('\n');
     }
     text
+}
+
+/// A number and a unit, as milliseconds.
+fn parse_millis(text: &str) -> Result<u64, String> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: u64 = number.parse().map_err(|_| "it must be a number and a unit, such as 20s".to_owned())?;
+    let millis = match unit {
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return Err("its unit must be ms, s, m, h or d".into()),
+    };
+    number.checked_mul(millis).ok_or_else(|| "it is too long".to_owned())
+}
+
+/// Any time up to ten years.
+fn parse_period(text: &str) -> Result<Duration, String> {
+    let duration = Duration::from_millis(parse_millis(text)?);
+    if duration > Duration::from_secs(10 * 365 * 86_400) { Err("it must be up to 3650d".into()) } else { Ok(duration) }
 }
 
 fn bytes(count: u64) -> String {

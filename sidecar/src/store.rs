@@ -317,12 +317,11 @@ impl Store {
         Err(Error::corrupt(format!("{}: store gave {} of {want} bytes asked for", self.location(name), bytes.len())))
     }
 
-    /// Removes an upload that did not finish.
-    pub async fn remove_uploading(&self, name: &ObjectName) -> Result<()> {
-        match (name, self.inner.delete(&self.path(&name.to_string())).await) {
-            (ObjectName::Uploading { .. }, Ok(()) | Err(object_store::Error::NotFound { .. })) => Ok(()),
-            (_, Err(source)) => Err(self.fail("delete", name)(source)),
-            _ => Err(Error::Bug { what: format!("{name} is not an unfinished upload") }),
+    /// Deletes an object. One that is not there is as good as deleted.
+    pub async fn delete(&self, name: &ObjectName) -> Result<()> {
+        match self.inner.delete(&self.path(&name.to_string())).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(source) => Err(self.fail("delete", name)(source)),
         }
     }
 

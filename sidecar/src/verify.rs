@@ -181,7 +181,14 @@ async fn contents(
     Ok(())
 }
 
-async fn content(store: &Store, name: ObjectName, size: u64, level: Level, stop: &CancellationToken) -> Result<()> {
+/// Reads one object to its end, at least every byte of it.
+pub(crate) async fn content(
+    store: &Store,
+    name: ObjectName,
+    size: u64,
+    level: Level,
+    stop: &CancellationToken,
+) -> Result<()> {
     let ours = match store.meta(&name, size).await? {
         Some(meta) => Some((meta, store.frames(&name, size).await?)),
         None => None,

@@ -8,7 +8,7 @@ use croner::Cron;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use super::{Output, StoreFlag, bytes, print};
+use super::{Output, StoreFlag, bytes, parse_millis, print};
 use crate::catalog::Layout;
 use crate::etcd::EtcdFlags;
 use crate::snapshotter::{self, Kind, Settings, Taken, TakenDelta};
@@ -52,17 +52,7 @@ enum Once {
 }
 
 fn parse_duration(text: &str) -> Result<Duration, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let number: u64 = number.parse().map_err(|_| "it must be a number and a unit, such as 20s".to_owned())?;
-    let millis = match unit {
-        "ms" => 1,
-        "s" => 1000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        _ => return Err("its unit must be ms, s, m or h".into()),
-    };
-    let duration = Duration::from_millis(number.checked_mul(millis).ok_or("it is too long")?);
+    let duration = Duration::from_millis(parse_millis(text)?);
     if duration < Duration::from_millis(100) || duration > Duration::from_secs(86_400) {
         return Err("it must be from 100ms to 24h".into());
     }
@@ -178,7 +168,7 @@ mod tests {
         assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
         assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
         assert!(
-            ["", "5", "s", "5d", "99999999999999999999s", "1ms", "48h", "1.5s"]
+            ["", "5", "s", "5d", "5w", "99999999999999999999s", "1ms", "48h", "1.5s"]
                 .iter()
                 .all(|text| parse_duration(text).is_err())
         );

@@ -18,6 +18,7 @@ use super::{Settings, now_ms};
 use crate::catalog::{Catalog, Description, History, Layout, ObjectName, PREDECESSOR, Timeline};
 use crate::container::LAYOUT;
 use crate::etcd::{Etcd, Status};
+use crate::retention::ABANDONED_AFTER;
 use crate::{Class, Error, Result};
 
 /// How long an ending run may take to bring its last delta home. Kubernetes grants 30 s in all.
@@ -26,8 +27,6 @@ const FLUSH_DEADLINE: Duration = Duration::from_secs(20);
 const CATCH_UP_DEADLINE: Duration = Duration::from_secs(10);
 /// How long what was given up may take to clean up behind itself.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(3);
-/// Uploads that stayed unfinished for so long have no writer any more.
-const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 3600);
 /// Users and roles are looked at so often.
 const AUTH_PERIOD: Duration = Duration::from_secs(10);
 /// A full snapshot that failed is tried again after so long.
@@ -140,7 +139,7 @@ impl<'s> Session<'s> {
         let abandoned_ms = now_ms() - i64::try_from(ABANDONED_AFTER.as_millis()).unwrap_or(i64::MAX);
         for (name, _) in &catalog.uploading {
             if matches!(name, ObjectName::Uploading { unix_ms, .. } if *unix_ms < abandoned_ms) {
-                match store.remove_uploading(name).await {
+                match store.delete(name).await {
                     Ok(()) => tracing::info!(object = %name, "remove an upload that was never finished"),
                     Err(error) => tracing::warn!(%error, "an upload that was never finished stays"),
                 }

@@ -173,7 +173,7 @@ impl Upload {
             if let Some(parts) = self.parts.take() {
                 parts.abort().await;
             }
-            let _ = self.store.remove_uploading(&self.staging).await;
+            let _ = self.store.delete(&self.staging).await;
         };
         // What cannot be removed now is removed by a later run.
         if begun && tokio::time::timeout(ABORT_DEADLINE, clean).await.is_err() {
