@@ -107,6 +107,15 @@ impl ObjectName {
         matches!(self, Self::Full { .. }) || matches!(self, Self::Gardener(name) if name.is_full())
     }
 
+    /// When it was begun or closed, in Unix milliseconds; 0 of a description.
+    pub fn unix_ms(&self) -> i64 {
+        match self {
+            Self::Full { unix_ms, .. } | Self::Delta { unix_ms, .. } | Self::Uploading { unix_ms, .. } => *unix_ms,
+            Self::Gardener(name) => name.unix_ms(),
+            Self::Timeline { .. } => 0,
+        }
+    }
+
     /// First and last revision of a full snapshot or a delta. A full of the predecessor's may have later ones.
     pub fn revisions(&self) -> Option<(i64, i64)> {
         match self {

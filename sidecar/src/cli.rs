@@ -1,6 +1,7 @@
 //! What a person types, and what they get to read.
 
 mod check;
+mod copy;
 mod gc;
 mod list;
 mod restore;
@@ -64,6 +65,7 @@ enum Command {
     Restore(restore::Args),
     Check(check::Args),
     Verify(verify::Args),
+    Copy(copy::Args),
     Gc(gc::Args),
 }
 
@@ -97,6 +99,7 @@ impl Cli {
             Command::List(args) => until(&stop, list::run(args, self.output)).await,
             Command::Restore(args) => restore::run(args, self.output, stop).await,
             Command::Verify(args) => verify::run(args, self.output, stop).await,
+            Command::Copy(args) => copy::run(args, self.output, stop).await,
             Command::Gc(args) => gc::run(args, self.output, stop).await,
             Command::Check(args) => until(&stop, check::run(args, self.output)).await,
         };
@@ -193,6 +196,12 @@ fn parse_millis(text: &str) -> Result<u64, String> {
 fn parse_period(text: &str) -> Result<Duration, String> {
     let duration = Duration::from_millis(parse_millis(text)?);
     if duration > Duration::from_secs(10 * 365 * 86_400) { Err("it must be up to 3650d".into()) } else { Ok(duration) }
+}
+
+fn parse_time(text: &str) -> Result<i64, String> {
+    chrono::DateTime::parse_from_rfc3339(text)
+        .map(|time| time.timestamp_millis())
+        .map_err(|error| format!("it must be like 2026-11-22T18:00:00Z: {error}"))
 }
 
 fn bytes(count: u64) -> String {

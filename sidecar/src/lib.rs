@@ -14,6 +14,7 @@
 pub mod catalog;
 pub mod cli;
 pub mod container;
+pub mod copy;
 pub mod delta;
 pub mod error;
 pub mod etcd;

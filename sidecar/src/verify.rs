@@ -2,11 +2,12 @@
 //!
 //! Memory is bounded by the size of a frame; only a replay needs disk, as much as the database.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
 use etcd_format::SnapshotScan;
 use etcd_format::mvcc::KeyValue;
+use proto::backup::ObjectMeta;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
@@ -196,30 +197,37 @@ pub(crate) async fn content(
     let location = store.location(&name);
     let (feeder, mut received) = restore::fetch(store.clone(), vec![(name, size)], stop.clone());
     let stop = stop.clone();
-    let checked = tokio::task::spawn_blocking(move || -> Result<()> {
-        let source = Stoppable::new(PieceReader::new(&mut received), &stop);
-        let Some((meta, frames)) = ours else {
-            // The predecessor's have no checksums but the one at the end of their content.
-            let mut reader = BufReader::new(Content::open(&name, source, &location)?);
-            return records(&mut reader, &name, &location);
-        };
-        let mut reader = CheckedReader::new(source, &location, frames)?;
-        if level < Level::Decode {
-            drain(&mut reader, &location, &mut |_| Ok(()))?;
-        } else {
-            records(&mut reader, &name, &location)?;
-        }
-        if meta.content_bytes != reader.content_bytes() {
-            let (said, found) = (meta.content_bytes, reader.content_bytes());
-            return Err(Error::corrupt(format!(
-                "{location}: it has {found} bytes of content, its metadata says {said}"
-            )));
-        }
-        Ok(())
+    let checked = tokio::task::spawn_blocking(move || {
+        check(ours, Stoppable::new(PieceReader::new(&mut received), &stop), &name, &location, level)
     });
     let checked = checked.await.map_err(|error| Error::task(&error))?;
     feeder.abort();
     checked
+}
+
+/// Reads an object to its end. `ours` are metadata and frames of one of ours.
+pub(crate) fn check(
+    ours: Option<(ObjectMeta, Vec<(u32, u32)>)>,
+    source: impl Read,
+    name: &ObjectName,
+    location: &str,
+    level: Level,
+) -> Result<()> {
+    let Some((meta, frames)) = ours else {
+        // The predecessor's have no checksums but the one at the end of their content.
+        return records(&mut BufReader::new(Content::open(name, source, location)?), name, location);
+    };
+    let mut reader = CheckedReader::new(source, location, frames)?;
+    if level < Level::Decode {
+        drain(&mut reader, location, &mut |_| Ok(()))?;
+    } else {
+        records(&mut reader, name, location)?;
+    }
+    if meta.content_bytes != reader.content_bytes() {
+        let (said, found) = (meta.content_bytes, reader.content_bytes());
+        return Err(Error::corrupt(format!("{location}: it has {found} bytes of content, its metadata says {said}")));
+    }
+    Ok(())
 }
 
 /// Reads an object's content to its end and compares it with its name.

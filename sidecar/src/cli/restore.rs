@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::{Output, bytes, print, time};
+use super::{Output, bytes, parse_time, print, time};
 use crate::catalog::Timeline;
 use crate::restore::{AtTime, Choice, Outcome, Plan, Progress, Source, Target, Upto, choose, execute};
 use crate::store::{Open, Store};
@@ -137,12 +137,6 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
     let outcome = Outcome { gap_after, ..outcome };
     print(output, &outcome, table)?;
     Ok(0)
-}
-
-fn parse_time(text: &str) -> Result<i64, String> {
-    chrono::DateTime::parse_from_rfc3339(text)
-        .map(|time| time.timestamp_millis())
-        .map_err(|error| format!("it must be like 2026-11-22T18:00:00Z: {error}"))
 }
 
 /// How exact a time is.

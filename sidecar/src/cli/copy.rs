@@ -1,0 +1,51 @@
+//! `sidecar copy`.
+
+use tokio_util::sync::CancellationToken;
+
+use super::{Output, StoreFlag, bytes, parse_time, print};
+use crate::catalog::{Layout, Timeline};
+use crate::copy::{Copied, Selection, copy};
+use crate::store::{Open, Store};
+use crate::{Class, Result};
+
+/// Copy backups to another store, each verified on its way.
+///
+/// What is there already is left out, so a run that was cut short is run again. What is damaged is not copied: exit code 10.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    store: StoreFlag,
+    /// Where to, as a URL like --store.
+    #[arg(long, value_name = "URL")]
+    to: String,
+    /// Copy this timeline only.
+    #[arg(long, value_name = "N")]
+    timeline: Option<Timeline>,
+    /// Copy what it takes to restore any moment since this time, such as 2026-11-22T18:00:00Z.
+    #[arg(long, value_name = "RFC3339", value_parser = parse_time)]
+    since: Option<i64>,
+    /// Write this layout, whatever the source has; one timeline at a time. From gardener-v2 to ours it becomes timeline 1.
+    #[arg(long, value_enum)]
+    layout: Option<Layout>,
+}
+
+pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> Result<u8> {
+    let (from, to) = (Store::open(&args.store.store, Open::Existing)?, Store::open(&args.to, Open::Create)?);
+    let selection = Selection { timeline: args.timeline, since_unix_ms: args.since, layout: args.layout };
+    let copied = copy(&from, &to, selection, &stop).await?;
+    print(output, &copied, table)?;
+    Ok(if copied.problems.is_empty() { 0 } else { Class::Corrupt.exit_code() })
+}
+
+fn table(copied: &Copied) -> String {
+    let mut text = format!(
+        "copied {} objects, {}; {} were there already\n",
+        copied.copied,
+        bytes(copied.bytes),
+        copied.already_there
+    );
+    for problem in &copied.problems {
+        text.push_str(&format!("NOT COPIED: {problem}\n"));
+    }
+    text
+}
