@@ -1,6 +1,7 @@
 //! What a person types, and what they get to read.
 
 mod check;
+mod compact;
 mod copy;
 mod gc;
 mod list;
@@ -65,6 +66,7 @@ enum Command {
     Restore(restore::Args),
     Check(check::Args),
     Verify(verify::Args),
+    Compact(compact::Args),
     Copy(copy::Args),
     Gc(gc::Args),
 }
@@ -99,6 +101,7 @@ impl Cli {
             Command::List(args) => until(&stop, list::run(args, self.output)).await,
             Command::Restore(args) => restore::run(args, self.output, stop).await,
             Command::Verify(args) => verify::run(args, self.output, stop).await,
+            Command::Compact(args) => compact::run(args, self.output, stop).await,
             Command::Copy(args) => copy::run(args, self.output, stop).await,
             Command::Gc(args) => gc::run(args, self.output, stop).await,
             Command::Check(args) => until(&stop, check::run(args, self.output)).await,

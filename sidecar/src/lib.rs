@@ -13,6 +13,7 @@
 
 pub mod catalog;
 pub mod cli;
+pub mod compact;
 pub mod container;
 pub mod copy;
 pub mod delta;

@@ -16,7 +16,7 @@ use std::time::Instant;
 use etcd_format::ReadAt;
 use etcd_format::bolt::Db;
 use etcd_format::datadir::{
-    Change, Minor, RealDisk, Restored, Revision, Severity, Spec, Staged, Summary, Tail, Verdict, Verify, WantHash,
+    Change, Disk, Minor, RealDisk, Restored, Revision, Severity, Spec, Staged, Summary, Tail, Verdict, Verify, WantHash,
 };
 use etcd_format::membership::NewCluster;
 use etcd_format::mvcc::{self, Compaction, HashRequest, HashRules};
@@ -193,12 +193,12 @@ pub async fn execute(
 
 /// A recorded hash and the version whose rules made it.
 #[derive(Debug, Clone, Copy)]
-struct Recorded {
-    hash: HashKv,
-    rules: HashRules,
+pub(crate) struct Recorded {
+    pub hash: HashKv,
+    pub rules: HashRules,
 }
 
-fn recorded_hash(meta: &ObjectMeta) -> Option<Recorded> {
+pub(crate) fn recorded_hash(meta: &ObjectMeta) -> Option<Recorded> {
     meta.hash_kv.map(|hash| Recorded { hash, rules: HashRules::of(&meta.etcd_version) })
 }
 
@@ -221,12 +221,12 @@ fn unwrap_source(what: &str) -> impl FnOnce(etcd_format::Error) -> Error {
 
 /// What the deltas say beside the changes.
 #[derive(Debug, Default)]
-struct Aside {
-    cluster_id: u64,
-    compact_revision: i64,
-    lease_ttls: BTreeMap<i64, i64>,
-    live_leases: BTreeSet<i64>,
-    recorded: Option<Recorded>,
+pub(crate) struct Aside {
+    pub cluster_id: u64,
+    pub compact_revision: i64,
+    pub lease_ttls: BTreeMap<i64, i64>,
+    pub live_leases: BTreeSet<i64>,
+    pub recorded: Option<Recorded>,
 }
 
 fn assemble(
@@ -365,8 +365,6 @@ fn spec(plan: &Plan, aside: &Aside) -> Spec {
     }
 }
 
-type LocalTail = Tail<RealDisk>;
-
 /// The hash that one of our full snapshots has; a plain snapshot has none.
 fn recorded_in_file(path: &Path) -> Result<Option<Recorded>> {
     let name = path.display().to_string();
@@ -398,7 +396,7 @@ fn base_from_file(
     skip_hash: bool,
     stop: &CancellationToken,
     progress: &dyn Fn(Progress),
-) -> Result<LocalTail> {
+) -> Result<Tail<RealDisk>> {
     let name = path.display().to_string();
     let file = File::open(path).map_err(Error::io("open", &name))?;
     let mut file = Stoppable::new(file, stop);
@@ -413,15 +411,15 @@ fn base_from_file(
     base.map_err(unwrap_source(&name))?.into_tail().map_err(Error::format(&name))
 }
 
-fn from_store(
-    staged: &Staged<RealDisk>,
+pub(crate) fn from_store<D: Disk>(
+    staged: &Staged<D>,
     named: &[(ObjectName, String)],
     received: &mut Pieces,
     upto: Option<i64>,
     aside: &mut Aside,
     stop: &CancellationToken,
     progress: &dyn Fn(Progress),
-) -> Result<LocalTail> {
+) -> Result<Tail<D>> {
     let Some(((full_name, location), deltas)) = named.split_first() else {
         return Err(Error::Bug { what: "a chain without objects".into() });
     };
@@ -457,8 +455,8 @@ fn from_store(
 
 /// Appends what a delta has beyond the tail, up to a revision. Of a delta that goes on beyond that, what it says beside its
 /// changes is of a later moment; only the TTLs of its leases are of use.
-fn append_delta(
-    tail: &mut LocalTail,
+fn append_delta<D: Disk>(
+    tail: &mut Tail<D>,
     delta: Decompressed<'_>,
     (name, location): (&ObjectName, &str),
     upto: Option<i64>,

@@ -18,7 +18,7 @@ use object_store::{
 use proto::backup::ObjectMeta;
 use url::Url;
 
-pub use upload::Upload;
+pub use upload::{Staged, Upload};
 
 use crate::catalog::{Catalog, Description, ObjectName, Timeline};
 use crate::container::{self, FromTail};

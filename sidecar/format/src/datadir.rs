@@ -15,12 +15,14 @@
 
 mod disk;
 mod minor;
+mod rewrite;
 mod stage;
 mod tail;
 mod verify;
 
-pub use disk::{Disk, DiskWriter, RealDisk};
+pub use disk::{Disk, DiskWriter, RealDisk, Scratch};
 pub use minor::Minor;
+pub use rewrite::Rewrite;
 pub use stage::{Staged, check_target};
 pub use tail::{Base, Change, Restored, Revision, Spec, Tail};
 pub use verify::{Finding, Severity, Summary, Verdict, Verify, WantHash, verify, verify_database};

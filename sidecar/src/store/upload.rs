@@ -66,6 +66,15 @@ pub struct Upload {
     whole: bool,
 }
 
+/// Where the bytes of an upload are before it has its name.
+#[derive(Debug, Clone)]
+pub enum Staged {
+    /// It is small and was not sent yet.
+    InMemory(Bytes),
+    /// At the staging name, so many.
+    At(ObjectName, u64),
+}
+
 impl std::fmt::Debug for Upload {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Upload").field("staging", &self.staging).field("sent", &self.sent).finish()
@@ -96,6 +105,15 @@ impl Upload {
         parts.send(part).await.map_err(self.store.fail("upload a part of", &staging))
     }
 
+    /// Ends the bytes, before the object has its name: where they are, to be looked at.
+    pub async fn stage(&mut self) -> Result<Staged> {
+        if self.parts.is_none() && !self.whole {
+            return Ok(Staged::InMemory(self.held.clone().freeze()));
+        }
+        self.complete_parts().await?;
+        Ok(Staged::At(self.staging, self.sent))
+    }
+
     /// Gives the object its name; returns its size.
     ///
     /// After an error of class [`Precondition`](crate::Class::Precondition) it may be given another.
@@ -123,7 +141,7 @@ impl Upload {
         }
     }
 
-    async fn complete(&mut self, name: &ObjectName) -> Result<()> {
+    async fn complete_parts(&mut self) -> Result<()> {
         let last = self.held.split().freeze();
         if !last.is_empty() {
             self.send(last).await?;
@@ -137,6 +155,12 @@ impl Upload {
             completed.map_err(self.store.fail("complete upload of", &staging))?;
             self.whole = true;
         }
+        Ok(())
+    }
+
+    async fn complete(&mut self, name: &ObjectName) -> Result<()> {
+        self.complete_parts().await?;
+        let staging = self.staging.to_string();
         let from = self.store.path(&staging);
         if self.sent > self.store.most_copied_bytes {
             self.store.copy_in_parts(&self.staging, name, self.sent).await?;

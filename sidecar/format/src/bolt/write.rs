@@ -29,7 +29,7 @@ pub struct Builder<W> {
 }
 
 /// What remains to be written once all pages are out.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Finished {
     meta: Meta,
 }
@@ -56,6 +56,14 @@ impl<W: Write> Builder<W> {
         }
         write(&mut out, &vec![0; page_size as usize * 2])?;
         Ok(Self { pages: Pages { out, page_size, next: 2 }, buckets: BTreeMap::new(), open: None, txid: 2 })
+    }
+
+    /// Starts a new file whose rows have been built before, into nothing: its metas are known and go first, so that `out`
+    /// need not be rewound. What [`Builder::finish`] returns must be the same.
+    pub fn create_known(mut out: W, finished: &Finished) -> Result<Self> {
+        write(&mut out, &finished.metas().concat())?;
+        let pages = Pages { out, page_size: finished.meta.page_size, next: 2 };
+        Ok(Self { pages, buckets: BTreeMap::new(), open: None, txid: 2 })
     }
 
     /// Starts at the end of `db`; `out` takes bytes from offset [`Meta::file_size`]. Buckets not started again stay as

@@ -242,10 +242,22 @@ impl<D: Disk> Tail<D> {
         Ok(())
     }
 
+    /// Writes what the changes brought beside rows, and leaves the rest as the snapshot had it: a snapshot of a later
+    /// revision.
+    pub fn finish_as_snapshot(
+        mut self,
+        lease_ttls: &BTreeMap<i64, i64>,
+        live_leases: &BTreeSet<i64>,
+    ) -> Result<Restored> {
+        let minor = self.schema()?;
+        let leases = self.write_leases(lease_ttls, live_leases)?;
+        self.write_out(minor, leases)
+    }
+
     /// Writes the small buckets as the new cluster needs them, the root, and the metas.
     pub fn finish(mut self, spec: &Spec) -> Result<Restored> {
         let minor = spec.target.map_or_else(|| self.schema(), Ok)?;
-        let (added_leases, guessed_leases) = self.write_leases(spec)?;
+        let leases = self.write_leases(&spec.lease_ttls, &spec.live_leases)?;
         self.write_meta(spec, minor)?;
         self.write_members(spec, minor)?;
         self.builder.start(ALARM_BUCKET)?;
@@ -265,6 +277,14 @@ impl<D: Disk> Tail<D> {
                 self.builder.start(name)?;
             }
         }
+        self.write_out(minor, leases)
+    }
+
+    fn write_out(
+        self,
+        minor: Minor,
+        (added_leases, guessed_leases): (BTreeSet<i64>, BTreeSet<i64>),
+    ) -> Result<Restored> {
         let (finished, out) = self.builder.finish()?;
         let file = out.into_file().map_err(Error::io("write", &self.path))?;
         self.disk.write_at(&file, &finished.metas().concat(), 0).map_err(Error::io("write", &self.path))?;
@@ -281,13 +301,17 @@ impl<D: Disk> Tail<D> {
     }
 
     /// Every lease a live key refers to gets a record: without one, a put with `ignore_lease` on such a key panics etcd.
-    fn write_leases(&mut self, spec: &Spec) -> Result<(BTreeSet<i64>, BTreeSet<i64>)> {
+    fn write_leases(
+        &mut self,
+        ttls: &BTreeMap<i64, i64>,
+        live: &BTreeSet<i64>,
+    ) -> Result<(BTreeSet<i64>, BTreeSet<i64>)> {
         let missing = self.leases.missing();
-        let unrecorded = spec.live_leases.iter().copied().filter(|id| !self.leases.is_recorded(*id));
-        let ttl = |id| spec.lease_ttls.get(&id).copied().unwrap_or(0);
+        let unrecorded = live.iter().copied().filter(|id| !self.leases.is_recorded(*id));
+        let ttl = |id| ttls.get(&id).copied().unwrap_or(0);
         let added: BTreeMap<i64, i64> = missing.into_iter().chain(unrecorded).map(|id| (id, ttl(id))).collect();
         let guessed = added.iter().filter(|(_, ttl)| **ttl <= 0).map(|(id, _)| *id).collect();
-        push_leases(&mut self.builder, &self.db, &added, &spec.lease_ttls)?;
+        push_leases(&mut self.builder, &self.db, &added, ttls)?;
         Ok((added.into_keys().collect(), guessed))
     }
 
