@@ -1,4 +1,4 @@
-//! Measures restore, check and full snapshot against doing the least possible with the same bytes, and against etcd's own
+//! Measures restore, compaction, verification and full snapshot against doing the least possible with the same bytes, and against etcd's own
 //! tools, side by side in one run. `cargo bench-restore --help` says how.
 
 #![expect(clippy::print_stdout, reason = "the numbers are the result")]
@@ -259,6 +259,15 @@ fn pair(
     Ok(())
 }
 
+/// Runs a command that there is nothing to compare with.
+fn alone(what: &str, runs: usize, size: u64, command: impl Fn() -> Result<Run>) -> Result<()> {
+    let runs = (0..runs).map(|_| command()).collect::<Result<Vec<_>>>()?;
+    let seconds = median(runs.iter().map(|run| run.seconds).collect());
+    let peak = median(runs.iter().map(|run| run.peak_mib).collect());
+    println!("{what:<34} {seconds:>7.2} s   {:.2} GB/s, peak RSS {peak:.0} MiB", size as f64 / 1e9 / seconds);
+    Ok(())
+}
+
 fn fresh(dir: &Path) -> Result<()> {
     if dir.exists() {
         std::fs::remove_dir_all(dir)?;
@@ -314,6 +323,27 @@ async fn run(scenario: Scenario, dir: &Path, runs: usize) -> Result<()> {
     })?;
     std::fs::remove_file(&copy)?;
     std::fs::remove_file(&kept)?;
+    let middle = (revision + scenario.events / 2).to_string();
+    let to_middle = || {
+        fresh(&restored)?;
+        let mut command = Command::new(&sidecar);
+        command.args(["restore", "--store", &store_url, "--revision", &middle, "--data-dir"]).arg(&restored);
+        measure(&mut command)
+    };
+    pair("restore the revision in the middle", runs, to_middle, "restore the last", restore)?;
+    let objects = tests::objects(&store)?;
+    let compact = || {
+        for object in tests::objects(&store)?.iter().filter(|object| !objects.contains(object)) {
+            std::fs::remove_file(object)?;
+        }
+        measure(Command::new(&sidecar).args(["compact", "--store", &store_url, "--work-dir"]).arg(&dir))
+    };
+    pair("compact", runs, compact, "restore", restore)?;
+    for object in tests::objects(&store)?.iter().filter(|object| !objects.contains(object)) {
+        std::fs::remove_file(object)?;
+    }
+    let verify = || measure(Command::new(&sidecar).args(["verify", "--level", "decode", "--store", &store_url]));
+    alone("verify --level decode", runs, size, verify)?;
     let plain = dir.join("plain");
     let restore_plain = || {
         fresh(&plain)?;
@@ -328,10 +358,7 @@ async fn run(scenario: Scenario, dir: &Path, runs: usize) -> Result<()> {
     fresh(&plain)?;
     fresh(&theirs)?;
     let check = || measure(Command::new(&sidecar).args(["check", "--data-dir"]).arg(&restored));
-    let checks = (0..runs).map(|_| check()).collect::<Result<Vec<_>>>()?;
-    let seconds = median(checks.iter().map(|run| run.seconds).collect());
-    let peak = median(checks.iter().map(|run| run.peak_mib).collect());
-    println!("{:<34} {seconds:>7.2} s   {:.2} GB/s, peak RSS {peak:.0} MiB", "check", size as f64 / 1e9 / seconds);
+    alone("check", runs, size, check)?;
 
     let initial_cluster = "default=http://localhost:2380".to_owned();
     let member =
@@ -395,6 +422,18 @@ async fn tail(dir: &Path) -> Result<()> {
             anyhow::Ok(())
         });
     }
+    let mut client = etcd.client().await?;
+    let mut lags = Vec::new();
+    while started.elapsed() < Duration::from_secs(SECONDS) {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        let live = client.status().await?.header().map_or(0, etcd_client::ResponseHeader::revision);
+        let names = tests::objects(&dir.join("store"))?;
+        let last = |path: &PathBuf| {
+            let name = path.strip_prefix(dir.join("store")).ok()?.to_str()?;
+            ObjectName::parse(name)?.revisions().map(|(_, last)| last)
+        };
+        lags.push(live - names.iter().filter_map(last).max().unwrap_or(0));
+    }
     while let Some(done) = writers.join_next().await {
         done??;
     }
@@ -404,11 +443,25 @@ async fn tail(dir: &Path) -> Result<()> {
         .lines()
         .find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.trim().parse().ok())
         .context("no VmHWM")?;
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id()))?;
+    let ticks =
+        stat.rsplit(')').next().map(|rest| rest.split_whitespace().skip(11).take(2).flat_map(str::parse::<f64>));
+    // The kernel counts in hundredths of a second for programs, whatever its own clock does.
+    let cpu_seconds = ticks.context("no times")?.sum::<f64>() / 100.0;
     let process = rustix::process::Pid::from_child(&child);
     rustix::process::kill_process(process, rustix::process::Signal::TERM)?;
     ensure!(child.wait()?.success(), "the backup failed");
     let megabytes = written.load(std::sync::atomic::Ordering::Relaxed) as f64 / 1e6;
     println!("tail: {megabytes:.0} MB of events at {:.0} MB/s, peak RSS {:.0} MiB", megabytes / seconds, peak / 1024.0);
+    lags.sort_unstable();
+    let revisions = written.load(std::sync::atomic::Ordering::Relaxed) / VALUE as u64;
+    println!(
+        "tail: {:.0} events/s, {:.1} ms of CPU per MB; behind by {} revisions at the median, {} at most, with a delta every 5 s",
+        revisions as f64 / seconds,
+        cpu_seconds * 1000.0 / megabytes,
+        lags.get(lags.len() / 2).copied().unwrap_or_default(),
+        lags.last().copied().unwrap_or_default()
+    );
     let restored = dir.join("restored");
     let restore =
         measure(Command::new(program::path()?).args(["restore", "--store", &store, "--data-dir"]).arg(&restored))?;
