@@ -289,7 +289,6 @@ fn copy_and_sync(from: &Path, to: &Path) -> Command {
 async fn run(scenario: Scenario, dir: &Path, runs: usize) -> Result<()> {
     let sidecar = program::path()?;
     let etcdutl = program("etcd-3.6", "etcdutl")?;
-    let etcdctl = program("etcd-3.6", "etcdctl")?;
     let dir = dir.join(scenario.name);
     fresh(&dir)?;
     std::fs::create_dir_all(&dir)?;
@@ -360,10 +359,17 @@ async fn run(scenario: Scenario, dir: &Path, runs: usize) -> Result<()> {
     let check = || measure(Command::new(&sidecar).args(["check", "--data-dir"]).arg(&restored));
     alone("check", runs, size, check)?;
 
+    live(&dir, &restored, size, runs).await?;
+    fresh(&dir)
+}
+
+/// Starts etcd on what was restored and backs it up.
+async fn live(dir: &Path, restored: &Path, size: u64, runs: usize) -> Result<()> {
+    let (sidecar, etcdctl) = (program::path()?, program("etcd-3.6", "etcdctl")?);
     let initial_cluster = "default=http://localhost:2380".to_owned();
     let member =
-        Member { initial_cluster, ..Member::single("3.6", &restored)?.flag("--quota-backend-bytes=8589934592") };
-    let etcd = member.start().await?;
+        Member { initial_cluster, ..Member::single("3.6", restored)?.flag("--quota-backend-bytes=8589934592") };
+    let _etcd = member.start().await?;
     let endpoint = member.client_url();
     let full_store = dir.join("full");
     let full = || {
@@ -386,8 +392,7 @@ async fn run(scenario: Scenario, dir: &Path, runs: usize) -> Result<()> {
     })?;
     let object = tests::objects(&full_store)?.first().context("no full")?.metadata()?.len();
     println!("{:<34} {:.0} MB of {:.0} MB", "size of the full", object as f64 / 1e6, size as f64 / 1e6);
-    drop(etcd);
-    fresh(&dir)
+    Ok(())
 }
 
 /// Writes to a live etcd as fast as about 30 MB/s while it is backed up; prints what the backup took.
