@@ -3,8 +3,10 @@
 mod check;
 mod compact;
 mod copy;
+mod doctor;
 mod gc;
 mod list;
+mod manual;
 mod restore;
 mod snapshot;
 mod verify;
@@ -69,6 +71,9 @@ enum Command {
     Compact(compact::Args),
     Copy(copy::Args),
     Gc(gc::Args),
+    Doctor(doctor::Args),
+    Completions(manual::CompletionsArgs),
+    Man(manual::ManArgs),
 }
 
 /// The store that a command works on.
@@ -104,6 +109,9 @@ impl Cli {
             Command::Compact(args) => compact::run(args, self.output, stop).await,
             Command::Copy(args) => copy::run(args, self.output, stop).await,
             Command::Gc(args) => gc::run(args, self.output, stop).await,
+            Command::Doctor(args) => until(&stop, doctor::run(args, self.output)).await,
+            Command::Completions(args) => manual::completions(&args),
+            Command::Man(args) => manual::man(&args),
             Command::Check(args) => until(&stop, check::run(args, self.output)).await,
         };
         signals.abort();
@@ -151,7 +159,12 @@ fn print<T: Serialize>(output: Output, value: &T, table: impl FnOnce(&T) -> Stri
             .map_err(|error| Error::Bug { what: format!("print a result: {error}") })?,
         Output::Table => table(value),
     };
-    match writeln!(std::io::stdout(), "{}", text.trim_end()) {
+    write_out(format!("{}\n", text.trim_end()).as_bytes())
+}
+
+fn write_out(bytes: &[u8]) -> Result<()> {
+    let mut out = std::io::stdout();
+    match out.write_all(bytes).and_then(|()| out.flush()) {
         // Whoever read has seen enough.
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         result => result.map_err(Error::io("write to", "standard output")),

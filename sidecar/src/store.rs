@@ -1,5 +1,6 @@
 //! The object store: where its URL leads, and the few operations backups need of it.
 
+mod examine;
 mod upload;
 
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use object_store::{
 use proto::backup::ObjectMeta;
 use url::Url;
 
+pub use examine::{Finding, Health};
 pub use upload::{Staged, Upload};
 
 use crate::catalog::{Catalog, Description, ObjectName, Timeline};
@@ -27,6 +29,8 @@ use crate::{Error, Result};
 const SUPPORTED: &str = "supported are file:///directory and s3://bucket/prefix";
 /// What S3 copies in one request at most.
 const MOST_COPIED_BYTES: u64 = 5 << 30;
+/// Two requests that were sent in the same moment have both been answered by then.
+const SETTLED_AFTER: Duration = Duration::from_secs(3);
 /// Bytes of one ranged read.
 const RANGE_BYTES: u64 = 2 << 20;
 /// A timeline is described in less.
@@ -208,11 +212,28 @@ impl Store {
         }
     }
 
-    /// Writes the description of a timeline.
+    /// Writes the description of a timeline, which nobody else may have begun: otherwise an error of class
+    /// [`Precondition`](crate::Class::Precondition).
     pub async fn put_description(&self, description: &Description) -> Result<()> {
         let json = serde_json::to_string_pretty(description)
             .map_err(|error| Error::Bug { what: format!("describe a timeline: {error}") })?;
-        self.put_new(&ObjectName::Timeline { timeline: description.timeline }, &[Bytes::from(json)]).await
+        let name = ObjectName::Timeline { timeline: description.timeline };
+        self.put_new(&name, &[Bytes::from(json.clone())]).await?;
+        // A store that ignores the condition takes it again. Two who begin a timeline in the same moment then both believe
+        // that it is theirs; what is there when that has settled decides.
+        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        match self.inner.put_opts(&self.path(&name.to_string()), json.into(), options).await {
+            Err(object_store::Error::AlreadyExists { .. }) => Ok(()),
+            Ok(_) => {
+                tokio::time::sleep(SETTLED_AFTER).await;
+                if self.description(description.timeline).await?.as_ref() == Some(description) {
+                    return Ok(());
+                }
+                let what = format!("{}: another writer began it in the same moment", self.location(&name));
+                Err(Error::precondition(what))
+            }
+            Err(source) => Err(self.fail("put", &name)(source)),
+        }
     }
 
     /// Whether an object is still there.

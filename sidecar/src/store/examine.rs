@@ -1,0 +1,177 @@
+//! Whether a store does what backups need of it.
+
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use chrono::Utc;
+use object_store::{ObjectStoreExt, PutMode, PutOptions, PutPayload};
+use serde::Serialize;
+
+use super::Store;
+use crate::Result;
+use crate::catalog::ObjectName;
+
+/// A clock that is off by more than this makes times of backups misleading.
+const MOST_SKEW: Duration = Duration::from_secs(30);
+/// How long a new object may take to be listed.
+const LIST_LIMIT: Duration = Duration::from_secs(10);
+/// Larger than one part of an upload.
+const LARGE_BYTES: usize = 9 << 20;
+
+/// How a store does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Health {
+    /// As it should.
+    Good,
+    /// Worth knowing.
+    Remark,
+    /// Backups would not be safe.
+    Bad,
+}
+
+/// What was found of one thing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Finding {
+    /// How it does.
+    pub health: Health,
+    /// What was tried.
+    pub what: &'static str,
+    /// What came of it.
+    pub found: String,
+}
+
+impl Store {
+    /// Tries everything that backups need, with objects that are named like uploads under way: a `gc` removes what is left
+    /// of them when this is cut short. An error is a store that cannot even be listed.
+    pub async fn examine(&self) -> Result<Vec<Finding>> {
+        let mut findings = Vec::new();
+        let mut say = |health, what, found: String| findings.push(Finding { health, what, found });
+        let started = Instant::now();
+        let catalog = self.catalog().await?;
+        let (timelines, foreign, took) = (catalog.timelines.len(), catalog.foreign.len(), started.elapsed());
+        say(Health::Good, "list", format!("{timelines} timelines, {foreign} objects not ours, in {took:.0?}"));
+        let name = |random| ObjectName::Uploading { timeline: 0, unix_ms: Utc::now().timestamp_millis(), random };
+        let (small, large) = (name(rand::random()), name(rand::random()));
+        let content = Bytes::from_static(b"sidecar doctor");
+        match self.put_new(&small, std::slice::from_ref(&content)).await {
+            Ok(()) => {
+                say(Health::Good, "put", "an object can be written".into());
+                self.examine_small(&small, &content, &mut say).await;
+                self.examine_large(&large, &mut say).await;
+                let gone = async {
+                    self.delete(&small).await?;
+                    self.delete(&large).await?;
+                    self.exists(&small).await
+                };
+                match gone.await {
+                    Ok(false) => say(Health::Good, "delete", "what was written is gone".into()),
+                    Ok(true) => say(Health::Remark, "delete", "an object is still there after it was deleted".into()),
+                    Err(error) => {
+                        let what = "backups can be taken, but `gc` cannot delete what is too old";
+                        say(Health::Remark, "delete", format!("{error}: {what}"));
+                    }
+                }
+            }
+            Err(error) => {
+                say(Health::Bad, "put", format!("{error}: backups cannot be taken here, only restored"));
+            }
+        }
+        Ok(findings)
+    }
+
+    async fn examine_small(
+        &self,
+        name: &ObjectName,
+        content: &Bytes,
+        say: &mut impl FnMut(Health, &'static str, String),
+    ) {
+        let path = self.path(&name.to_string());
+        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        let again = self.inner.put_opts(&path, PutPayload::from_static(b"another"), options).await;
+        let whole = self.get_range(name, 0..content.len() as u64).await;
+        match (again, whole) {
+            (Err(object_store::Error::AlreadyExists { .. }), Ok(whole)) if whole == *content => {
+                say(Health::Good, "create once", "an object that exists is not overwritten".into());
+            }
+            (Ok(_), _) => {
+                let what = "a second put of a name overwrites the first (If-None-Match is ignored); names have the millisecond in them, and a new timeline is read back before it is used: keep to one writer for each prefix";
+                say(Health::Remark, "create once", what.into());
+            }
+            (Err(error), _) => say(Health::Remark, "create once", format!("it could not be tried: {error}")),
+        }
+        match self.get_range(name, 3..9).await {
+            Ok(range) if range == content.slice(3..9) => {
+                say(Health::Good, "ranged read", "a part of an object can be read".into());
+            }
+            Ok(_) => say(Health::Bad, "ranged read", "other bytes came than were asked for".into()),
+            Err(error) => say(Health::Bad, "ranged read", error.to_string()),
+        }
+        match self.inner.head(&path).await {
+            Ok(head) => {
+                let skew = Utc::now().signed_duration_since(head.last_modified);
+                let off = skew.abs().to_std().unwrap_or_default();
+                let seconds = skew.num_seconds();
+                if off <= MOST_SKEW {
+                    say(
+                        Health::Good,
+                        "clock",
+                        format!("this machine and the store agree within {} s", off.as_secs() + 1),
+                    );
+                } else {
+                    let what = "times of backups, `restore --time` and retention go by this machine's clock";
+                    say(Health::Remark, "clock", format!("this machine is {seconds} s ahead of the store: {what}"));
+                }
+            }
+            Err(error) => say(Health::Remark, "clock", format!("the store does not say what time it is: {error}")),
+        }
+        let started = Instant::now();
+        loop {
+            let listed = self.catalog().await.map(|catalog| catalog.uploading.iter().any(|(found, _)| found == name));
+            match listed {
+                Ok(true) => {
+                    say(Health::Good, "list what is new", format!("after {:.0?}", started.elapsed()));
+                    break;
+                }
+                Ok(false) if started.elapsed() < LIST_LIMIT => tokio::time::sleep(Duration::from_millis(200)).await,
+                Ok(false) => {
+                    let what = "a run that begins soon after another ended would not see its last backup";
+                    say(
+                        Health::Bad,
+                        "list what is new",
+                        format!("a new object is not listed after {LIST_LIMIT:?}: {what}"),
+                    );
+                    break;
+                }
+                Err(error) => {
+                    say(Health::Bad, "list what is new", error.to_string());
+                    break;
+                }
+            }
+        }
+    }
+
+    async fn examine_large(&self, name: &ObjectName, say: &mut impl FnMut(Health, &'static str, String)) {
+        let content: Bytes = (0..LARGE_BYTES).map(|n| (n / 1000) as u8).collect();
+        let staging = ObjectName::Uploading { timeline: 0, unix_ms: name.unix_ms(), random: rand::random() };
+        let uploaded = async {
+            let mut upload = self.upload(staging);
+            upload.write(content.clone()).await?;
+            let finished = upload.finish(name).await;
+            if finished.is_err() {
+                upload.abort().await;
+            }
+            finished?;
+            self.get_whole(name, LARGE_BYTES as u64).await
+        };
+        let found: Result<Vec<u8>> = uploaded.await;
+        match found {
+            Ok(found) if found == content => {
+                say(Health::Good, "upload in parts", "and a name given to it afterwards".into());
+            }
+            Ok(_) => say(Health::Bad, "upload in parts", "what was read back is not what was written".into()),
+            Err(error) => say(Health::Bad, "upload in parts", error.to_string()),
+        }
+    }
+}
