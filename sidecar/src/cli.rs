@@ -79,8 +79,11 @@ enum Command {
 /// The store that a command works on.
 #[derive(Debug, Clone, clap::Args)]
 pub struct StoreFlag {
-    /// Where backups are: file:///directory or s3://bucket/prefix. S3 takes credentials, region, endpoint and CA from the
-    /// standard environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, AWS_CA_BUNDLE, …).
+    /// Where backups are: file:///directory, s3://bucket/prefix, gs://bucket/prefix or az://container/prefix. Credentials,
+    /// region, endpoint and CA come from the provider's standard environment (AWS_ACCESS_KEY_ID, AWS_REGION,
+    /// AWS_ENDPOINT_URL, AWS_CA_BUNDLE, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_ACCOUNT_NAME, …), from the machine's
+    /// own identity, or from the files of a secret that AWS_APPLICATION_CREDENTIALS, AZURE_APPLICATION_CREDENTIALS or
+    /// GOOGLE_APPLICATION_CREDENTIALS names; files are read again when they change.
     #[arg(long, env = "SIDECAR_STORE", value_name = "URL")]
     pub store: String,
 }

@@ -21,17 +21,15 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::catalog::{Catalog, Chain, Layout, ObjectName, PREDECESSOR, Timeline};
-use crate::container::{self, FromTail, LAYOUT};
+use crate::container::{self, FRAME_BYTES, FromTail, LAYOUT};
 use crate::object::FullWriter;
 use crate::restore::{Aside, PieceReader, Pieces, Recorded, Stoppable, fetch, from_store, recorded_hash};
 use crate::store::{self, Store, Upload};
 use crate::verify::{self, Level};
 use crate::{Error, Result};
 
-/// Bytes handed on at once.
-const PIECE_BYTES: usize = 512 << 10;
-/// Pieces waiting to be compressed.
-const PIECES_AHEAD: usize = 4;
+/// Pieces of a frame's size waiting to be compressed.
+const PIECES_AHEAD: usize = 1;
 
 /// What to compact, and how far.
 #[derive(Debug, Clone)]
@@ -220,8 +218,16 @@ impl Merge {
             clean_up_to: restored.compaction.finished,
             rules: recorded.rules,
         });
-        let options = Verify { hash: hash.map(WantHash::At), compaction: None };
-        let (summary, findings) = verify_database(&db, &options).map_err(Error::format(&name))?;
+        let options = Verify { hash: hash.map(WantHash::At), compaction: Some(restored.compaction) };
+        let revision = restored.revision;
+        let known = if self.discard_history { revision } else { aside.compact_revision.min(revision) };
+        let (clean_up_to, rules) = (restored.compaction.finished, HashRules::of(&self.last.etcd_version));
+        let compact_revision = known.max(restored.compaction.revision());
+        let (checked, rewrite) = std::thread::scope(|scope| {
+            let rewrite = scope.spawn(|| Rewrite::plan(&db, compact_revision, clean_up_to, rules));
+            (verify_database(&db, &options), rewrite.join())
+        });
+        let (summary, findings) = checked.map_err(Error::format(&name))?;
         if let Some(finding) = findings.iter().find(|finding| finding.severity == Severity::Corrupt) {
             return Err(Error::corrupt(format!("what was merged is not sound, nothing is uploaded: {}", finding.what)));
         }
@@ -233,13 +239,9 @@ impl Merge {
                 found.hash, found.revision, recorded.hash.hash
             )));
         }
-        let revision = restored.revision;
-        let known = if self.discard_history { revision } else { aside.compact_revision.min(revision) };
-        let compact_revision = known.max(restored.compaction.revision());
-        let rules = HashRules::of(&self.last.etcd_version);
-        let rewrite = Rewrite::plan(&db, compact_revision, restored.compaction.finished, rules);
+        let rewrite = rewrite.map_err(|_| Error::Bug { what: "the planning thread ended unexpectedly".into() })?;
         let rewrite = rewrite.map_err(Error::format(&name))?;
-        self.second_opinion(&db, &rewrite, compact_revision, restored.compaction.finished)?;
+        self.second_opinion(&db, &rewrite, compact_revision, clean_up_to)?;
         let hash_kv = aside
             .recorded
             .map(|recorded| recorded.hash)
@@ -307,14 +309,8 @@ impl Merge {
         let (to_compress, pieces) = sync_channel::<Vec<u8>>(PIECES_AHEAD);
         std::thread::scope(|scope| {
             let compressing = scope.spawn(move || {
-                let mut writer = FullWriter::new(self.layout, &meta)?;
-                while let Ok(piece) = pieces.recv() {
-                    writer.write(&piece)?;
-                    if writer.ready() >= PIECE_BYTES && out.blocking_send(writer.take()).is_err() {
-                        return Err(Error::Cancelled);
-                    }
-                }
-                Ok(writer)
+                let mut send = |bytes| out.blocking_send(bytes).map_err(|_| Error::Cancelled);
+                FullWriter::new(self.layout, &meta)?.write_all_frames(&pieces, &mut send)
             });
             let snapshot = Snapshot { sha: Sha256::new(), piece: Vec::new(), out: to_compress };
             let built = rewrite.write(snapshot).map_err(Error::format("compact")).and_then(Snapshot::finish);
@@ -342,14 +338,17 @@ struct Snapshot {
 
 impl Snapshot {
     fn send(&mut self) -> io::Result<()> {
-        let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE_BYTES));
+        let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(FRAME_BYTES));
         self.out.send(piece).map_err(|_| io::Error::other("compressing has ended"))
     }
 
     /// Adds the sha256, as etcd does.
     fn finish(mut self) -> Result<()> {
-        self.flush().map_err(Error::io("compress", "a full snapshot"))?;
+        self.sha.update(&self.piece);
         let digest = std::mem::take(&mut self.sha).finalize();
+        if self.piece.len() + digest.len() > FRAME_BYTES {
+            self.send().map_err(Error::io("compress", "a full snapshot"))?;
+        }
         self.piece.extend_from_slice(&digest);
         self.send().map_err(Error::io("compress", "a full snapshot"))
     }
@@ -357,18 +356,18 @@ impl Snapshot {
 
 impl Write for Snapshot {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.piece.extend_from_slice(bytes);
-        if self.piece.len() >= PIECE_BYTES {
-            self.flush()?;
+        // Pieces are whole frames.
+        let taken = bytes.len().min(FRAME_BYTES - self.piece.len());
+        self.piece.extend_from_slice(bytes.get(..taken).unwrap_or_default());
+        if self.piece.len() == FRAME_BYTES {
+            self.sha.update(&self.piece);
+            self.send()?;
         }
-        Ok(bytes.len())
+        Ok(taken)
     }
 
+    /// What is not a whole frame yet waits for the sha256.
     fn flush(&mut self) -> io::Result<()> {
-        if self.piece.is_empty() {
-            return Ok(());
-        }
-        self.sha.update(&self.piece);
-        self.send()
+        Ok(())
     }
 }

@@ -106,6 +106,20 @@ impl Writer {
         Ok(())
     }
 
+    /// Adds content that was compressed elsewhere, by [`Writer::compress_frame`].
+    pub fn put_frame(&mut self, frame: &[u8], content_bytes: u32) -> Result<()> {
+        self.end_frame()?;
+        self.content_bytes += u64::from(content_bytes);
+        self.frames.push((frame.len() as u32, content_bytes));
+        self.output.extend_from_slice(frame);
+        Ok(())
+    }
+
+    /// Compresses at most [`FRAME_BYTES`] of content as a frame of its own.
+    pub fn compress_frame(&mut self, content: &[u8]) -> Result<Vec<u8>> {
+        self.compressor.compress(content).map_err(Error::io("compress", "a frame"))
+    }
+
     /// Remembers where the content ends now.
     pub fn mark(&self) -> Mark {
         Mark {

@@ -255,8 +255,10 @@ fn server_says(error: &object_store::Error) -> Option<(String, String)> {
 
 fn server_class(code: &str) -> Option<Class> {
     match code {
-        "NoSuchBucket" => Some(Class::Missing),
+        "NoSuchBucket" | "ContainerNotFound" => Some(Class::Missing),
         "AccessDenied"
+        | "AuthenticationFailed"
+        | "AuthorizationFailure"
         | "SignatureDoesNotMatch"
         | "InvalidAccessKeyId"
         | "ExpiredToken"

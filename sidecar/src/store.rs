@@ -1,6 +1,9 @@
 //! The object store: where its URL leads, and the few operations backups need of it.
 
+mod environment;
 mod examine;
+mod open;
+mod patience;
 mod upload;
 
 use std::path::PathBuf;
@@ -9,24 +12,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
-use object_store::aws::{AmazonS3Builder, S3CopyIfNotExists};
-use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{
-    BackoffConfig, Certificate, ClientOptions, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions,
-    PutPayload, RetryConfig,
-};
+use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 use proto::backup::ObjectMeta;
-use url::Url;
 
+pub use environment::Environment;
 pub use examine::{Finding, Health};
 pub use upload::{Staged, Upload};
 
 use crate::catalog::{Catalog, Description, ObjectName, Timeline};
 use crate::container::{self, FromTail};
-use crate::{Error, Result};
+use crate::{Class, Error, Result};
 
-const SUPPORTED: &str = "supported are file:///directory and s3://bucket/prefix";
 /// What S3 copies in one request at most.
 const MOST_COPIED_BYTES: u64 = 5 << 30;
 /// Two requests that were sent in the same moment have both been answered by then.
@@ -62,70 +59,6 @@ pub struct Store {
 impl Store {
     fn new(inner: impl ObjectStore, prefix: Path, url: String) -> Self {
         Self { inner: Arc::new(inner), prefix, url, most_copied_bytes: MOST_COPIED_BYTES, directory: None }
-    }
-
-    /// Opens `file:///directory` or `s3://bucket/prefix`. Credentials, region,
-    /// endpoint and CA of S3 come from the standard AWS environment.
-    pub fn open(url: &str, open: Open) -> Result<Self> {
-        // What cannot be parsed is not shown: it may have credentials in it.
-        let parsed = Url::parse(url).map_err(|error| {
-            Error::invalid(format!(
-                "--store is not a URL ({error}); it must be file:///directory or s3://bucket/prefix"
-            ))
-        })?;
-        if parsed.query().is_some()
-            || parsed.fragment().is_some()
-            || !parsed.username().is_empty()
-            || parsed.password().is_some()
-        {
-            return Err(Error::invalid(
-                "--store must not have credentials, a query or a fragment; credentials come from the environment",
-            ));
-        }
-        let url = url.trim_end_matches('/').to_owned();
-        match parsed.scheme() {
-            "file" => Self::open_directory(&parsed, url, open),
-            "s3" => Self::open_s3(&parsed, url),
-            other => Err(Error::invalid(format!("--store has scheme {other:?}; {SUPPORTED}"))),
-        }
-    }
-
-    fn open_directory(parsed: &Url, url: String, open: Open) -> Result<Self> {
-        let directory: PathBuf = parsed.to_file_path().map_err(|()| {
-            Error::invalid(format!(
-                "--store {url} does not name a local directory; it must have three slashes: file:///directory"
-            ))
-        })?;
-        match (directory.is_dir(), open) {
-            (true, _) => {}
-            (false, Open::Existing) => return Err(Error::missing(format!("store {url}: there is no such directory"))),
-            (false, Open::Create) => {
-                std::fs::create_dir_all(&directory).map_err(Error::io("create", directory.display()))?;
-            }
-        }
-        let store = LocalFileSystem::new_with_prefix(&directory).map_err(|source| Error::Store {
-            op: "open",
-            location: url.clone(),
-            source,
-        })?;
-        // A backup that a power cut takes back is none.
-        Ok(Self { directory: Some(directory), ..Self::new(store.with_fsync(true), Path::default(), url) })
-    }
-
-    fn open_s3(parsed: &Url, url: String) -> Result<Self> {
-        let fail = |source| Error::Store { op: "open", location: url.clone(), source };
-        let endpoint = first_of(&["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"]);
-        let options = client_options(endpoint.as_deref(), "AWS_CA_BUNDLE", &url)?;
-        let mut builder = AmazonS3Builder::from_env()
-            .with_bucket_name(bucket(parsed, &url)?)
-            .with_client_options(options)
-            .with_retry(retries())
-            .with_copy_if_not_exists(S3CopyIfNotExists::Multipart);
-        if let Some(endpoint) = endpoint {
-            builder = builder.with_endpoint(endpoint);
-        }
-        let store = builder.build().map_err(fail)?;
-        Ok(Self::new(store, prefix(parsed, &url)?, url))
     }
 
     /// Wraps any store.
@@ -187,6 +120,21 @@ impl Store {
     }
 
     async fn put_new_at(&self, name: &str, content: &[Bytes]) -> Result<()> {
+        let mut delay = Duration::from_millis(300);
+        loop {
+            // The library does not repeat a put that must create when the answer was lost; this may, it looks what is there.
+            match self.try_put_new(name, content).await {
+                Err(error) if error.class() == Class::Transient && delay < Duration::from_secs(2) => {
+                    tracing::debug!(%error, "put again");
+                    tokio::time::sleep(delay).await;
+                    delay *= 2;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    async fn try_put_new(&self, name: &str, content: &[Bytes]) -> Result<()> {
         let size: usize = content.iter().map(Bytes::len).sum();
         let payload: PutPayload = content.iter().cloned().collect();
         let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
@@ -356,59 +304,6 @@ impl Store {
             Ok(removed) => tracing::info!(removed, "remove files of uploads that were never finished"),
             Err(error) => tracing::warn!(%error, "files of uploads that were never finished may stay"),
         }
-    }
-}
-
-fn first_of(variables: &[&str]) -> Option<String> {
-    variables.iter().find_map(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
-}
-
-fn bucket<'u>(parsed: &'u Url, url: &str) -> Result<&'u str> {
-    let named = parsed.host_str().filter(|bucket| !bucket.is_empty());
-    named.ok_or_else(|| Error::invalid(format!("--store {url} names no bucket; {SUPPORTED}")))
-}
-
-fn prefix(parsed: &Url, url: &str) -> Result<Path> {
-    Path::from_url_path(parsed.path()).map_err(|error| Error::Store {
-        op: "open",
-        location: url.to_owned(),
-        source: error.into(),
-    })
-}
-
-/// Deadlines, and the CA bundle that a variable of the environment names. An endpoint that says http is taken at its word.
-fn client_options(endpoint: Option<&str>, ca_bundle: &str, url: &str) -> Result<ClientOptions> {
-    let fail = |source| Error::Store { op: "open", location: url.to_owned(), source };
-    let parsed = endpoint.and_then(|endpoint| Url::parse(endpoint).ok());
-    if parsed.is_some_and(|endpoint| !endpoint.username().is_empty() || endpoint.password().is_some()) {
-        return Err(Error::invalid(
-            "the store's endpoint URL must not have credentials; give them in their own variables",
-        ));
-    }
-    let mut options =
-        ClientOptions::new().with_timeout(Duration::from_secs(60)).with_connect_timeout(Duration::from_secs(5));
-    if endpoint.is_some_and(|endpoint| endpoint.starts_with("http://")) {
-        options = options.with_allow_http(true);
-    }
-    if let Some(path) = first_of(&[ca_bundle]) {
-        let pem = std::fs::read(&path).map_err(Error::io("read the CA bundle", &path))?;
-        for certificate in Certificate::from_pem_bundle(&pem).map_err(fail)? {
-            options = options.with_root_certificate(certificate);
-        }
-    }
-    Ok(options)
-}
-
-/// The loop above this retries for ever; a single command should answer within a minute or so.
-fn retries() -> RetryConfig {
-    RetryConfig {
-        backoff: BackoffConfig {
-            init_backoff: Duration::from_millis(200),
-            max_backoff: Duration::from_secs(5),
-            base: 2.0,
-        },
-        max_retries: 6,
-        retry_timeout: Duration::from_secs(45),
     }
 }
 

@@ -1,10 +1,14 @@
 //! The harness: real etcds, a real S3 server and the real `sidecar` program, as child processes that end with the test.
 
+pub mod azurite;
 pub mod certificates;
 pub mod etcd;
+pub mod garage;
 pub mod gardener;
+pub mod gcs;
 pub mod minio;
 pub mod program;
+pub mod proxy;
 pub mod state;
 pub mod store;
 pub mod workload;

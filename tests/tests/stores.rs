@@ -1,8 +1,15 @@
 //! Every store does what a backup needs of it: many parts, names given at the end, ranges, listing.
 
-use anyhow::{Result, ensure};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use tests::azurite::Azurite;
 use tests::etcd::Member;
+use tests::garage::Garage;
+use tests::gcs::FakeGcs;
 use tests::minio::Minio;
+use tests::proxy::{Fault, Proxy};
 use tests::state;
 use tests::store::Store;
 
@@ -30,8 +37,29 @@ async fn keeps_backups(store: &Store, nowhere: &Store) -> Result<()> {
     store.command("verify").args(["--level", "decode"]).run().await?.expect(0)?;
     etcd.kill9()?;
     state::same(&before, &store.restore_and_read(&member).await?)?;
-    nowhere.command("list").run().await?.expect(11)?.says(&nowhere.url)?;
+    // An emulator that answers otherwise than what it stands for is no measure.
+    if !nowhere.url.starts_with("gs:") {
+        nowhere.command("list").run().await?.expect(11)?.says(&nowhere.url)?;
+    }
+    let collected =
+        store.command("gc").args(["--policy", "limit-based", "--max-backups", "1"]).run().await?.expect(0)?;
+    ensure!(collected.stdout.contains("deleted 0 objects"), "{}", collected.stdout);
+    store.command("compact").run().await?.expect(0)?;
+    store.command("gc").args(["--policy", "limit-based", "--max-backups", "1"]).run().await?.expect(0)?;
+    let listed = store.list().await?;
+    ensure!(listed["timelines"][0]["deltas"].as_array().is_some_and(Vec::is_empty), "{listed}");
+    state::same(&before, &store.restore_and_read(&member).await?)?;
     Ok(())
+}
+
+/// What doctor says of one thing.
+async fn doctor(store: &Store, code: i32, what: &str) -> Result<String> {
+    let report = store.command("doctor").args(["-o", "json"]).run().await?.expect(code)?.json()?;
+    let findings = report["findings"].as_array().context("no findings")?;
+    let finding = findings.iter().find(|finding| finding["what"] == what).with_context(|| report.to_string())?;
+    let listed = store.list().await?;
+    ensure!(listed["unfinishedUploads"].as_array().is_some_and(Vec::is_empty), "{listed}");
+    Ok(finding["health"].to_string() + ": " + &finding["found"].to_string())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -45,5 +73,206 @@ async fn a_directory_keeps_backups() -> Result<()> {
 async fn minio_keeps_backups() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
-    keeps_backups(&minio.store("backups/a/b"), &minio.store("nowhere/a")).await
+    keeps_backups(&minio.store("backups/a/b"), &minio.store("nowhere/a")).await?;
+    ensure!(doctor(&minio.store("backups/c"), 0, "create once").await?.starts_with("\"good\""));
+    Ok(())
+}
+
+/// A server that overwrites what should be created once.
+#[tokio::test(flavor = "multi_thread")]
+async fn garage_keeps_backups() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let garage = Garage::start(&dir.path().join("garage"), "backups").await?;
+    keeps_backups(&garage.store("backups/a/b"), &garage.store("nowhere/a")).await?;
+    let said = doctor(&garage.store("backups/c"), 0, "create once").await?;
+    ensure!(said.contains("overwrites the first"), "{said}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn azurite_keeps_backups() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let azurite = Azurite::start(&dir.path().join("log"), "backups").await?;
+    keeps_backups(&azurite.store("backups/a/b"), &azurite.store("nowhere/a")).await?;
+    ensure!(doctor(&azurite.store("backups/c"), 0, "create once").await?.starts_with("\"good\""));
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fake_gcs_keeps_backups() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let gcs = FakeGcs::start(&dir.path().join("log"), "backups").await?;
+    keeps_backups(&gcs.store("backups/a/b"), &gcs.store("nowhere/a")).await?;
+    ensure!(doctor(&gcs.store("backups/c"), 0, "create once").await?.starts_with("\"good\""));
+    Ok(())
+}
+
+/// Two who begin a timeline in the same moment, where nothing stops the second from overwriting the first: one of them has
+/// it, and the other notices.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_clusters_that_begin_at_once_do_not_share_a_timeline() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let garage = Garage::start(&dir.path().join("garage"), "backups").await?;
+    let store = garage.store("backups/both");
+    let mut writers = Vec::new();
+    let mut members = Vec::new();
+    for name in ["one", "two"] {
+        let member = Member::single("3.6", &dir.path().join(name))?;
+        let etcd = member.start().await?;
+        etcd.client().await?.put("whose", name, None).await?;
+        members.push((member, etcd));
+    }
+    for (member, _) in &members {
+        writers.push(store.follow(member, "1s").spawn()?);
+    }
+    for writer in &mut writers {
+        writer.logs("full snapshot is in the store", Duration::from_secs(60)).await?;
+    }
+    for writer in writers {
+        writer.terminate().await?.expect(0)?;
+    }
+    let listed = store.list().await?;
+    let timelines = listed["timelines"].as_array().context("no timelines")?;
+    ensure!(timelines.len() == 2 && timelines[0]["clusterId"] != timelines[1]["clusterId"], "{listed}");
+    store.command("verify").run().await?.expect(0)?;
+    Ok(())
+}
+
+/// One request of a run goes wrong, each in turn and in every way: the command either says that it failed, or what it says is
+/// so; and the next run is not held up by what is left.
+async fn one_request_goes_wrong(fault: Fault, most: usize) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    for n in 0..12u32 {
+        let value: Vec<u8> = (0..1_000_000).map(|_| rand::random()).collect();
+        client.put(format!("/blob/{n}"), value, None).await?;
+    }
+    for n in 0..most {
+        let healthy = minio.store(&format!("backups/{n}"));
+        let proxy =
+            Proxy::before(minio.port(), Arc::new(move |at, _| if at == n { fault } else { Fault::None })).await?;
+        let mut through = healthy.clone();
+        through.environment[0].1 = format!("http://127.0.0.1:{}", proxy.port());
+        let mut failed = 0;
+        let full = through.once("full", &member).run().await?;
+        failed += usize::from(full.code != 0);
+        if full.code != 0 {
+            ensure!(full.code == 1, "{}", full.stderr);
+            healthy.once("full", &member).run().await?.expect(0)?;
+        }
+        client.put("x", n.to_string(), None).await?;
+        let delta = through.once("delta", &member).run().await?;
+        failed += usize::from(delta.code != 0);
+        if delta.code != 0 {
+            healthy.once("delta", &member).run().await?.expect(0)?;
+        }
+        let verified = through.command("verify").run().await?;
+        failed += usize::from(verified.code != 0);
+        ensure!([0, 1].contains(&verified.code), "request {n}: {}{}", verified.stdout, verified.stderr);
+        let target = dir.path().join(format!("restored-{n}"));
+        let restored = through.restore(&target).run().await?;
+        failed += usize::from(restored.code != 0);
+        if restored.code != 0 {
+            ensure!(restored.code == 1 && !target.exists(), "request {n}: {}", restored.stderr);
+            healthy.restore(&target).run().await?.expect(0)?;
+        }
+        // One fault, one failure at most.
+        ensure!(failed <= 1 && proxy.seen() > n, "request {n}: {failed} commands failed of {} requests", proxy.seen());
+        let live = state::read(&mut client).await?;
+        let (revision, keys, _) = state::of_directory(&target)?;
+        ensure!(revision == live.revision && keys == live.keys, "request {n}: what was restored differs");
+        std::fs::remove_dir_all(&target)?;
+        healthy.command("verify").run().await?.expect(0)?;
+        let listed = healthy.list().await?;
+        ensure!(listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 1), "request {n}: {listed}");
+    }
+    Ok(())
+}
+
+macro_rules! goes_wrong {
+    ($($name:ident: $fault:expr, $most:expr;)*) => {
+        $(#[tokio::test(flavor = "multi_thread")]
+        async fn $name() -> Result<()> {
+            one_request_goes_wrong($fault, $most).await
+        })*
+    };
+}
+
+// A full, a delta, a verification and a restore are about thirty requests.
+goes_wrong! {
+    an_answer_of_500: Fault::Status(500), 10;
+    an_answer_of_503: Fault::Status(503), 24;
+    an_answer_to_wait: Fault::Busy(1), 10;
+    a_connection_that_is_reset: Fault::Reset, 24;
+    an_answer_that_is_lost: Fault::LostAnswer, 30;
+    an_answer_that_is_late: Fault::Slow(Duration::from_secs(2)), 10;
+    an_answer_that_is_cut: Fault::Short, 30;
+}
+
+/// A server that asks for time gets it.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_is_asked_to_wait_waits() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
+    let mut store = minio.store("backups/a");
+    let busy = |at, _: &_| if at < 3 { Fault::Busy(3) } else { Fault::None };
+    let proxy = Proxy::before(minio.port(), Arc::new(busy)).await?;
+    store.environment[0].1 = format!("http://127.0.0.1:{}", proxy.port());
+    let started = std::time::Instant::now();
+    store.command("list").run().await?.expect(0)?;
+    ensure!(proxy.seen() == 4 && started.elapsed() >= Duration::from_secs(9), "{} requests", proxy.seen());
+    Ok(())
+}
+
+/// A server that says nothing is given up, with its name.
+#[tokio::test(flavor = "multi_thread")]
+async fn silence_is_not_waited_for_for_ever() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
+    let mut store = minio.store("backups/a");
+    let proxy = Proxy::before(minio.port(), Arc::new(|_, _: &_| Fault::Silence)).await?;
+    store.environment[0].1 = format!("http://127.0.0.1:{}", proxy.port());
+    store.command("list").run().await?.expect(1)?.says("s3://backups/a")?;
+    Ok(())
+}
+
+/// Keys in files, as a mounted secret has them, replaced under a running backup.
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_in_files_are_read_again() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
+    let mut store = minio.store("backups/a");
+    let secret = dir.path().join("secret");
+    std::fs::create_dir(&secret)?;
+    let take = |name: &str, environment: &mut Vec<(String, String)>| {
+        let at = environment.iter().position(|(other, _)| other == name).context("no such variable")?;
+        anyhow::Ok(environment.remove(at).1)
+    };
+    let key = take("AWS_SECRET_ACCESS_KEY", &mut store.environment)?;
+    std::fs::write(secret.join("accessKeyID"), take("AWS_ACCESS_KEY_ID", &mut store.environment)?)?;
+    std::fs::write(secret.join("region"), take("AWS_REGION", &mut store.environment)?)?;
+    std::fs::write(secret.join("secretAccessKey"), "not-the-key-that-it-should-be")?;
+    store.environment.push(("AWS_APPLICATION_CREDENTIALS".into(), secret.display().to_string()));
+    let refused = store.command("list").run().await?.expect(1)?.says("permission denied")?;
+    ensure!(!refused.stderr.contains("not-the-key"), "{}", refused.stderr);
+    std::fs::write(secret.join("secretAccessKey"), &key)?;
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    client.put("x", "0", None).await?;
+    let mut backup = store.follow(&member, "300ms").spawn()?;
+    backup.logs("full snapshot is in the store", Duration::from_secs(60)).await?;
+    // Revoked in the middle of a run, and given back.
+    std::fs::write(secret.join("secretAccessKey"), "revoked")?;
+    client.put("x", "1", None).await?;
+    backup.logs("permission denied", Duration::from_secs(60)).await?;
+    std::fs::write(secret.join("secretAccessKey"), &key)?;
+    backup.logs("delta is in the store", Duration::from_secs(60)).await?;
+    backup.terminate().await?.expect(0)?;
+    std::fs::remove_file(secret.join("accessKeyID"))?;
+    store.command("list").run().await?.expect(2)?.says("has no accessKeyID")?;
+    Ok(())
 }

@@ -5,12 +5,14 @@ use tokio_util::sync::CancellationToken;
 use super::{Output, StoreFlag, bytes, parse_time, print};
 use crate::catalog::{Layout, Timeline};
 use crate::copy::{Copied, Selection, copy};
-use crate::store::{Open, Store};
+use crate::store::{Environment, Open, Store};
 use crate::{Class, Result};
 
 /// Copy backups to another store, each verified on its way.
 ///
 /// What is there already is left out, so a run that was cut short is run again. What is damaged is not copied: exit code 10.
+/// Where the source needs other credentials than the destination, give them with SOURCE_ before the name of each variable,
+/// such as SOURCE_AWS_ACCESS_KEY_ID.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -30,7 +32,9 @@ pub struct Args {
 }
 
 pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> Result<u8> {
-    let (from, to) = (Store::open(&args.store.store, Open::Existing)?, Store::open(&args.to, Open::Create)?);
+    let source = Environment::of_process().for_source();
+    let from = Store::open_in(&source, &args.store.store, Open::Existing)?;
+    let to = Store::open(&args.to, Open::Create)?;
     let selection = Selection { timeline: args.timeline, since_unix_ms: args.since, layout: args.layout };
     let copied = copy(&from, &to, selection, &stop).await?;
     print(output, &copied, table)?;

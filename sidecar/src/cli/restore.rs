@@ -24,7 +24,7 @@ use crate::{Error, Result};
 #[derive(Debug, clap::Args)]
 #[command(group = clap::ArgGroup::new("target").required(true).args(["data_dir", "all_members"]))]
 pub struct Args {
-    /// Where backups are: file:///directory or s3://bucket/prefix; see `sidecar snapshot --help`.
+    /// Where backups are; see `sidecar list --help`.
     #[arg(long, env = "SIDECAR_STORE", value_name = "URL")]
     store: Option<String>,
     /// Restore a plain etcd snapshot instead of what a store has, or a downloaded full snapshot of ours.

@@ -88,6 +88,13 @@ impl Store {
         say: &mut impl FnMut(Health, &'static str, String),
     ) {
         let path = self.path(&name.to_string());
+        match self.get_range(name, 3..9).await {
+            Ok(range) if range == content.slice(3..9) => {
+                say(Health::Good, "ranged read", "a part of an object can be read".into());
+            }
+            Ok(_) => say(Health::Bad, "ranged read", "other bytes came than were asked for".into()),
+            Err(error) => say(Health::Bad, "ranged read", error.to_string()),
+        }
         let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
         let again = self.inner.put_opts(&path, PutPayload::from_static(b"another"), options).await;
         let whole = self.get_range(name, 0..content.len() as u64).await;
@@ -100,13 +107,6 @@ impl Store {
                 say(Health::Remark, "create once", what.into());
             }
             (Err(error), _) => say(Health::Remark, "create once", format!("it could not be tried: {error}")),
-        }
-        match self.get_range(name, 3..9).await {
-            Ok(range) if range == content.slice(3..9) => {
-                say(Health::Good, "ranged read", "a part of an object can be read".into());
-            }
-            Ok(_) => say(Health::Bad, "ranged read", "other bytes came than were asked for".into()),
-            Err(error) => say(Health::Bad, "ranged read", error.to_string()),
         }
         match self.inner.head(&path).await {
             Ok(head) => {

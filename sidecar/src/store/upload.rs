@@ -148,11 +148,16 @@ impl Upload {
         }
         let staging = self.staging.to_string();
         if let Some(mut parts) = self.parts.take() {
-            let completed = parts.complete().await;
-            if completed.is_err() {
-                self.parts = Some(parts);
+            if let Err(source) = parts.complete().await {
+                // The answer may have been lost, and a server that is asked again knows of no such upload.
+                let there = self.store.inner.head(&self.store.path(&staging)).await;
+                if there.is_ok_and(|there| there.size == self.sent) {
+                    tracing::debug!(error = %source, "the upload is complete nevertheless");
+                } else {
+                    self.parts = Some(parts);
+                    return Err(self.store.fail("complete upload of", &staging)(source));
+                }
             }
-            completed.map_err(self.store.fail("complete upload of", &staging))?;
             self.whole = true;
         }
         Ok(())

@@ -167,7 +167,9 @@ fn write_store(
         if builder.content_bytes() >= 10 << 20 || n + 1 == scenario.events {
             let (first, last) = (builder.first(), builder.last());
             let next = delta::Builder::new(last)?;
-            let content = std::mem::replace(&mut builder, next).finish(DeltaEnd::default(), meta(first, last))?;
+            // As a kube-apiserver leaves it, which has etcd compact what is older than some minutes.
+            let end = DeltaEnd { compact_revision: (last - 10_000).max(0), ..DeltaEnd::default() };
+            let content = std::mem::replace(&mut builder, next).finish(end, meta(first, last))?;
             let delta = ObjectName::Delta { timeline: 1, first, last, unix_ms: 1 };
             put(store, delta, &content)?;
             name = Some(delta);

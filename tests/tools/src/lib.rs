@@ -18,8 +18,10 @@ enum Origin {
     Debian(&'static [&'static str]),
     /// Go packages of the module in `tests/tools/go/<name>`: (package, name of the program).
     Go(&'static [(&'static str, &'static str)]),
-    /// A crate that installs a program.
-    Cargo,
+    /// A crate that installs a program, with further arguments to do so.
+    Cargo(&'static [&'static str]),
+    /// An npm package with programs.
+    Npm,
 }
 
 /// A set of programs in one version.
@@ -74,6 +76,28 @@ pub const TOOLS: &[Tool] = &[
         origin: Origin::Go(&[("github.com/minio/minio", "minio")]),
     },
     Tool {
+        name: "fake-gcs",
+        version: "1.56.1",
+        programs: &["fake-gcs-server"],
+        probe: ("-version", "1.56.1"),
+        origin: Origin::Go(&[("github.com/fsouza/fake-gcs-server", "fake-gcs-server")]),
+    },
+    Tool {
+        name: "azurite",
+        version: "3.37.0",
+        programs: &["azurite-blob"],
+        probe: ("--version", "3.37.0"),
+        origin: Origin::Npm,
+    },
+    Tool {
+        name: "garage",
+        version: "2.5.0",
+        programs: &["garage"],
+        probe: ("--version", "2.5.0"),
+        // A release build takes far longer, for a server of a few objects.
+        origin: Origin::Cargo(&["--profile", "dev"]),
+    },
+    Tool {
         name: "gardener",
         version: "1",
         programs: &["gardener"],
@@ -92,7 +116,7 @@ pub const TOOLS: &[Tool] = &[
         version: "0.20.2",
         programs: &["cargo-deny"],
         probe: ("--version", "cargo-deny 0.20.2"),
-        origin: Origin::Cargo,
+        origin: Origin::Cargo(&[]),
     },
 ];
 
@@ -163,7 +187,8 @@ impl Tool {
         match self.origin {
             Origin::Debian(packages) => from_debian(packages, self.programs, &making)?,
             Origin::Go(packages) => from_go(self.name, packages, &making)?,
-            Origin::Cargo => from_cargo(self.name, self.version, &making)?,
+            Origin::Cargo(arguments) => from_cargo(self.name, self.version, arguments, &making)?,
+            Origin::Npm => from_npm(self.name, self.version, self.programs, &making)?,
         }
         for program in self.programs {
             if !making.join(program).is_file() {
@@ -262,11 +287,42 @@ fn from_go(name: &str, packages: &[(&str, &str)], directory: &Path) -> Result<()
     Ok(())
 }
 
-fn from_cargo(name: &str, version: &str, directory: &Path) -> Result<()> {
+/// Has `npm` on PATH, from a Debian package where it is missing.
+fn need_npm() -> Result<()> {
+    if Command::new("npm").arg("--version").output().is_ok_and(|output| output.status.success()) {
+        return Ok(());
+    }
+    if !is_root() {
+        return Err("npm is missing; as root, run: apt-get install npm".into());
+    }
+    eprintln!("tools: apt-get install npm");
+    run(Command::new("apt-get").args(["-q", "update"]).stdout(Stdio::null()))?;
+    run(Command::new("apt-get").args(["-q", "-y", "install", "--no-install-recommends", "npm"]).stdout(Stdio::null()))
+}
+
+fn from_npm(name: &str, version: &str, programs: &[&str], directory: &Path) -> Result<()> {
+    need_npm()?;
+    run(Command::new("npm")
+        .args(["install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix"])
+        .arg(directory)
+        .arg(format!("{name}@{version}"))
+        .current_dir(directory)
+        .stdout(Stdio::null()))?;
+    for program in programs {
+        let target = Path::new("node_modules/.bin").join(program);
+        std::os::unix::fs::symlink(target, directory.join(program))
+            .map_err(|error| format!("link {program}: {error}"))?;
+    }
+    Ok(())
+}
+
+fn from_cargo(name: &str, version: &str, arguments: &[&str], directory: &Path) -> Result<()> {
     run(Command::new("cargo")
         .args(["install", "--quiet", "--locked", "--no-track", "--version", version, "--root"])
         .arg(directory)
+        .args(arguments)
         .arg(name)
+        .env("CARGO_PROFILE_DEV_DEBUG", "0")
         // The checkout's settings are for the checkout.
         .current_dir(std::env::temp_dir())
         .env_remove("PROTOC"))?;

@@ -1,0 +1,273 @@
+//! Where a store's credentials come from: the standard variables of each provider, or the files of a mounted secret as
+//! the predecessor has them. Files are read again for each operation, so a rotated secret is used at once.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use async_trait::async_trait;
+use object_store::aws::AwsCredential;
+use object_store::azure::{AzureAccessKey, AzureCredential};
+use object_store::gcp::{GcpCredential, GoogleCloudStorage, GoogleCloudStorageBuilder};
+use object_store::{CredentialProvider, Error as StoreError};
+
+use crate::{Error, Result};
+
+/// Variables that belong together: from a source or not, all or none.
+const FAMILIES: [&str; 6] = ["AWS_", "AZURE_", "GOOGLE_", "STORAGE_", "OPENSHIFT_", "ECS_"];
+
+/// The variables that lead to a store.
+#[derive(Clone, Default)]
+pub struct Environment(BTreeMap<String, String>);
+
+impl std::fmt::Debug for Environment {
+    /// Values may be secrets.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+impl Environment {
+    /// That of this process.
+    pub fn of_process() -> Self {
+        let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
+            Some((name.into_string().ok()?, value.into_string().ok().filter(|value| !value.is_empty())?))
+        };
+        Self(std::env::vars_os().filter_map(text).collect())
+    }
+
+    /// For the store that is copied from: with `SOURCE_AWS_…` in place of all `AWS_…` where there is any, and so on.
+    #[must_use]
+    pub fn for_source(mut self) -> Self {
+        for family in FAMILIES {
+            let prefix = format!("SOURCE_{family}");
+            let theirs: Vec<_> = self.0.iter().filter(|(name, _)| name.starts_with(&prefix)).collect();
+            let theirs: Vec<_> = theirs
+                .into_iter()
+                .filter_map(|(name, value)| Some((name.strip_prefix("SOURCE_")?.to_owned(), value.clone())))
+                .collect();
+            if !theirs.is_empty() {
+                self.0.retain(|name, _| !name.starts_with(family));
+                self.0.extend(theirs);
+            }
+        }
+        self
+    }
+
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
+        self.0.get(name).map(String::as_str)
+    }
+
+    pub(super) fn first_of(&self, names: &[&str]) -> Option<&str> {
+        names.iter().find_map(|name| self.get(name))
+    }
+
+    /// Names in lower case, and values, of the variables that begin so.
+    pub(super) fn beginning(&self, prefix: &str) -> impl Iterator<Item = (String, &str)> {
+        let found = self.0.iter().filter(move |(name, _)| name.starts_with(prefix));
+        found.map(|(name, value)| (name.to_ascii_lowercase(), value.as_str()))
+    }
+
+    /// The secret that one of these variables names, as a directory, or with `_JSON` after it as a file.
+    pub(super) fn secret(&self, names: &[&str]) -> Option<Secret> {
+        names.iter().find_map(|name| {
+            let json = self.get(&format!("{name}_JSON")).map(|path| Secret { path: path.into(), is_dir: false });
+            json.or_else(|| self.get(name).map(|path| Secret { path: path.into(), is_dir: true }))
+        })
+    }
+}
+
+/// A mounted secret.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Secret {
+    path: PathBuf,
+    is_dir: bool,
+}
+
+impl Secret {
+    /// All it has.
+    pub(super) fn read(&self) -> Result<Fields> {
+        let fields = if self.is_dir { self.read_dir()? } else { read_json(&self.path)? };
+        Ok(Fields { fields, path: self.path.clone(), is_dir: self.is_dir })
+    }
+
+    /// One file for each field, or a JSON file with all.
+    fn read_dir(&self) -> Result<BTreeMap<String, String>> {
+        let mut fields = BTreeMap::new();
+        for entry in std::fs::read_dir(&self.path).map_err(Error::io("list the secret", self.path.display()))? {
+            let path = entry.map_err(Error::io("list the secret", self.path.display()))?.path();
+            let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|name| !name.starts_with('.'))
+            else {
+                continue;
+            };
+            if path.extension().is_some_and(|extension| extension == "json") {
+                return read_json(&path);
+            }
+            if path.is_file() {
+                let text = std::fs::read_to_string(&path).map_err(Error::io("read the secret", path.display()))?;
+                fields.insert(name.to_owned(), text.trim().to_owned());
+            }
+        }
+        Ok(fields)
+    }
+}
+
+fn read_json(path: &Path) -> Result<BTreeMap<String, String>> {
+    let text = std::fs::read(path).map_err(Error::io("read the secret", path.display()))?;
+    // What serde says of a value may have it in.
+    let value: serde_json::Value = serde_json::from_slice(&text).map_err(|error| {
+        let (line, column) = (error.line(), error.column());
+        Error::invalid(format!("the secret {} is not JSON (line {line}, column {column})", path.display()))
+    })?;
+    let fields = value.as_object().into_iter().flatten().map(|(name, value)| {
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        (name.clone(), text)
+    });
+    Ok(fields.collect())
+}
+
+/// What a secret had when it was read.
+#[derive(Clone)]
+pub(super) struct Fields {
+    fields: BTreeMap<String, String>,
+    path: PathBuf,
+    is_dir: bool,
+}
+
+impl Fields {
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
+        self.fields.get(name).map(String::as_str).filter(|value| !value.is_empty())
+    }
+
+    pub(super) fn need(&self, name: &str) -> Result<&str> {
+        self.get(name).ok_or_else(|| Error::invalid(format!("the secret {} has no {name}", self.path.display())))
+    }
+
+    pub(super) fn is_true(&self, name: &str) -> bool {
+        self.get(name) == Some("true")
+    }
+
+    /// Where the token of a web identity lies.
+    pub(super) fn token_path(&self) -> Option<String> {
+        let beside = || self.is_dir.then(|| self.path.join("token").display().to_string());
+        self.get("tokenPath").map(str::to_owned).or_else(beside)
+    }
+}
+
+fn unusable(error: Error) -> StoreError {
+    StoreError::Generic { store: "credentials", source: error.into() }
+}
+
+/// Keys of S3 from a secret.
+#[derive(Debug)]
+pub(super) struct S3Keys(pub Secret);
+
+#[async_trait]
+impl CredentialProvider for S3Keys {
+    type Credential = AwsCredential;
+
+    async fn get_credential(&self) -> object_store::Result<Arc<AwsCredential>> {
+        let read = || {
+            let fields = self.0.read()?;
+            let (key_id, secret_key) = (fields.need("accessKeyID")?, fields.need("secretAccessKey")?);
+            Ok(AwsCredential { key_id: key_id.to_owned(), secret_key: secret_key.to_owned(), token: None })
+        };
+        read().map(Arc::new).map_err(unusable)
+    }
+}
+
+/// The key of an Azure storage account from a secret.
+#[derive(Debug)]
+pub(super) struct AzureKey(pub Secret);
+
+#[async_trait]
+impl CredentialProvider for AzureKey {
+    type Credential = AzureCredential;
+
+    async fn get_credential(&self) -> object_store::Result<Arc<AzureCredential>> {
+        let key = self.0.read().and_then(|fields| fields.need("storageKey").map(str::to_owned)).map_err(unusable)?;
+        Ok(Arc::new(AzureCredential::AccessKey(AzureAccessKey::try_new(&key)?)))
+    }
+}
+
+/// A service account of Google's, whose file is read again when it changes.
+#[derive(Debug)]
+pub(super) struct ServiceAccount {
+    path: PathBuf,
+    current: Mutex<Option<(String, Arc<GoogleCloudStorage>)>>,
+}
+
+impl ServiceAccount {
+    pub(super) fn new(path: &str) -> Self {
+        Self { path: path.into(), current: Mutex::new(None) }
+    }
+}
+
+#[async_trait]
+impl CredentialProvider for ServiceAccount {
+    type Credential = GcpCredential;
+
+    async fn get_credential(&self) -> object_store::Result<Arc<GcpCredential>> {
+        let read = std::fs::read_to_string(&self.path);
+        let json = read.map_err(Error::io("read the secret", self.path.display())).map_err(unusable)?;
+        let signer = {
+            let mut current = self.current.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            match &*current {
+                Some((before, signer)) if *before == json => signer.clone(),
+                _ => {
+                    // The library signs; of this store nothing else is used.
+                    let builder = GoogleCloudStorageBuilder::new().with_bucket_name("unused");
+                    let signer = Arc::new(builder.with_service_account_key(json.as_str()).build()?);
+                    *current = Some((json, signer.clone()));
+                    signer
+                }
+            }
+        };
+        signer.credentials().get_credential().await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn environment(variables: &[(&str, &str)]) -> Environment {
+        Environment(variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect())
+    }
+
+    #[test]
+    fn a_source_has_its_own_credentials_or_the_same() {
+        let both = environment(&[
+            ("AWS_REGION", "a"),
+            ("AWS_ACCESS_KEY_ID", "k"),
+            ("SOURCE_AWS_REGION", "b"),
+            ("AZURE_X", "x"),
+        ]);
+        let source = both.for_source();
+        assert_eq!(source.get("AWS_REGION"), Some("b"));
+        // A key of the one must not meet a secret of the other.
+        assert_eq!(source.get("AWS_ACCESS_KEY_ID"), None);
+        assert_eq!(source.get("AZURE_X"), Some("x"));
+    }
+
+    #[test]
+    fn secrets_are_read_as_files_and_as_json() -> Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        std::fs::write(dir.path().join("accessKeyID"), "id\n")?;
+        std::fs::write(dir.path().join("secretAccessKey"), "hidden")?;
+        std::fs::create_dir(dir.path().join("..data"))?;
+        let path = dir.path().display().to_string();
+        let found = environment(&[("AWS_APPLICATION_CREDENTIALS", &path)]);
+        let secret = found.secret(&["AWS_APPLICATION_CREDENTIALS"]).ok_or("no secret")?;
+        assert_eq!(secret.read()?.need("accessKeyID")?, "id");
+        assert!(secret.read()?.need("region").is_err_and(|error| error.to_string().contains("has no region")));
+        std::fs::write(dir.path().join("all.json"), r#"{"accessKeyID":"other","s3ForcePathStyle":true}"#)?;
+        assert_eq!(secret.read()?.need("accessKeyID")?, "other");
+        assert!(secret.read()?.is_true("s3ForcePathStyle"));
+        let json = environment(&[("AWS_APPLICATION_CREDENTIALS_JSON", &format!("{path}/secretAccessKey"))]);
+        let refused = json.secret(&["AWS_APPLICATION_CREDENTIALS"]).ok_or("no secret")?.read();
+        assert!(refused.is_err_and(|error| !error.to_string().contains("hidden")));
+        assert!(!format!("{found:?}").contains(&path));
+        Ok(())
+    }
+}

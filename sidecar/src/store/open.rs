@@ -1,0 +1,271 @@
+//! Where the URL of a store leads.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, S3CopyIfNotExists};
+use object_store::azure::MicrosoftAzureBuilder;
+use object_store::gcp::GoogleCloudStorageBuilder;
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{BackoffConfig, Certificate, ClientOptions, RetryConfig};
+use url::Url;
+
+use super::environment::{AzureKey, Environment, Fields, S3Keys, ServiceAccount};
+use super::patience::Patient;
+use super::{Open, Store};
+use crate::{Error, Result};
+
+const SUPPORTED: &str =
+    "supported are file:///directory, s3://bucket/prefix, gs://bucket/prefix and az://container/prefix";
+
+impl Store {
+    /// Opens `file:///directory`, `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`, with what the
+    /// environment of the process says of it.
+    pub fn open(url: &str, open: Open) -> Result<Self> {
+        Self::open_in(&Environment::of_process(), url, open)
+    }
+
+    /// The same in another environment.
+    pub fn open_in(environment: &Environment, url: &str, open: Open) -> Result<Self> {
+        // What cannot be parsed is not shown: it may have credentials in it.
+        let parsed =
+            Url::parse(url).map_err(|error| Error::invalid(format!("--store is not a URL ({error}); {SUPPORTED}")))?;
+        if parsed.query().is_some()
+            || parsed.fragment().is_some()
+            || !parsed.username().is_empty()
+            || parsed.password().is_some()
+        {
+            return Err(Error::invalid(
+                "--store must not have credentials, a query or a fragment; credentials come from the environment",
+            ));
+        }
+        let place = Place { environment, parsed: &parsed, url: url.trim_end_matches('/').to_owned() };
+        match parsed.scheme() {
+            "file" => place.directory(open),
+            "s3" => place.s3(),
+            "gs" => place.gcs(),
+            "az" => place.azure(),
+            other => Err(Error::invalid(format!("--store has scheme {other:?}; {SUPPORTED}"))),
+        }
+    }
+}
+
+/// A URL that is being opened.
+struct Place<'p> {
+    environment: &'p Environment,
+    parsed: &'p Url,
+    url: String,
+}
+
+impl Place<'_> {
+    fn fail(&self) -> impl Fn(object_store::Error) -> Error {
+        let url = self.url.clone();
+        move |source| Error::Store { op: "open", location: url.clone(), source }
+    }
+
+    fn bucket(&self) -> Result<&str> {
+        let named = self.parsed.host_str().filter(|bucket| !bucket.is_empty());
+        named.ok_or_else(|| Error::invalid(format!("--store {} names no bucket; {SUPPORTED}", self.url)))
+    }
+
+    fn prefix(&self) -> Result<Path> {
+        Path::from_url_path(self.parsed.path()).map_err(|error| self.fail()(error.into()))
+    }
+
+    fn directory(self, open: Open) -> Result<Store> {
+        let url = &self.url;
+        let directory: PathBuf = self.parsed.to_file_path().map_err(|()| {
+            Error::invalid(format!(
+                "--store {url} does not name a local directory; it must have three slashes: file:///directory"
+            ))
+        })?;
+        match (directory.is_dir(), open) {
+            (true, _) => {}
+            (false, Open::Existing) => return Err(Error::missing(format!("store {url}: there is no such directory"))),
+            (false, Open::Create) => {
+                std::fs::create_dir_all(&directory).map_err(Error::io("create", directory.display()))?;
+            }
+        }
+        let store = LocalFileSystem::new_with_prefix(&directory).map_err(self.fail())?;
+        // A backup that a power cut takes back is none.
+        Ok(Store { directory: Some(directory), ..Store::new(store.with_fsync(true), Path::default(), self.url) })
+    }
+
+    fn s3(self) -> Result<Store> {
+        let mut builder = AmazonS3Builder::new()
+            .with_bucket_name(self.bucket()?)
+            .with_retry(retries())
+            .with_http_connector(Patient::default())
+            .with_copy_if_not_exists(S3CopyIfNotExists::Multipart);
+        for (name, value) in self.environment.beginning("AWS_") {
+            if let Ok(key) = name.parse() {
+                builder = builder.with_config(key, value);
+            }
+        }
+        let standard = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "ECS_ENDPOINT"];
+        let mut endpoint = self.environment.first_of(&standard).map(str::to_owned);
+        let secret = self.environment.secret(&["AWS_APPLICATION_CREDENTIALS", "OPENSHIFT_APPLICATION_CREDENTIALS"]);
+        let mut fields = None;
+        if let Some(secret) = secret {
+            let read = secret.read()?;
+            if read.get("sseCustomerKey").is_some() {
+                return Err(Error::invalid(
+                    "the secret has an sseCustomerKey: encryption with a key of the customer's is not supported",
+                ));
+            }
+            if let Some(region) = read.get("region") {
+                builder = builder.with_region(region);
+            }
+            endpoint = endpoint.or_else(|| read.get("endpoint").map(str::to_owned));
+            builder = if let (Some(role), Some(token)) = (read.get("roleARN"), read.token_path()) {
+                let builder = builder.with_config(AmazonS3ConfigKey::RoleArn, role);
+                builder.with_config(AmazonS3ConfigKey::WebIdentityTokenFile, token)
+            } else {
+                read.need("accessKeyID").and_then(|_| read.need("secretAccessKey"))?;
+                builder.with_credentials(Arc::new(S3Keys(secret)))
+            };
+            fields = Some(read);
+        } else if let Some(key) = self.environment.get("ECS_ACCESS_KEY_ID") {
+            let region = self.environment.get("AWS_REGION").unwrap_or("US-Standard");
+            builder = builder.with_access_key_id(key).with_region(region);
+            builder = builder.with_secret_access_key(self.environment.get("ECS_SECRET_ACCESS_KEY").unwrap_or_default());
+        }
+        builder = builder.with_client_options(self.client_options(
+            endpoint.as_deref(),
+            self.environment.get("AWS_CA_BUNDLE"),
+            fields.as_ref(),
+        )?);
+        if let Some(endpoint) = endpoint {
+            builder = builder.with_endpoint(endpoint);
+        }
+        let store = builder.build().map_err(self.fail())?;
+        Ok(Store::new(store, self.prefix()?, self.url))
+    }
+
+    fn gcs(self) -> Result<Store> {
+        let mut builder = GoogleCloudStorageBuilder::new()
+            .with_bucket_name(self.bucket()?)
+            .with_retry(retries())
+            .with_http_connector(Patient::default());
+        for (name, value) in self.environment.beginning("GOOGLE_") {
+            // The file is read by us, and again when it changes.
+            if name != "google_application_credentials"
+                && let Ok(key) = name.parse()
+            {
+                builder = builder.with_config(key, value);
+            }
+        }
+        // As Google's own libraries do for an emulator.
+        let emulator = self
+            .environment
+            .get("STORAGE_EMULATOR_HOST")
+            .map(|host| if host.contains("://") { host.to_owned() } else { format!("http://{host}") });
+        if let Some(path) = self.environment.get("GOOGLE_APPLICATION_CREDENTIALS").filter(|_| emulator.is_none()) {
+            builder = match kind_of_account(path)?.as_str() {
+                "service_account" => builder.with_credentials(Arc::new(ServiceAccount::new(path))),
+                "external_account" => {
+                    return Err(Error::invalid(format!(
+                        "{path} is of type external_account, which is not supported: use a service account, or on Google's own machines leave GOOGLE_APPLICATION_CREDENTIALS out"
+                    )));
+                }
+                _ => builder.with_application_credentials(path),
+            };
+        }
+        let ca = self.environment.first_of(&["GOOGLE_CA_BUNDLE", "SSL_CERT_FILE"]);
+        builder = builder.with_client_options(self.client_options(emulator.as_deref(), ca, None)?);
+        if let Some(url) = emulator {
+            builder = builder.with_base_url(&url).with_bearer_token("none");
+        }
+        let store = builder.build().map_err(self.fail())?;
+        Ok(Store::new(store, self.prefix()?, self.url))
+    }
+
+    fn azure(self) -> Result<Store> {
+        let mut builder = MicrosoftAzureBuilder::new()
+            .with_container_name(self.bucket()?)
+            .with_retry(retries())
+            .with_http_connector(Patient::default());
+        for (name, value) in self.environment.beginning("AZURE_") {
+            if let Ok(key) = name.parse() {
+                builder = builder.with_config(key, value);
+            }
+        }
+        let mut endpoint = self.environment.first_of(&["AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"]).map(str::to_owned);
+        if let Some(secret) = self.environment.secret(&["AZURE_APPLICATION_CREDENTIALS"]) {
+            let fields = secret.read()?;
+            let account = fields.need("storageAccount")?;
+            fields.need("storageKey")?;
+            builder = builder.with_account(account);
+            let domain = fields.get("domain").map(|domain| format!("https://{account}.{domain}"));
+            endpoint = endpoint.or(domain);
+            builder = builder.with_credentials(Arc::new(AzureKey(secret)));
+        }
+        let ca = self.environment.first_of(&["AZURE_CA_BUNDLE", "SSL_CERT_FILE"]);
+        builder = builder.with_client_options(self.client_options(endpoint.as_deref(), ca, None)?);
+        if let Some(endpoint) = endpoint {
+            builder = builder.with_endpoint(endpoint);
+        }
+        let store = builder.build().map_err(self.fail())?;
+        Ok(Store::new(store, self.prefix()?, self.url))
+    }
+
+    /// Deadlines, and whom to trust. An endpoint that says http is taken at its word.
+    fn client_options(
+        &self,
+        endpoint: Option<&str>,
+        ca_bundle: Option<&str>,
+        secret: Option<&Fields>,
+    ) -> Result<ClientOptions> {
+        let parsed = endpoint.and_then(|endpoint| Url::parse(endpoint).ok());
+        if parsed.is_some_and(|endpoint| !endpoint.username().is_empty() || endpoint.password().is_some()) {
+            return Err(Error::invalid(
+                "the store's endpoint URL must not have credentials; give them in their own variables",
+            ));
+        }
+        let mut options =
+            ClientOptions::new().with_timeout(Duration::from_secs(60)).with_connect_timeout(Duration::from_secs(5));
+        if endpoint.is_some_and(|endpoint| endpoint.starts_with("http://")) {
+            options = options.with_allow_http(true);
+        }
+        let mut trusted = Vec::new();
+        if let Some(path) = ca_bundle {
+            trusted.push(std::fs::read(path).map_err(Error::io("read the CA bundle", path))?);
+        }
+        if let Some(secret) = secret {
+            trusted.extend(secret.get("trustedCaCert").map(|pem| pem.as_bytes().to_vec()));
+            if secret.is_true("insecureSkipVerify") {
+                tracing::warn!("the secret says insecureSkipVerify: the store's certificate is not checked");
+                options = options.with_allow_invalid_certificates(true);
+            }
+        }
+        for pem in trusted {
+            for certificate in Certificate::from_pem_bundle(&pem).map_err(self.fail())? {
+                options = options.with_root_certificate(certificate);
+            }
+        }
+        Ok(options)
+    }
+}
+
+/// What kind of account a credentials file of Google's is of.
+fn kind_of_account(path: &str) -> Result<String> {
+    let text = std::fs::read(path).map_err(Error::io("read the secret", path))?;
+    let value: serde_json::Value =
+        serde_json::from_slice(&text).map_err(|_| Error::invalid(format!("the secret {path} is not JSON")))?;
+    Ok(value["type"].as_str().unwrap_or_default().to_owned())
+}
+
+/// The loop above this retries for ever; a single command should answer within a minute or so.
+fn retries() -> RetryConfig {
+    RetryConfig {
+        backoff: BackoffConfig {
+            init_backoff: Duration::from_millis(200),
+            max_backoff: Duration::from_secs(5),
+            base: 2.0,
+        },
+        max_retries: 6,
+        retry_timeout: Duration::from_secs(45),
+    }
+}
