@@ -1,5 +1,7 @@
 //! Objects of whichever layout: opening and making them.
 
+use std::collections::BTreeMap;
+use std::hash::{Hash, Hasher};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::num::NonZero;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -88,6 +90,40 @@ pub fn delta_in_memory<'o>(
     location: &str,
 ) -> Result<Records<BufReader<Content<&'o [u8]>>>> {
     Ok(Records::new(name, BufReader::new(Content::open(name, object, location)?), location))
+}
+
+/// A digest of the changes of each revision, to compare two histories by.
+#[derive(Debug, Default)]
+pub struct RevisionDigests(BTreeMap<i64, u64>);
+
+impl RevisionDigests {
+    /// Of what a delta in memory has of some revisions.
+    pub fn of_delta(name: &ObjectName, object: &[u8], location: &str, first: i64, last: i64) -> Result<Self> {
+        let mut records = delta_in_memory(name, object, location)?;
+        let (mut digests, mut at) = (Self::default(), 0);
+        while let Some(record) = records.next()? {
+            match record {
+                Record::Revision { main, .. } => at = main,
+                Record::Put(value) if (first..=last).contains(&at) => digests.add(at, true, value),
+                Record::Delete(key) if (first..=last).contains(&at) => digests.add(at, false, key),
+                Record::Put(_) | Record::Delete(_) | Record::End(_) => {}
+            }
+        }
+        Ok(digests)
+    }
+
+    /// Adds the next change of a revision: a put's value as etcd stores it, or a deleted key.
+    pub fn add(&mut self, revision: i64, is_put: bool, bytes: &[u8]) {
+        let before = self.0.entry(revision).or_insert(0);
+        let mut hasher = std::hash::DefaultHasher::new();
+        (*before, is_put, bytes).hash(&mut hasher);
+        *before = hasher.finish();
+    }
+
+    /// By revision.
+    pub fn into_map(self) -> BTreeMap<i64, u64> {
+        self.0
+    }
 }
 
 /// What is wrong with a full snapshot whose content is of another revision than its name says, if anything.

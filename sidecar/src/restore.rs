@@ -4,6 +4,7 @@
 //! order, decompressed, the database placed page by page, the changes appended as rows, log and members written, the
 //! result verified while it is synced, and only then put in its place.
 
+mod append;
 mod pieces;
 mod point;
 
@@ -27,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 use pieces::Decompressed;
 pub(crate) use pieces::{PieceReader, Pieces, Stoppable, fetch};
 
+pub use append::{Appended, append};
 pub use point::{AtTime, Choice, Upto, choose};
 
 use crate::catalog::{Chain, ObjectName, Timeline};
@@ -433,13 +435,27 @@ pub(crate) fn from_store<D: Disk>(
             "{location}: it has revision {base_revision} already, later than its name says and than revision {upto}; --full-revision starts from an older full snapshot"
         )));
     }
+    append_deltas(&mut tail, deltas, received, (upto, base_revision), aside, stop, progress)?;
+    Ok(tail)
+}
+
+/// Appends what deltas have beyond `base_revision`, up to a revision.
+pub(crate) fn append_deltas<D: Disk>(
+    tail: &mut Tail<D>,
+    deltas: &[(ObjectName, String)],
+    received: &mut Pieces,
+    (upto, base_revision): (Option<i64>, i64),
+    aside: &mut Aside,
+    stop: &CancellationToken,
+    progress: &dyn Fn(Progress),
+) -> Result<()> {
     progress(Progress::Deltas(deltas.len() as u64));
     // Decompressing and appending are about as much work, so each has a thread.
     std::thread::scope(|scope| {
         let (ahead, mut arriving) = pieces::decompressed();
         scope.spawn(move || ahead.run(deltas, received, stop));
         for (name, location) in deltas {
-            append_delta(&mut tail, arriving.next()?, (name, location), upto, aside)?;
+            append_delta(tail, arriving.next()?, (name, location), upto, aside)?;
             let (found, expected) = (tail.last_revision(), name.revisions().map_or(0, |(_, last)| last));
             // A full of the predecessor's may go beyond the first deltas after it.
             if found != upto.map_or(expected, |upto| expected.min(upto)).max(base_revision) {
@@ -449,7 +465,7 @@ pub(crate) fn from_store<D: Disk>(
             }
             progress(Progress::Delta);
         }
-        Ok(tail)
+        Ok(())
     })
 }
 
@@ -542,27 +558,33 @@ fn prove(
             summary.revision, restored.revision
         )));
     }
-    if let (Some(recorded), Some(found)) = (usable, summary.hash)
-        && !found.may_be(recorded.hash.hash)
-    {
-        return Err(Error::corrupt(format!(
-            "restored rows have hash {} at revision {} (compacted at {}); etcd's own hash, recorded with the backup, is {}: the backup does not hold what etcd held",
-            found.hash, found.revision, found.compact_revision, recorded.hash.hash
-        )));
+    Ok((Proof::of(summary, recorded, usable)?, orphaned))
+}
+
+impl Proof {
+    /// Of rows that were checked, with the hash that is recorded of them and that hash when they can reproduce it.
+    fn of(summary: &Summary, recorded: Option<Recorded>, usable: Option<Recorded>) -> Result<Self> {
+        if let (Some(recorded), Some(found)) = (usable, summary.hash)
+            && !found.may_be(recorded.hash.hash)
+        {
+            return Err(Error::corrupt(format!(
+                "restored rows have hash {} at revision {} (compacted at {}); etcd's own hash, recorded with the backup, is {}: the backup does not hold what etcd held",
+                found.hash, found.revision, found.compact_revision, recorded.hash.hash
+            )));
+        }
+        Ok(Self {
+            hash_revision: usable.map(|recorded| recorded.hash.revision),
+            hash_missing: match (recorded, usable) {
+                (_, Some(_)) => None,
+                (Some(_), None) => Some("etcd compacted between the recorded hash and the snapshot"),
+                (None, None) => Some("the backup has no hash"),
+            },
+            hash: usable.map(|recorded| recorded.hash.hash),
+            rows: summary.rows,
+            keys: summary.live_keys,
+            leases: summary.leases,
+        })
     }
-    let proof = Proof {
-        hash_revision: usable.map(|recorded| recorded.hash.revision),
-        hash_missing: match (recorded, usable) {
-            (_, Some(_)) => None,
-            (Some(_), None) => Some("etcd compacted between the recorded hash and the snapshot"),
-            (None, None) => Some("the backup has no hash"),
-        },
-        hash: usable.map(|recorded| recorded.hash.hash),
-        rows: summary.rows,
-        keys: summary.live_keys,
-        leases: summary.leases,
-    };
-    Ok((proof, orphaned))
 }
 
 fn sound(verdict: &Verdict) -> Result<&Summary> {

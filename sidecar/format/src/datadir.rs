@@ -13,6 +13,7 @@
 //! - `DIR/member` is at every instant either what it was or the whole restored member: a restore writes beside it and
 //!   swaps names last, when everything is synced.
 
+mod append;
 mod disk;
 mod minor;
 mod rewrite;
@@ -20,6 +21,7 @@ mod stage;
 mod tail;
 mod verify;
 
+pub use append::{Appended, Behind, Facts, Held};
 pub use disk::{Disk, DiskWriter, RealDisk, Scratch};
 pub use minor::Minor;
 pub use rewrite::Rewrite;

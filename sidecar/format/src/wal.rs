@@ -10,6 +10,7 @@
 //! - A log is *torn*, which etcd repairs by itself, only when its last frame of all was cut by a crash; any other damage is
 //!   corruption.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 use proto::Message;
 use proto::disk::{ConfChange, ConfState, Entry, HardState, Metadata, Record, WalSnapshot};
 
+use crate::wire::{Field, Fields};
 use crate::{Error, Result};
 
 /// Record types.
@@ -97,6 +99,9 @@ pub struct Log {
     pub terms: Vec<(u64, u64, u64)>,
     /// Changes of members among the entries that count.
     pub member_changes: Vec<MemberChange>,
+    /// Index of the last entry that changes members, users, roles, whether auth is on, or the version of the cluster
+    /// downwards: everything that is neither in keys nor set again by an etcd that starts. 0 for none.
+    pub other_changes: u64,
     /// How the log ends.
     pub tail: Tail,
     /// Segments read.
@@ -115,12 +120,43 @@ impl Log {
         self.terms.iter().find(|run| (run.0..=run.1).contains(&index)).map(|run| run.2)
     }
 
+    /// Ids of those that vote at the end of the log.
+    pub fn voters(&self) -> BTreeSet<u64> {
+        let start = self.newest_snapshot().cloned().unwrap_or_default();
+        let conf_state = start.conf_state.clone().unwrap_or_default();
+        let mut voters: BTreeSet<u64> = conf_state.voters.iter().chain(&conf_state.learners).copied().collect();
+        for change in self.member_changes.iter().filter(|change| change.index > start.index()) {
+            let id = change.change.node_id();
+            match change.change.r#type() {
+                1 => drop(voters.remove(&id)),
+                _ => drop(voters.insert(id)),
+            }
+        }
+        voters
+    }
+
     /// The newest snapshot record that is committed; etcd starts from it.
     pub fn newest_snapshot(&self) -> Option<&WalSnapshot> {
         self.snapshots
             .iter()
             .filter(|snapshot| snapshot.index() <= self.state.commit())
             .max_by_key(|snapshot| snapshot.index())
+    }
+}
+
+/// Whether a request to raft, an `InternalRaftRequest`, does more than change keys, leases, alarms and what a starting etcd
+/// publishes anew. One that is not understood does.
+fn changes_more_than_keys(request: &[u8]) -> bool {
+    // header, id; v2; range, put, delete range, txn, compaction; leases and their checkpoints, alarm; authenticate; version
+    // of the cluster, attributes of a member. Up to 17: a bare request of v2, which is applied anew at each start.
+    let is_harmless = |number| matches!(number, 1..=17 | 100 | 1012 | 1300 | 1301);
+    let mut fields = Fields::new(request);
+    loop {
+        match fields.next() {
+            Ok(None) => return false,
+            Ok(Some(Field::Varint(number, _) | Field::Bytes(number, _))) if is_harmless(number) => {}
+            Ok(Some(_)) | Err(_) => return true,
+        }
     }
 }
 
@@ -186,6 +222,7 @@ struct Reader {
     snapshots: Vec<WalSnapshot>,
     terms: Vec<(u64, u64, u64)>,
     member_changes: Vec<MemberChange>,
+    other_changes: u64,
     tail: Option<Tail>,
 }
 
@@ -376,8 +413,14 @@ impl Reader {
             _ => self.terms.push((index, index, term)),
         }
         match entry.r#type() {
-            0 => Ok(()),
+            0 => {
+                if changes_more_than_keys(entry.data()) {
+                    self.other_changes = index;
+                }
+                Ok(())
+            }
             ENTRY_CONF_CHANGE => {
+                self.other_changes = index;
                 let change = ConfChange::decode(entry.data()).map_err(|error| {
                     Error::corrupt(offset, format!("member change in entry {index} cannot be decoded: {error}"))
                 })?;
@@ -387,7 +430,10 @@ impl Reader {
                 self.member_changes.push(MemberChange { index, change });
                 Ok(())
             }
-            2 => Ok(()),
+            2 => {
+                self.other_changes = index;
+                Ok(())
+            }
             other => Err(Error::corrupt(offset, format!("entry {index} has type {other}, which no entry has"))),
         }
     }
@@ -402,6 +448,7 @@ impl Reader {
             snapshots: self.snapshots,
             terms: self.terms,
             member_changes: self.member_changes,
+            other_changes: self.other_changes,
             tail: self.tail.unwrap_or(Tail::Clean),
             segments,
         };

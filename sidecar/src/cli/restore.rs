@@ -13,7 +13,9 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Output, bytes, parse_time, print, time};
 use crate::catalog::Timeline;
-use crate::restore::{AtTime, Choice, Outcome, Plan, Progress, Source, Target, Upto, choose, execute};
+use crate::restore::{
+    Appended, AtTime, Choice, Outcome, Plan, Progress, Proof, Source, Target, Upto, append, choose, execute,
+};
 use crate::store::{Open, Store};
 use crate::{Error, Result};
 
@@ -83,12 +85,22 @@ pub struct Args {
     /// Move a member that is in the data directory aside.
     #[arg(long)]
     replace: bool,
+    /// Keep the member that is in --data-dir, when it is intact and merely behind, and append only what it misses. It stays a
+    /// member of its own cluster. Refused unless the backup shows that it is of the same history.
+    #[arg(long, requires = "data_dir", conflicts_with_all = [
+        "snapshot_file", "all_members", "initial_cluster", "initial_advertise_peer_urls", "bump_revision", "etcd_version",
+        "full_revision", "revision", "time", "without", "accept_gap", "replace", "dry_run",
+    ])]
+    append: bool,
     /// Print what would be done and do nothing.
     #[arg(long)]
     dry_run: bool,
 }
 
 pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> Result<u8> {
+    if args.append {
+        return run_append(args, output, stop).await;
+    }
     if args.mark_compacted && args.bump_revision == 0 {
         return Err(Error::invalid("--mark-compacted needs --bump-revision above 0"));
     }
@@ -137,6 +149,58 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
     let outcome = Outcome { gap_after, ..outcome };
     print(output, &outcome, table)?;
     Ok(0)
+}
+
+async fn run_append(args: Args, output: Output, stop: CancellationToken) -> Result<u8> {
+    let (Some(url), Some(data_dir)) = (&args.store, &args.data_dir) else {
+        return Err(Error::invalid("--append needs --store and --data-dir"));
+    };
+    let store = Store::open(url, Open::Existing)?;
+    let watcher = Watcher::new();
+    let appended = append(&store, data_dir, args.timeline, &stop, move |progress| watcher.see(progress)).await?;
+    print(output, &appended, append_table)?;
+    Ok(0)
+}
+
+fn append_table(appended: &Appended) -> String {
+    let dir = appended.data_dir.display();
+    let Some(proof) = &appended.proof else {
+        return format!("nothing to do: {dir} has revision {}, the last there is", appended.revision);
+    };
+    let mut text = format!(
+        "appended revisions {} to {} ({} changes) to {dir}, {} in {:.1} s\n",
+        appended.from_revision + 1,
+        appended.revision,
+        appended.events,
+        bytes(appended.db_size),
+        appended.seconds
+    );
+    text.push_str(&proof_text(proof, appended.revision));
+    for lease in &appended.leases_with_guessed_ttl {
+        text.push_str(&guessed_lease(lease));
+    }
+    text
+}
+
+fn guessed_lease(lease: &str) -> String {
+    format!("remark: the TTL of lease {lease} is not in the backup; it got 60 s\n")
+}
+
+fn proof_text(proof: &Proof, revision_of_backup: i64) -> String {
+    let mut text = format!(
+        "verified: {} rows, no revision missing, {} keys in sequence, {} leases on record\n",
+        proof.rows, proof.keys, proof.leases
+    );
+    text.push_str(&match (proof.hash, proof.hash_revision) {
+        (Some(hash), Some(revision)) if revision < revision_of_backup => format!(
+            "verified: HashKV {hash} at revision {revision} is what etcd itself answered; of the revisions after it etcd gave no hash\n"
+        ),
+        (Some(hash), Some(revision)) => {
+            format!("verified: HashKV {hash} at revision {revision} is what etcd itself answered\n")
+        }
+        _ => format!("not verified against etcd's own HashKV: {}\n", proof.hash_missing.unwrap_or_default()),
+    });
+    text
 }
 
 /// How exact a time is.
@@ -261,22 +325,9 @@ fn table(outcome: &Outcome) -> String {
     if let Some(at) = &outcome.at_time {
         text.push_str(&format!("  {}\n", exactness(at)));
     }
-    let proof = &outcome.proof;
-    text.push_str(&format!(
-        "verified: {} rows, no revision missing, {} keys in sequence, {} leases on record\n",
-        proof.rows, proof.keys, proof.leases
-    ));
-    text.push_str(&match (proof.hash, proof.hash_revision) {
-        (Some(hash), Some(revision)) if revision < outcome.backup_revision => format!(
-            "verified: HashKV {hash} at revision {revision} is what etcd itself answered; of the revisions after it etcd gave no hash\n"
-        ),
-        (Some(hash), Some(revision)) => {
-            format!("verified: HashKV {hash} at revision {revision} is what etcd itself answered\n")
-        }
-        _ => format!("not verified against etcd's own HashKV: {}\n", proof.hash_missing.unwrap_or_default()),
-    });
+    text.push_str(&proof_text(&outcome.proof, outcome.backup_revision));
     for lease in &outcome.leases_with_guessed_ttl {
-        text.push_str(&format!("remark: the TTL of lease {lease} is not in the backup; it got 60 s\n"));
+        text.push_str(&guessed_lease(lease));
     }
     for lease in &outcome.orphaned_leases {
         text.push_str(&format!(

@@ -9,9 +9,8 @@ use proto::backup::ObjectMeta;
 use tokio::time::Instant;
 
 use crate::catalog::{Catalog, Chain, Delta, History, ObjectName, PREDECESSOR, Timeline};
-use crate::delta::Record;
 use crate::etcd::{Etcd, Status};
-use crate::object::delta_in_memory;
+use crate::object::RevisionDigests;
 use crate::store::Store;
 use crate::{Class, Error, Result};
 
@@ -194,47 +193,19 @@ pub async fn compare(
 }
 
 /// Revisions that are compared.
-const COMPARED: usize = 64;
+const COMPARED: i64 = 64;
 
-fn digest(before: u64, is_put: bool, bytes: &[u8]) -> u64 {
-    use std::hash::{Hash, Hasher};
-    let mut hasher = std::hash::DefaultHasher::new();
-    (before, is_put, bytes).hash(&mut hasher);
-    hasher.finish()
-}
-
-/// A digest of each of the last revisions of a delta, so many at most.
-async fn revisions(store: &Store, name: &ObjectName, delta: &Delta, most: usize) -> Result<BTreeMap<i64, u64>> {
+/// A digest of each revision of a delta, the last so many at most.
+async fn revisions(store: &Store, name: &ObjectName, delta: &Delta, most: i64) -> Result<BTreeMap<i64, u64>> {
     let object = store.get_whole(name, delta.size).await?;
-    let location = store.location(name);
-    let mut reader = delta_in_memory(name, &object, &location)?;
-    let mut digests = BTreeMap::new();
-    let mut at = 0;
-    while let Some(record) = reader.next()? {
-        let (is_put, bytes) = match record {
-            Record::Revision { main, .. } => {
-                at = main;
-                digests.insert(main, 0);
-                if digests.len() > most {
-                    digests.pop_first();
-                }
-                continue;
-            }
-            Record::Put(value) => (true, value),
-            Record::Delete(key) => (false, key),
-            Record::End(_) => continue,
-        };
-        if let Some(before) = digests.get_mut(&at) {
-            *before = digest(*before, is_put, bytes);
-        }
-    }
-    Ok(digests)
+    let first = delta.last.saturating_sub(most).saturating_add(1);
+    Ok(RevisionDigests::of_delta(name, &object, &store.location(name), first, delta.last)?.into_map())
 }
 
 /// The same digests of what etcd sends of these revisions.
 async fn live_revisions(etcd: &Etcd, first: i64, last: i64) -> Result<BTreeMap<i64, u64>> {
     let mut watch = etcd.watch(first).await?;
-    let mut digests = BTreeMap::new();
+    let (mut digests, mut seen) = (RevisionDigests::default(), 0);
     let limit = Instant::now() + Duration::from_secs(10);
     loop {
         let message = tokio::time::timeout_at(limit, etcd.next_message(&mut watch, first - 1)).await;
@@ -242,7 +213,7 @@ async fn live_revisions(etcd: &Etcd, first: i64, last: i64) -> Result<BTreeMap<i
         for event in &message.events {
             let Some(kv) = &event.kv else { continue };
             if kv.mod_revision > last {
-                return Ok(digests);
+                return Ok(digests.into_map());
             }
             let mut value = Vec::new();
             let is_put = event.r#type() == EventType::Put;
@@ -255,14 +226,14 @@ async fn live_revisions(etcd: &Etcd, first: i64, last: i64) -> Result<BTreeMap<i
             } else {
                 &kv.key
             };
-            let before = digests.entry(kv.mod_revision).or_insert(0);
-            *before = digest(*before, is_put, bytes);
+            digests.add(kv.mod_revision, is_put, bytes);
+            seen = kv.mod_revision;
         }
-        if !message.fragment && digests.contains_key(&last) {
+        if !message.fragment && seen == last {
             break;
         }
     }
-    Ok(digests)
+    Ok(digests.into_map())
 }
 
 /// The last revision that the live etcd shares with a timeline; 0 when that cannot be known, because etcd has compacted it or
@@ -295,7 +266,7 @@ pub async fn fork_revision(
 
 /// The last revision of a delta up to which the live etcd has the same.
 async fn shared_with(store: &Store, etcd: &Etcd, timeline: Timeline, delta: &Delta, live: i64) -> Result<Option<i64>> {
-    let expected = revisions(store, &delta.name(timeline), delta, usize::MAX).await?;
+    let expected = revisions(store, &delta.name(timeline), delta, i64::MAX).await?;
     let found = live_revisions(etcd, delta.first, delta.last.min(live)).await?;
     let same = expected.iter().take_while(|(revision, digest)| found.get(revision) == Some(digest));
     Ok(same.last().map(|(revision, _)| *revision))

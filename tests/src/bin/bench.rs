@@ -334,15 +334,13 @@ async fn run(scenario: Scenario, dir: &Path, runs: usize) -> Result<()> {
     pair("restore the revision in the middle", runs, to_middle, "restore the last", restore)?;
     let objects = tests::objects(&store)?;
     let compact = || {
+        let run = measure(Command::new(&sidecar).args(["compact", "--store", &store_url, "--work-dir"]).arg(&dir))?;
         for object in tests::objects(&store)?.iter().filter(|object| !objects.contains(object)) {
             std::fs::remove_file(object)?;
         }
-        measure(Command::new(&sidecar).args(["compact", "--store", &store_url, "--work-dir"]).arg(&dir))
+        Ok(run)
     };
     pair("compact", runs, compact, "restore", restore)?;
-    for object in tests::objects(&store)?.iter().filter(|object| !objects.contains(object)) {
-        std::fs::remove_file(object)?;
-    }
     let verify = || measure(Command::new(&sidecar).args(["verify", "--level", "decode", "--store", &store_url]));
     alone("verify --level decode", runs, size, verify)?;
     let plain = dir.join("plain");

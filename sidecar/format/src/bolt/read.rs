@@ -92,6 +92,10 @@ impl<R: ReadAt> Db<R> {
         &self.meta
     }
 
+    pub(crate) fn source(&self) -> &R {
+        &self.source
+    }
+
     fn offset(&self, id: u64) -> u64 {
         id.saturating_mul(u64::from(self.meta.page_size))
     }

@@ -40,6 +40,12 @@ impl Finished {
         [self.meta.encode(0), Meta { txid: self.meta.txid - 1, ..self.meta }.encode(1)]
     }
 
+    /// The meta that takes over when it is written to page `txid % 2`, while the other page keeps the meta before it; for a
+    /// database that was appended to in place.
+    pub fn next_meta(&self) -> Meta {
+        Meta { txid: self.meta.txid - 1, ..self.meta }
+    }
+
     /// Bytes that the file must have.
     pub fn file_size(&self) -> u64 {
         self.meta.file_size()

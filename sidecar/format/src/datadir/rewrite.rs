@@ -24,7 +24,6 @@ pub struct Rewrite<'d, R> {
 struct Built {
     finished: Finished,
     rows: u64,
-    hash: u32,
 }
 
 impl<'d, R: ReadAt> Rewrite<'d, R> {
@@ -51,12 +50,6 @@ impl<'d, R: ReadAt> Rewrite<'d, R> {
         self.built.rows
     }
 
-    /// HashKV at the compaction revision, as an etcd that has finished the compaction answers it: it counts every row that
-    /// the compaction leaves of those it looks at.
-    pub fn hash_at_compaction(&self) -> u32 {
-        self.built.hash
-    }
-
     /// Writes the database.
     pub fn write<W: Write>(&self, out: W) -> Result<W> {
         let builder = Builder::create_known(out, &self.built.finished)?;
@@ -72,7 +65,7 @@ fn build<R: ReadAt, W: Write>(
     rules: HashRules,
     mut builder: Builder<W>,
 ) -> Result<(Built, W)> {
-    let (mut rows, mut hash) = (0, crc32c::crc32c(KEY_BUCKET));
+    let mut rows = 0;
     let mut names = Vec::new();
     let mut root = db.root();
     while let Some(row) = root.next()? {
@@ -106,13 +99,10 @@ fn build<R: ReadAt, W: Write>(
                     }
                 }
                 rows += 1;
-                if key.main <= compact_revision && !(is_last_tombstone && rules.keeps_tombstone_at_compaction) {
-                    hash = crc32c::crc32c_append(crc32c::crc32c_append(hash, row.key), row.value);
-                }
             }
             builder.push(row.key, row.value)?;
         }
     }
     let (finished, out) = builder.finish()?;
-    Ok((Built { finished, rows, hash }, out))
+    Ok((Built { finished, rows }, out))
 }

@@ -11,7 +11,7 @@ use proto::disk::Lease;
 
 use super::disk::{Disk, DiskWriter};
 use super::{Minor, Staged};
-use crate::bolt::{Builder, Db, Meta};
+use crate::bolt::{Builder, Db, Finished, Meta};
 use crate::membership::{CLUSTER_BUCKET, MEMBERS_BUCKET, MEMBERS_REMOVED_BUCKET, NewCluster};
 use crate::mvcc::{
     self, ALARM_BUCKET, ALL_BUCKETS, CONF_STATE, CONSISTENT_INDEX, Compaction, FINISHED_COMPACT, Fingerprints,
@@ -123,10 +123,16 @@ fn lease_id(key: &[u8]) -> Option<i64> {
 
 /// A file whose first bytes are still in memory.
 #[derive(Debug)]
-struct HeadInMemory {
+pub(super) struct HeadInMemory {
     head: Vec<u8>,
     size: u64,
     file: File,
+}
+
+impl HeadInMemory {
+    pub(super) fn new(head: Vec<u8>, size: u64, file: File) -> Self {
+        Self { head, size, file }
+    }
 }
 
 impl ReadAt for HeadInMemory {
@@ -280,15 +286,23 @@ impl<D: Disk> Tail<D> {
         self.write_out(minor, leases)
     }
 
-    fn write_out(
+    fn write_out(self, minor: Minor, leases: (BTreeSet<i64>, BTreeSet<i64>)) -> Result<Restored> {
+        let (disk, path) = (self.disk.clone(), self.path.clone());
+        let file = self.db.source().file.try_clone().map_err(Error::io("open again", &path))?;
+        let (restored, finished) = self.write_pages(minor, leases)?;
+        disk.write_at(&file, &finished.metas().concat(), 0).map_err(Error::io("write", &path))?;
+        Ok(restored)
+    }
+
+    /// Writes all pages but the metas.
+    pub(super) fn write_pages(
         self,
         minor: Minor,
         (added_leases, guessed_leases): (BTreeSet<i64>, BTreeSet<i64>),
-    ) -> Result<Restored> {
+    ) -> Result<(Restored, Finished)> {
         let (finished, out) = self.builder.finish()?;
-        let file = out.into_file().map_err(Error::io("write", &self.path))?;
-        self.disk.write_at(&file, &finished.metas().concat(), 0).map_err(Error::io("write", &self.path))?;
-        Ok(Restored {
+        out.into_file().map_err(Error::io("write", &self.path))?;
+        let restored = Restored {
             revision: self.revision,
             base_revision: self.base_revision,
             events: self.events,
@@ -297,11 +311,20 @@ impl<D: Disk> Tail<D> {
             guessed_leases,
             db_size: finished.file_size(),
             minor,
-        })
+        };
+        Ok((restored, finished))
+    }
+
+    pub(super) fn db(&self) -> &Db<HeadInMemory> {
+        &self.db
+    }
+
+    pub(super) fn disk(&self) -> &D {
+        &self.disk
     }
 
     /// Every lease a live key refers to gets a record: without one, a put with `ignore_lease` on such a key panics etcd.
-    fn write_leases(
+    pub(super) fn write_leases(
         &mut self,
         ttls: &BTreeMap<i64, i64>,
         live: &BTreeSet<i64>,
@@ -372,7 +395,7 @@ impl<D: Disk> Tail<D> {
         self.put_bucket(CLUSTER_BUCKET, &cluster)
     }
 
-    fn put_bucket(&mut self, name: &[u8], rows: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<()> {
+    pub(super) fn put_bucket(&mut self, name: &[u8], rows: &BTreeMap<Vec<u8>, Vec<u8>>) -> Result<()> {
         self.builder.start(name)?;
         rows.iter().try_for_each(|(key, value)| self.builder.push(key, value))
     }
