@@ -3,6 +3,7 @@
 pub mod azurite;
 pub mod certificates;
 pub mod etcd;
+pub mod faults;
 pub mod garage;
 pub mod gardener;
 pub mod gcs;

@@ -89,6 +89,16 @@ impl Sidecar {
         self
     }
 
+    /// Its arguments.
+    pub fn arguments(&self) -> &[OsString] {
+        &self.arguments
+    }
+
+    /// What is added to its environment.
+    pub fn environment(&self) -> impl Iterator<Item = (String, String)> {
+        self.environment.iter().cloned()
+    }
+
     fn command(&self) -> Result<Command> {
         let mut command = Command::new(path()?);
         command.args(&self.arguments).envs(self.environment.iter().cloned()).stdin(Stdio::null()).kill_on_drop(true);

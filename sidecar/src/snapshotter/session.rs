@@ -681,9 +681,15 @@ fn unproven(have: i64, compacted: i64) -> Error {
         warn_of_hole(have, compacted);
         return Error::Compacted { have, compacted };
     }
-    let what = format!(
-        "etcd has compacted, up to revision {compacted}, what would prove that it continues the backup, which ends at revision {have}"
-    );
+    let what = if compacted == have {
+        format!(
+            "etcd has compacted, up to revision {compacted}, what would prove that it continues the backup, which ends there"
+        )
+    } else {
+        format!(
+            "the backup ends with a full snapshot, of revision {have}, that has no hash: nothing proves that etcd continues it"
+        )
+    };
     tracing::warn!("{what}; a full snapshot is taken");
     Error::precondition(format!("{what}; take a full snapshot with --once full"))
 }

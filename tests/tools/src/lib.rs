@@ -112,6 +112,13 @@ pub const TOOLS: &[Tool] = &[
         origin: Origin::Debian(&["zstd"]),
     },
     Tool {
+        name: "strace",
+        version: "6.1",
+        programs: &["strace"],
+        probe: ("--version", "strace -- version"),
+        origin: Origin::Debian(&["strace", "libunwind8"]),
+    },
+    Tool {
         name: "cargo-deny",
         version: "0.20.2",
         programs: &["cargo-deny"],

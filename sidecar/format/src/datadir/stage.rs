@@ -25,6 +25,8 @@ const HASH_SIZE: u64 = 32;
 const RESTORING: &str = "member.restoring";
 /// Lies in a staged member until it is whole. Without it, what is staged is a member that was replaced and not moved on yet.
 const UNFINISHED: &str = "unfinished";
+/// Lies beside what is staged and has the inode of its directory: whole or not, what has that inode was not in its place yet.
+const NOTE: &str = "member.restoring.inode";
 
 /// A member directory that is being made beside its final place.
 #[derive(Debug)]
@@ -61,6 +63,7 @@ impl<D: Disk> Staged<D> {
             if dir == staged.layout.member() {
                 let mark = dir.join(UNFINISHED);
                 staged.disk.create_file(&mark).map_err(Error::io("create", &mark))?;
+                staged.write_note()?;
             }
         }
         Ok(staged)
@@ -98,9 +101,28 @@ impl<D: Disk> Staged<D> {
         if staging.exists() { self.clear_staging(&staging) } else { Ok(()) }
     }
 
+    fn write_note(&self) -> Result<()> {
+        use std::os::unix::fs::MetadataExt;
+        let (staging, note) = (self.layout.member(), self.data_dir.join(NOTE));
+        let inode = std::fs::metadata(staging).map_err(Error::io("look at", staging))?.ino();
+        if note.exists() {
+            self.disk.remove_file(&note).map_err(Error::io("remove", &note))?;
+        }
+        let file = self.disk.create_file(&note).map_err(Error::io("create", &note))?;
+        self.disk.write_at(&file, inode.to_string().as_bytes(), 0).map_err(Error::io("write", &note))
+    }
+
+    /// Whether what is staged never was in its place.
+    fn is_noted(&self, staging: &Path) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let noted = std::fs::read_to_string(self.data_dir.join(NOTE)).ok().and_then(|text| text.parse().ok());
+        noted.is_some_and(|inode: u64| std::fs::metadata(staging).is_ok_and(|metadata| metadata.ino() == inode))
+    }
+
     /// Removes an unfinished restore; keeps a replaced member that a crash left under that name.
     fn clear_staging(&self, staging: &Path) -> Result<()> {
-        if !staging.join(UNFINISHED).exists() && staging.join("snap/db").exists() {
+        let is_ours = staging.join(UNFINISHED).exists() || self.is_noted(staging);
+        if !is_ours && staging.join("snap/db").exists() {
             let free =
                 (0..1000).map(|n| self.data_dir.join(format!("member.replaced-found-{n}"))).find(|path| !path.exists());
             let Some(aside) = free else { return Ok(()) };
@@ -247,6 +269,7 @@ impl<D: Disk> Staged<D> {
         }
         for member in &mut members {
             member.made.clear();
+            let _ = member.disk.remove_file(&member.data_dir.join(NOTE));
         }
         Ok(replaced.into_iter().flatten().collect())
     }
@@ -330,7 +353,7 @@ pub fn check_target(data_dir: &Path, replace: bool) -> Result<()> {
     for entry in std::fs::read_dir(data_dir).map_err(Error::io("list", data_dir))? {
         let name = entry.map_err(Error::io("list", data_dir))?.file_name();
         match name.to_str() {
-            Some(RESTORING | "lost+found") => {}
+            Some(RESTORING | NOTE | "lost+found") => {}
             Some(name) if name.starts_with("member.replaced-") => {}
             _ if replace => {}
             _ => {
@@ -350,6 +373,7 @@ impl<D: Disk> Drop for Staged<D> {
         // Best effort: what cannot be removed now is removed by the next restore.
         if self.owns_staging {
             let _ = self.disk.remove_dir_all(self.layout.member());
+            let _ = self.disk.remove_file(&self.data_dir.join(NOTE));
         }
         for dir in self.made.iter().rev() {
             let _ = self.disk.remove_dir(dir);

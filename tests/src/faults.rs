@@ -1,0 +1,111 @@
+//! System calls of the sidecar that go wrong: strace has the n-th of a kind fail, or kills the process when it comes to it.
+
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::process::Command;
+
+use crate::program::{self, Sidecar};
+
+/// What happens to a system call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hit {
+    /// `kill -9` instead of it.
+    Kill,
+    /// It fails: the disk cannot.
+    Error,
+    /// It fails: the disk is full.
+    Full,
+}
+
+impl Hit {
+    fn inject(self) -> &'static str {
+        match self {
+            Self::Kill => "signal=KILL",
+            Self::Error => "error=EIO",
+            Self::Full => "error=ENOSPC",
+        }
+    }
+}
+
+/// Everything that changes a disk, by kind, and what reads it.
+pub const CALLS: [&str; 10] = [
+    "openat",
+    "write",
+    "pwrite64",
+    "fsync",
+    "fdatasync",
+    "linkat",
+    "rename,renameat,renameat2",
+    "unlink,unlinkat,rmdir",
+    "mkdir,mkdirat",
+    "pread64",
+];
+
+/// How a run under a fault ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// With this exit code; -1 when it was killed.
+    With(i32),
+    /// The fault never came to pass.
+    Untouched,
+    /// It hit what wakes a thread or sends to a peer, which is no disk.
+    Elsewhere,
+}
+
+/// Runs a command whose n-th call of a kind is hit.
+pub async fn run(command: &Sidecar, calls: &str, nth: usize, hit: Hit) -> Result<Ended> {
+    let log = tempfile::NamedTempFile::new()?;
+    let mut strace = Command::new(crate::program("strace", "strace")?);
+    strace
+        .args(["-f", "-y", "-qq", "-o"])
+        .arg(log.path())
+        .args(["-e", &format!("trace={calls}"), "-e", &format!("inject={calls}:{}:when={nth}", hit.inject())])
+        .arg(program::path()?)
+        .args(command.arguments())
+        .envs(command.environment())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true);
+    let mut child = strace.spawn()?;
+    let deadline = Instant::now() + Duration::from_secs(120);
+    let code = loop {
+        if let Ok(status) = tokio::time::timeout(Duration::from_millis(100), child.wait()).await {
+            // strace ends itself by the signal that ended the program.
+            break status?.code().unwrap_or(-1);
+        }
+        let text = std::fs::read_to_string(log.path())?;
+        if is_elsewhere(&text) {
+            // A thread that is never woken waits for ever.
+            break -1;
+        }
+        ensure!(Instant::now() < deadline, "{command:?} did not end after {hit:?} of {calls} {nth}");
+    };
+    if child.id().is_some() {
+        // Without its tracer the program would go on.
+        let traced = std::fs::read_to_string(log.path())?;
+        let traced = traced.split_whitespace().next().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
+        let _ = traced.map(|pid| kill_process(pid, Signal::KILL));
+        let _ = child.kill().await;
+    }
+    let text = std::fs::read_to_string(log.path())?;
+    let came = match hit {
+        Hit::Kill => text.contains("+++ killed by SIGKILL +++"),
+        Hit::Error | Hit::Full => text.contains("(INJECTED)"),
+    };
+    Ok(match came {
+        _ if is_elsewhere(&text) => Ended::Elsewhere,
+        true => Ended::With(code),
+        false => Ended::Untouched,
+    })
+}
+
+fn is_elsewhere(log: &str) -> bool {
+    let injected = log.lines().filter(|line| line.contains("(INJECTED)"));
+    injected
+        .into_iter()
+        .any(|line| ["anon_inode:", "socket:", "pipe:", "/dev/null"].iter().any(|what| line.contains(what)))
+}
