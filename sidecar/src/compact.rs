@@ -104,6 +104,7 @@ pub async fn compact(store: &Store, settings: &Settings, stop: &CancellationToke
         drop(compressed_out);
         let mut merged = merging.await.map_err(|error| Error::task(&error))??;
         let name = layout.full(timeline, merged.revision, unix_ms);
+        tracing::debug!("everything is uploaded, read it back");
         read_back(store, &mut upload, &name, stop).await?;
         let free = |attempt| layout.full(timeline, merged.revision, unix_ms + attempt * layout.tick_ms());
         let (name, size) = upload.finish_as(free).await?;
@@ -209,6 +210,7 @@ impl Merge {
         let mut aside = Aside { cluster_id, recorded, ..Aside::default() };
         let tail = from_store(&staged, &self.named, &mut received, None, &mut aside, &self.stop, &|_| {})?;
         let restored = tail.finish_as_snapshot(&aside.lease_ttls, &aside.live_leases).map_err(Error::format(&place))?;
+        tracing::debug!(revision = restored.revision, "the chain is put together");
         let path = staged.layout().db();
         let name = path.display().to_string();
         let db = Db::open(File::open(&path).map_err(Error::io("open", &name))?).map_err(Error::format(&name))?;
@@ -241,6 +243,7 @@ impl Merge {
         }
         let rewrite = rewrite.map_err(|_| Error::Bug { what: "the planning thread ended unexpectedly".into() })?;
         let rewrite = rewrite.map_err(Error::format(&name))?;
+        tracing::debug!(rows = rewrite.rows(), bytes = rewrite.size(), "it is sound, and what to write is known");
         let hash_kv = aside
             .recorded
             .map(|recorded| recorded.hash)
