@@ -2,6 +2,8 @@
 //!
 //! Memory is bounded by the size of a frame; only a replay needs disk, as much as the database.
 
+mod journal;
+
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
@@ -18,6 +20,8 @@ use crate::object::{Content, Records, check_full_revision};
 use crate::restore::{self, PieceReader, Stoppable};
 use crate::store::Store;
 use crate::{Class, Error, Result};
+
+pub use journal::Journal;
 
 /// How thoroughly to look. Each level includes those before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
@@ -67,6 +71,8 @@ pub struct Report {
     pub level: Level,
     /// Objects looked at.
     pub objects: u64,
+    /// Of those, what an earlier run had found whole.
+    pub known: u64,
     /// Their bytes, as far as they were read.
     pub bytes: u64,
     /// What is wrong.
@@ -86,17 +92,23 @@ impl Report {
     }
 }
 
+/// What to look at, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Look<'l> {
+    /// This timeline alone.
+    pub timeline: Option<Timeline>,
+    /// How thoroughly.
+    pub level: Level,
+    /// Where a replay restores to.
+    pub work_dir: &'l Path,
+}
+
 /// Looks at everything in a store, or at one timeline. Damage is in the report; an error means that it could not look.
-pub async fn verify(
-    store: &Store,
-    timeline: Option<Timeline>,
-    level: Level,
-    work_dir: &Path,
-    stop: &CancellationToken,
-) -> Result<Report> {
+pub async fn verify(store: &Store, look: Look<'_>, journal: &mut Journal, stop: &CancellationToken) -> Result<Report> {
+    let Look { timeline, level, work_dir } = look;
     let catalog = store.catalog().await?;
-    let mut report =
-        Report { level, objects: 0, bytes: 0, problems: Vec::new(), remarks: Vec::new(), replayed: Vec::new() };
+    let (problems, remarks, replayed) = (Vec::new(), Vec::new(), Vec::new());
+    let mut report = Report { level, objects: 0, known: 0, bytes: 0, problems, remarks, replayed };
     if let Some(wanted) = timeline.filter(|wanted| !catalog.timelines.contains_key(wanted)) {
         return Err(Error::missing(format!("store {} has no timeline {wanted}", store.url())));
     }
@@ -108,14 +120,22 @@ pub async fn verify(
             fulls.chain(history.deltas.iter().map(|delta| (delta.name(*timeline), delta.size))).collect();
         report.objects += objects.len() as u64;
         if level >= Level::Bytes {
-            contents(store, objects, level, stop, &mut report).await?;
+            contents(store, objects, level, stop, journal, &mut report).await?;
         }
     }
     if level == Level::Replay {
         for (timeline, history) in looked_at() {
             for full in &history.fulls {
                 let chain = chain_alone(history, history.chain_from(*full));
+                let (url, last) = (store.location(&full.name(*timeline)), chain.last);
+                if journal.has_chain(&url, last) {
+                    continue;
+                }
+                let before = report.problems.len();
                 replay(store, *timeline, chain, work_dir, stop, &mut report).await?;
+                if report.problems.len() == before {
+                    journal.add_chain(&url, last)?;
+                }
             }
         }
     }
@@ -164,19 +184,25 @@ async fn contents(
     objects: Vec<(ObjectName, u64)>,
     level: Level,
     stop: &CancellationToken,
+    journal: &mut Journal,
     report: &mut Report,
 ) -> Result<()> {
     for (name, size) in objects {
         if stop.is_cancelled() {
             return Err(Error::Cancelled);
         }
+        let at = store.location(&name);
+        if journal.has_object(level, &at, size) {
+            report.known += 1;
+            continue;
+        }
         report.bytes += size;
-        let looked = content(store, name, size, level, stop).await;
-        if let Err(error) = looked {
-            if !matches!(error.class(), Class::Corrupt | Class::Missing) {
-                return Err(error);
+        match content(store, name, size, level, stop).await {
+            Ok(()) => journal.add_object(level, &at, size)?,
+            Err(error) if matches!(error.class(), Class::Corrupt | Class::Missing) => {
+                report.problems.push(Problem { at, what: error.to_string(), is_gap: false });
             }
-            report.problems.push(Problem { at: store.location(&name), what: error.to_string(), is_gap: false });
+            Err(error) => return Err(error),
         }
     }
     Ok(())

@@ -106,3 +106,30 @@ async fn a_store_with_nothing_to_restore_does_not_pass() -> Result<()> {
     verify(&Store::directory(dir.path()), "names", 11).await?;
     Ok(())
 }
+
+/// A run that is killed goes on where it was.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_cut_short_goes_on() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = backup("3.6", dir.path()).await?;
+    let journal = dir.path().join("journal");
+    let run = || async {
+        let command = store.command("verify").args(["-o", "json", "--level", "replay", "--resume"]).arg(&journal);
+        command.run().await
+    };
+    let first = run().await?.expect(0)?.json()?;
+    ensure!(first["known"] == 0 && first["replayed"].as_array().is_some_and(|chains| chains.len() == 2), "{first}");
+    // As if it had been killed after the third object, in the middle of a line.
+    let lines = std::fs::read_to_string(&journal)?;
+    let kept: usize = lines.lines().take(3).map(|line| line.len() + 1).sum();
+    std::fs::write(&journal, &lines[..kept + 7])?;
+    let second = run().await?.expect(0)?.json()?;
+    ensure!(second["known"] == 3 && second["objects"] == 5, "{second}");
+    ensure!(run().await?.expect(0)?.json()?["known"] == 5);
+    // What is damaged is found all the same, when its size has changed or nothing was noted of it.
+    let object = objects(&dir.path().join("store"))?.remove(0);
+    std::fs::OpenOptions::new().write(true).open(&object)?.set_len(90)?;
+    run().await?.expect(10)?;
+    run().await?.expect(10)?;
+    Ok(())
+}

@@ -8,7 +8,7 @@ use super::{Output, StoreFlag, bytes, print};
 use crate::Result;
 use crate::catalog::Timeline;
 use crate::store::{Open, Store};
-use crate::verify::{Level, Report, verify};
+use crate::verify::{Journal, Level, Look, Report, verify};
 
 /// Prove that backups are whole and can be restored.
 ///
@@ -27,11 +27,17 @@ pub struct Args {
     /// Where a replay restores to; as much room as the database takes is needed there. What it makes is removed.
     #[arg(long, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
     work_dir: PathBuf,
+    /// Note in this file what is found whole, and leave out what it has already: a run that was cut short is run again with
+    /// the same file and goes on.
+    #[arg(long, value_name = "FILE")]
+    resume: Option<PathBuf>,
 }
 
 pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> Result<u8> {
     let store = Store::open(&args.store.store, Open::Existing)?;
-    let report = verify(&store, args.timeline, args.level, &args.work_dir, &stop).await?;
+    let look = Look { timeline: args.timeline, level: args.level, work_dir: &args.work_dir };
+    let mut journal = args.resume.as_deref().map(Journal::open).transpose()?.unwrap_or_default();
+    let report = verify(&store, look, &mut journal, &stop).await?;
     print(output, &report, table)?;
     Ok(report.class().map_or(0, crate::Class::exit_code))
 }
@@ -40,6 +46,9 @@ fn table(report: &Report) -> String {
     let mut text = format!("looked at {} objects", report.objects);
     if report.level > Level::Names {
         text.push_str(&format!(", read {}", bytes(report.bytes)));
+        if report.known > 0 {
+            text.push_str(&format!("; {} were found whole before", report.known));
+        }
     }
     text.push('\n');
     for chain in &report.replayed {
