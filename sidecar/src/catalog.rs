@@ -422,6 +422,11 @@ impl History {
         gaps
     }
 
+    /// When each of its objects was begun or closed.
+    pub fn times(&self) -> impl Iterator<Item = i64> + '_ {
+        self.fulls.iter().map(|full| full.unix_ms).chain(self.deltas.iter().map(|delta| delta.unix_ms))
+    }
+
     /// Bytes of all objects.
     pub fn size(&self) -> u64 {
         self.fulls.iter().map(|full| full.size).chain(self.deltas.iter().map(|delta| delta.size)).sum()

@@ -24,6 +24,7 @@ use crate::catalog::{Catalog, Chain, Layout, ObjectName, PREDECESSOR, Timeline};
 use crate::container::{self, FRAME_BYTES, FromTail, LAYOUT};
 use crate::object::FullWriter;
 use crate::restore::{Aside, PieceReader, Pieces, Recorded, Stoppable, fetch, from_store, recorded_hash};
+use crate::retention::ABANDONED_AFTER;
 use crate::store::{self, Store, Upload};
 use crate::verify::{self, Level};
 use crate::{Error, Result};
@@ -58,6 +59,8 @@ pub struct Compacted {
     pub db_size: u64,
     /// Bytes of the object.
     pub bytes: u64,
+    /// Leases that live keys need and whose TTL was not in the backup: they got 60 s.
+    pub leases_with_guessed_ttl: Vec<String>,
     /// Whether etcd's own hash, recorded with the last delta, was found again in what was merged.
     pub hash_compared: bool,
 }
@@ -77,11 +80,14 @@ pub async fn compact(store: &Store, settings: &Settings, stop: &CancellationToke
             rows: 0,
             db_size: 0,
             bytes: 0,
+            leases_with_guessed_ttl: Vec::new(),
             hash_compared: false,
         });
     }
     let layout = if timeline == PREDECESSOR { Layout::GardenerV2 } else { Layout::Steward };
-    let unix_ms = Utc::now().timestamp_millis();
+    // It has the state of that time, whenever it is made, which `restore --time` and retention go by; and it sorts after what
+    // it is made of.
+    let unix_ms = chain.deltas.last().map_or(chain.full.unix_ms, |delta| delta.unix_ms) + layout.tick_ms();
     let (feeder, received) = fetch(store.clone(), objects.clone(), stop.clone());
     let (compressed, mut compressed_out) = mpsc::channel(2);
     let merge = Merge {
@@ -95,7 +101,8 @@ pub async fn compact(store: &Store, settings: &Settings, stop: &CancellationToke
     };
     let work_dir = settings.work_dir.clone();
     let merging = tokio::task::spawn_blocking(move || merge.run(received, &work_dir, &compressed));
-    let staging = ObjectName::Uploading { timeline, unix_ms, random: rand::random() };
+    let now_ms = Utc::now().timestamp_millis();
+    let staging = ObjectName::Uploading { timeline, unix_ms: now_ms, random: rand::random() };
     let mut upload = store.upload(staging);
     let uploaded = async {
         while let Some(bytes) = compressed_out.recv().await {
@@ -106,6 +113,7 @@ pub async fn compact(store: &Store, settings: &Settings, stop: &CancellationToke
         let name = layout.full(timeline, merged.revision, unix_ms);
         tracing::debug!("everything is uploaded, read it back");
         read_back(store, &mut upload, &name, stop).await?;
+        check_unchanged(store, &catalog, timeline, staging).await?;
         let free = |attempt| layout.full(timeline, merged.revision, unix_ms + attempt * layout.tick_ms());
         let (name, size) = upload.finish_as(free).await?;
         merged.object = Some(name.to_string());
@@ -142,6 +150,25 @@ fn newest_chain(store: &Store, catalog: &Catalog, wanted: Option<Timeline>) -> R
         )));
     }
     Ok((timeline, chain))
+}
+
+/// A full snapshot that was taken meanwhile, or is being taken, may have users and roles that this one has not; it must not
+/// come after that one.
+async fn check_unchanged(store: &Store, before: &Catalog, timeline: Timeline, own: ObjectName) -> Result<()> {
+    let now = store.catalog().await?;
+    let fulls = |catalog: &Catalog| catalog.timelines.get(&timeline).map_or(0, |history| history.fulls.len());
+    let abandoned_ms = Utc::now().timestamp_millis() - i64::try_from(ABANDONED_AFTER.as_millis()).unwrap_or(i64::MAX);
+    let is_under_way = |name: &ObjectName| {
+        let of_timeline = matches!(name, ObjectName::Uploading { timeline: other, .. } if *other == timeline);
+        of_timeline && *name != own && name.unix_ms() > abandoned_ms
+    };
+    if fulls(&now) != fulls(before) || now.uploading.iter().any(|(name, _)| is_under_way(name)) {
+        return Err(Error::precondition(format!(
+            "a full snapshot is being taken, or was, in timeline {timeline} of store {}: there is no need to compact what is before it; try again later",
+            store.url()
+        )));
+    }
+    Ok(())
 }
 
 async fn meta_of(store: &Store, object: Option<&(ObjectName, u64)>) -> Result<ObjectMeta> {
@@ -225,12 +252,17 @@ impl Merge {
         let known = if self.discard_history { revision } else { aside.compact_revision.min(revision) };
         let (clean_up_to, rules) = (restored.compaction.finished, HashRules::of(&self.last.etcd_version));
         let compact_revision = known.max(restored.compaction.revision());
+        // What is open stays readable, and nothing is left behind however this ends.
+        drop(staged);
+        drop(dir);
         let (checked, rewrite) = std::thread::scope(|scope| {
             let rewrite = scope.spawn(|| Rewrite::plan(&db, compact_revision, clean_up_to, rules));
             (verify_database(&db, &options), rewrite.join())
         });
         let (summary, findings) = checked.map_err(Error::format(&name))?;
-        if let Some(finding) = findings.iter().find(|finding| finding.severity == Severity::Corrupt) {
+        let mut corrupt = findings.iter().filter(|finding| finding.severity == Severity::Corrupt);
+        // Leases without a record are the snapshot's own; a restore gives them one.
+        if let Some(finding) = corrupt.nth(summary.dangling_leases.len()) {
             return Err(Error::corrupt(format!("what was merged is not sound, nothing is uploaded: {}", finding.what)));
         }
         if let (Some(found), Some(recorded)) = (summary.hash, aside.recorded)
@@ -242,7 +274,11 @@ impl Merge {
             )));
         }
         let rewrite = rewrite.map_err(|_| Error::Bug { what: "the planning thread ended unexpectedly".into() })?;
-        let rewrite = rewrite.map_err(Error::format(&name))?;
+        let mut rewrite = rewrite.map_err(Error::format(&name))?;
+        if summary.superseded_rows > 0 {
+            // What is at or below the finished compaction is not one row a key: every row must be looked at.
+            rewrite = Rewrite::plan(&db, compact_revision, 0, rules).map_err(Error::format(&name))?;
+        }
         tracing::debug!(rows = rewrite.rows(), bytes = rewrite.size(), "it is sound, and what to write is known");
         let hash_kv = aside
             .recorded
@@ -268,6 +304,7 @@ impl Merge {
             rows: rewrite.rows(),
             db_size: rewrite.size(),
             bytes: 0,
+            leases_with_guessed_ttl: restored.guessed_leases.iter().map(|id| format!("{id:x}")).collect(),
             hash_compared: summary.hash.is_some(),
         })
     }
@@ -283,6 +320,7 @@ impl Merge {
             raft_index: self.last.raft_index,
             started_unix_ms: self.unix_ms,
             auth_fingerprint: self.full.auth_fingerprint,
+            auth_state: self.full.auth_state,
             ..ObjectMeta::default()
         };
         let (to_compress, pieces) = sync_channel::<Vec<u8>>(PIECES_AHEAD);

@@ -61,7 +61,7 @@ pub async fn copy(from: &Store, to: &Store, selection: Selection, stop: &Cancell
     let timelines = timelines(from, &source, selection)?;
     for (timeline, history) in timelines {
         let job = Job { from, to, layout: selection.layout, timeline, stop };
-        job.describe().await?;
+        job.describe(&destination).await?;
         job.timeline(&history, &destination, &mut copied).await?;
     }
     Ok(copied)
@@ -108,14 +108,6 @@ struct Job<'j> {
     stop: &'j CancellationToken,
 }
 
-/// An object that can be put.
-enum Ready {
-    /// To be streamed.
-    Full(Full),
-    /// In memory, verified.
-    Delta(ObjectName, Vec<Bytes>),
-}
-
 impl Job<'_> {
     /// The layout that it is converted to; `None` when it stays what it is.
     fn converted(&self) -> Option<Layout> {
@@ -131,24 +123,32 @@ impl Job<'_> {
         }
     }
 
-    /// Says where the timeline comes from, or finds that the destination has it from there.
-    async fn describe(&self) -> Result<()> {
+    /// Says where the timeline comes from, or finds that the destination has it from there. The predecessor's layout has one
+    /// history: what is copied into it is described beside it, where it does not look.
+    async fn describe(&self, destination: &Catalog) -> Result<()> {
         let timeline = self.target();
-        if timeline == PREDECESSOR {
-            return Ok(());
-        }
         let there = self.to.description(timeline).await?;
-        let description = if self.converted().is_some() {
+        let described = if self.converted().is_some() || timeline == PREDECESSOR {
             let created = there.as_ref().map_or_else(|| Utc::now().to_rfc3339(), |there| there.created.clone());
-            let reason = format!("copied from {}", self.from.url());
+            let reason = format!("copied from {}, timeline {}", self.from.url(), self.timeline);
             let cluster_id = String::new();
             Some(Description { layout: LAYOUT, timeline, parent: 0, fork_revision: 0, reason, cluster_id, created })
         } else {
-            self.from.description(timeline).await?
+            match self.from.description(timeline).await {
+                // What it says of the timeline's origin is lost; the backups are not.
+                Err(error) if error.class() == Class::Corrupt => {
+                    tracing::error!(%error, "the timeline is copied without it");
+                    return Ok(());
+                }
+                described => described?,
+            }
         };
-        match (description, there) {
-            (Some(description), None) => self.to.put_description(&description).await,
-            (description, there) if description == there || there.is_none() => Ok(()),
+        let is_taken = destination.timelines.get(&timeline).is_some_and(|there| there.times().next().is_some());
+        match (described, there) {
+            (Some(described), None) if timeline != PREDECESSOR || !is_taken => {
+                self.to.put_description(&described).await
+            }
+            (described, there) if described == there || (there.is_none() && timeline != PREDECESSOR) => Ok(()),
             _ => Err(Error::precondition(format!(
                 "store {} has another timeline {timeline} than {}: copy to another prefix",
                 self.to.url(),
@@ -170,44 +170,54 @@ impl Job<'_> {
                 Some(Err(error)) => copied.problems.push(error.to_string()),
             }
         }
-        let full = |name: &ObjectName| history.fulls.iter().find(|full| full.name(self.timeline) == *name).copied();
-        let ready = wanted.into_iter().map(|(name, size)| {
-            let full = full(&name);
-            async move {
-                match full {
-                    Some(full) => Ok(Ready::Full(full)),
-                    None => self.delta(name, size).await,
-                }
+        // Deltas are read ahead up to the next full: while that streams nobody would wait for them.
+        let mut deltas = Vec::new();
+        for (name, size) in wanted {
+            if !name.is_full() {
+                deltas.push((name, size));
+                continue;
             }
-        });
-        let mut ready = std::pin::pin!(futures::stream::iter(ready).buffered(DELTAS_AHEAD));
-        while let Some(next) = ready.next().await {
-            if self.stop.is_cancelled() {
-                return Err(Error::Cancelled);
-            }
-            let put = async {
-                match next? {
-                    Ready::Full(full) => self.full(full).await,
-                    Ready::Delta(name, content) => {
-                        self.to.put_new(&name, &content).await?;
-                        Ok((name, content.iter().map(Bytes::len).sum::<usize>() as u64))
-                    }
-                }
-            };
-            match put.await {
-                Ok((name, size)) => {
-                    tracing::info!(object = %name, bytes = size, "copied");
-                    copied.copied += 1;
-                    copied.bytes += size;
-                }
-                Err(error) if matches!(error.class(), Class::Corrupt | Class::Missing) => {
-                    tracing::error!(%error, "an object is not copied");
-                    copied.problems.push(error.to_string());
-                }
-                Err(error) => return Err(error),
+            self.deltas(std::mem::take(&mut deltas), copied).await?;
+            if let Some(full) = history.fulls.iter().find(|full| full.name(self.timeline) == name) {
+                self.put(self.full(*full), copied).await?;
             }
         }
+        self.deltas(deltas, copied).await
+    }
+
+    async fn deltas(&self, deltas: Vec<(ObjectName, u64)>, copied: &mut Copied) -> Result<()> {
+        let ready = deltas.into_iter().map(|(name, size)| self.delta(name, size));
+        let mut ready = std::pin::pin!(futures::stream::iter(ready).buffered(DELTAS_AHEAD));
+        while let Some(next) = ready.next().await {
+            let put = async {
+                let (name, content) = next?;
+                self.to.put_new(&name, &content).await?;
+                Ok((name, content.iter().map(Bytes::len).sum::<usize>() as u64))
+            };
+            self.put(put, copied).await?;
+        }
         Ok(())
+    }
+
+    /// Notes what became of an object.
+    async fn put(&self, put: impl Future<Output = Result<(ObjectName, u64)>>, copied: &mut Copied) -> Result<()> {
+        if self.stop.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
+        match put.await {
+            Ok((name, size)) => {
+                tracing::info!(object = %name, bytes = size, "copied");
+                copied.copied += 1;
+                copied.bytes += size;
+                Ok(())
+            }
+            Err(error) if error.class() == Class::Corrupt => {
+                tracing::error!(%error, "an object is not copied");
+                copied.problems.push(error.to_string());
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether the destination has it; an error when what is there cannot be it.
@@ -239,7 +249,10 @@ impl Job<'_> {
         })
     }
 
-    async fn delta(&self, name: ObjectName, size: u64) -> Result<Ready> {
+    async fn delta(&self, name: ObjectName, size: u64) -> Result<(ObjectName, Vec<Bytes>)> {
+        if size == 0 {
+            return Err(Error::corrupt(format!("{}: object is empty", self.from.location(&name))));
+        }
         let meta = self.from.meta(&name, size).await?;
         let frames = if meta.is_some() { Some(self.from.frames(&name, size).await?) } else { None };
         let object = self.from.get_whole(&name, size).await?;
@@ -249,18 +262,18 @@ impl Job<'_> {
             verify::check(meta.zip(frames), object.as_slice(), &name, &location, Level::Decode)?;
             let (first, last) = name.revisions().unwrap_or_default();
             match converted {
-                None => Ok(Ready::Delta(name, vec![object.into()])),
+                None => Ok((name, vec![object.into()])),
                 Some(Layout::GardenerV2) => {
                     let content = BufReader::new(container::Reader::new(object.as_slice(), &location)?);
                     let encoded = gardener::encode(&mut delta::Reader::new(content, &location))?;
                     if encoded.is_too_large_to_replay {
                         tracing::warn!(object = %name, "it has a revision that the predecessor's restore cannot replay");
                     }
-                    Ok(Ready::Delta(Layout::GardenerV2.delta(target, first, last, unix_ms), vec![encoded.object]))
+                    Ok((Layout::GardenerV2.delta(target, first, last, unix_ms), vec![encoded.object]))
                 }
                 Some(Layout::Steward) => {
                     let content = rebuilt(&name, &object, &location, unix_ms)?;
-                    Ok(Ready::Delta(Layout::Steward.delta(target, first, last, unix_ms), content))
+                    Ok((Layout::Steward.delta(target, first, last, unix_ms), content))
                 }
             }
         });
@@ -296,6 +309,9 @@ impl Job<'_> {
 
     /// Returns the revision that it has.
     async fn stream(&self, full: &Full, name: &ObjectName, upload: &mut Upload) -> Result<i64> {
+        if full.size == 0 {
+            return Err(Error::corrupt(format!("{}: object is empty", self.from.location(name))));
+        }
         let ours = match self.from.meta(name, full.size).await? {
             Some(meta) => Some((meta, self.from.frames(name, full.size).await?)),
             None => None,

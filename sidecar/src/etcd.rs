@@ -421,7 +421,7 @@ impl Etcd {
     }
 
     /// The auth revision, or `None` where the version (3.4) does not tell it.
-    pub async fn auth_revision(&mut self) -> Result<Option<u64>> {
+    pub async fn auth_revision(&mut self) -> Result<Option<(u64, bool)>> {
         let mut asked = deadline(self.timeout, auth_status(self.channel.clone(), self.token.clone())).await;
         if let Err(etcd_client::Error::GRpcStatus(status)) = &asked
             && self.credentials.is_some()
@@ -432,7 +432,7 @@ impl Etcd {
             asked = deadline(self.timeout, auth_status(self.channel.clone(), self.token.clone())).await;
         }
         match asked {
-            Ok(response) => Ok(Some(response.auth_revision)),
+            Ok(response) => Ok(Some((response.auth_revision, response.enabled))),
             Err(etcd_client::Error::GRpcStatus(status)) if status.code() == tonic::Code::Unimplemented => Ok(None),
             Err(error) => Err(self.fail("ask for the auth revision")(error)),
         }

@@ -4,7 +4,8 @@
 //! wrapped in) and [`delta`] (what the changes look like in it) are pure, and so is [`gardener`], the same three for what the
 //! predecessor wrote; [`object`] opens either. [`etcd`] and [`store`] reach the two worlds outside. [`snapshotter`] moves
 //! data from the first to the second, [`restore`] from the second to a data directory; [`verify`] proves that it could.
-//! [`cli`] is what a person types.
+//! [`compact`], [`copy`] and [`gc`] keep a store in shape without any etcd; what goes is decided by [`retention`], which is
+//! pure. [`cli`] is what a person types.
 //!
 //! # Invariants
 //! - An object is put once and never overwritten; its name says which revisions it holds.

@@ -6,7 +6,8 @@
 //! # Invariants
 //! - Nothing goes that is newer than the newest full snapshot that was verified, nor what its chain needs. Without one
 //!   nothing goes at all.
-//! - What the newest chain needs stays, and the last stream of every timeline stays as long as its full snapshot does.
+//! - What the newest chain needs stays, and the last stream of every timeline stays as long as its full snapshot does: that
+//!   of one that was left, by a restore to an earlier point, for a week at least.
 //! - A delta that stays because it is young keeps the full snapshot and the deltas that it builds upon.
 //! - What is not known to be a backup is not in a plan.
 //!
@@ -18,7 +19,7 @@ use std::time::Duration;
 use chrono::{DateTime, Timelike};
 use serde::Serialize;
 
-use crate::catalog::{Catalog, Full, History, ObjectName, Timeline};
+use crate::catalog::{Catalog, Full, History, ObjectName, Restorable, Timeline};
 
 /// Uploads that stayed unfinished for so long have no writer any more.
 pub const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 3600);
@@ -79,9 +80,11 @@ pub fn plan(catalog: &Catalog, retention: Retention, verified: Option<(Timeline,
         decisions.push(Decision { object, bytes, delete, reason });
     };
     let protected = protected(catalog);
+    let newest = catalog.newest_restorable().map(|(timeline, _)| timeline);
     let mut fulls = by_policy(catalog, retention.policy, now_ms);
     for (timeline, history) in &catalog.timelines {
-        let windows = window(history, retention.deltas, now_ms);
+        let windows = windows(history, retention.deltas, now_ms);
+        let is_abandoned = newest != Some(*timeline) && recently(history, now_ms);
         let mut stays_full = Vec::new();
         for full in &history.fulls {
             let name = full.name(*timeline);
@@ -92,7 +95,12 @@ pub fn plan(catalog: &Catalog, retention: Retention, verified: Option<(Timeline,
                     Verdict::Keep("nothing newer is verified")
                 }
                 _ if protected.contains(&name) => Verdict::Keep("the newest chain needs it"),
-                _ if windows.is_some_and(|from| full.revision == from) => Verdict::Keep("young deltas build upon it"),
+                _ if windows.iter().any(|window| full.revision == window.from) => {
+                    Verdict::Keep("young deltas build upon it")
+                }
+                _ if is_abandoned && history.fulls.last() == Some(full) => {
+                    Verdict::Keep("its timeline was left less than a week ago")
+                }
                 _ => by_policy,
             };
             stays_full.push(matches!(verdict, Verdict::Keep(_)));
@@ -109,7 +117,7 @@ pub fn plan(catalog: &Catalog, retention: Retention, verified: Option<(Timeline,
                     Verdict::Keep("it follows the newest verified full snapshot")
                 }
                 _ if protected.contains(&name) => Verdict::Keep("the newest chain needs it"),
-                _ if windows.is_some_and(|from| delta.last > from) => {
+                _ if windows.iter().any(|window| delta.last > window.from && delta.first <= window.to) => {
                     Verdict::Keep("it is young, or a younger one builds upon it")
                 }
                 _ if is_last && stream.and_then(|stream| stays_full.get(stream)) == Some(&true) => {
@@ -135,18 +143,6 @@ pub fn plan(catalog: &Catalog, retention: Retention, verified: Option<(Timeline,
     decisions
 }
 
-/// Timelines of which nothing stays, and which are not needed to number the next one: their descriptions can go.
-pub fn emptied(catalog: &Catalog, decisions: &[Decision]) -> Vec<Timeline> {
-    let newest = catalog.newest().map(|(timeline, _)| timeline);
-    let stays = |name: ObjectName| decisions.iter().any(|decision| decision.object == name && !decision.delete);
-    let empty = |timeline: Timeline, history: &History| {
-        !history.fulls.iter().any(|full| stays(full.name(timeline)))
-            && !history.deltas.iter().any(|delta| stays(delta.name(timeline)))
-    };
-    let emptied = catalog.timelines.iter().filter(|(timeline, history)| empty(**timeline, history));
-    emptied.map(|(timeline, _)| *timeline).filter(|timeline| Some(*timeline) != newest && *timeline > 0).collect()
-}
-
 #[derive(Debug, Clone, Copy)]
 enum Verdict {
     Keep(&'static str),
@@ -165,15 +161,48 @@ fn protected(catalog: &Catalog) -> BTreeSet<ObjectName> {
     objects.into_iter().flatten().map(|(name, _)| name).collect()
 }
 
-/// The revision of the full snapshot upon which the young deltas build; `None` when there are none to keep.
-fn window(history: &History, keep: Duration, now_ms: i64) -> Option<i64> {
-    let oldest = history.fulls.first().filter(|_| !keep.is_zero())?;
+/// Revisions that are to stay restorable: from a full snapshot to where its chain ends.
+#[derive(Debug, Clone, Copy)]
+struct Window {
+    from: i64,
+    to: i64,
+}
+
+/// For each run of revisions without a gap that has young deltas: the full snapshot upon which these build, and all after it.
+fn windows(history: &History, keep: Duration, now_ms: i64) -> Vec<Window> {
+    if keep.is_zero() {
+        return Vec::new();
+    }
     let since = now_ms.saturating_sub(as_ms(keep));
-    // What ends before the oldest full snapshot follows nothing.
-    let young = history.deltas.iter().filter(|delta| delta.unix_ms > since && delta.last > oldest.revision);
-    let first = young.map(|delta| delta.first).min()?;
-    let before = history.fulls.iter().rev().find(|full| full.revision < first);
-    Some(before.unwrap_or(oldest).revision)
+    let runs = history.restorable();
+    let window = |(at, run): (usize, &Restorable)| {
+        // What was there when the time began, and all that came after.
+        let is_last = at + 1 == runs.len();
+        let young = history.deltas.iter().filter(|delta| delta.unix_ms > since);
+        let young =
+            young.filter(|delta| delta.last > run.first && delta.first <= run.last).map(|delta| delta.first).min();
+        if young.is_none() && run.last_unix_ms < since && !is_last {
+            return None;
+        }
+        let of_run = |full: &&Full| (run.first..=run.last).contains(&full.revision);
+        let newest = |fits: &dyn Fn(&Full) -> bool| {
+            let found = history.fulls.iter().rev().filter(of_run).find(|full| fits(full));
+            found.map_or(run.first, |full| full.revision)
+        };
+        // By the time, and by what young deltas build upon: clocks are set back.
+        let by_time = newest(&|full| full.unix_ms <= since);
+        let by_deltas = young.map_or(by_time, |first| newest(&|full| full.revision < first));
+        Some(Window { from: by_time.min(by_deltas), to: run.last })
+    };
+    runs.iter().enumerate().filter_map(window).collect()
+}
+
+/// Whether a timeline was still written to not long ago. What somebody restored away from may be missed.
+fn recently(history: &History, now_ms: i64) -> bool {
+    let Some(full) = history.fulls.last() else { return false };
+    let after = history.deltas.iter().filter(|delta| delta.last > full.revision).map(|delta| delta.unix_ms);
+    let last = after.max().unwrap_or(full.unix_ms).max(full.unix_ms);
+    now_ms.saturating_sub(last) < WEEK_MS
 }
 
 /// What a policy says of each full snapshot; the last is of the oldest.
@@ -239,6 +268,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::catalog::Delta;
 
     /// 2026-11-22T12:30:00Z.
     const NOW: i64 = 1_795_350_600_000;
@@ -297,6 +327,14 @@ mod tests {
     }
 
     #[test]
+    fn young_deltas_beyond_a_hole_keep_the_full_that_they_build_upon() {
+        let catalog = catalog(&[(1, 0, 100, 10), (1, 101, 150, 9), (1, 0, 200, 8), (1, 201, 250, 7), (1, 0, 300, 6)]);
+        let day = Duration::from_secs(24 * 3600);
+        let expected = [(0, 100), (101, 150), (0, 200), (201, 250), (0, 300)];
+        assert_eq!(kept(&catalog, Policy::LimitBased { max_backups: 1 }, day), expected);
+    }
+
+    #[test]
     fn of_each_hour_day_and_week_one_stays() {
         let hours = [0, 0, 1, 1, 2, 13, 14, 36, 37, 60, 24 * 9, 24 * 10, 24 * 17, 24 * 40];
         let objects: Vec<_> =
@@ -312,20 +350,17 @@ mod tests {
 
     #[test]
     fn the_last_stream_of_an_abandoned_timeline_stays_with_its_full() {
-        let catalog = catalog(&[
-            (1, 0, 10, 50),
-            (1, 11, 20, 49),
-            (1, 0, 20, 48),
-            (1, 21, 30, 47),
-            (2, 0, 25, 40),
-            (2, 26, 40, 39),
-        ]);
+        let left_at = |ago: i64| {
+            let in_first = [(1, 0, 10, ago + 10), (1, 11, 20, ago + 9), (1, 0, 20, ago + 8), (1, 21, 30, ago + 7)];
+            catalog(&[in_first.as_slice(), &[(2, 0, 25, 40), (2, 26, 40, 39)]].concat())
+        };
+        let recent = kept(&left_at(40), Policy::LimitBased { max_backups: 1 }, NO_DELTAS);
+        assert_eq!(recent, [(0, 20), (0, 25), (21, 30), (26, 40)]);
+        let catalog = left_at(24 * 8);
         let two = Policy::LimitBased { max_backups: 2 };
         assert_eq!(kept(&catalog, two, NO_DELTAS), [(0, 20), (0, 25), (21, 30), (26, 40)]);
         let one = Policy::LimitBased { max_backups: 1 };
         assert_eq!(kept(&catalog, one, NO_DELTAS), [(0, 25), (26, 40)]);
-        let decisions = plan(&catalog, Retention { policy: one, deltas: NO_DELTAS }, newest(&catalog), NOW);
-        assert_eq!(emptied(&catalog, &decisions), [1]);
     }
 
     #[test]
@@ -376,6 +411,17 @@ mod tests {
             let chain = history.newest_chain().unwrap();
             let (after_timeline, after) = left.newest_restorable().unwrap();
             prop_assert_eq!((after_timeline, after.newest_chain().unwrap().last), (timeline, chain.last));
+            // And every young delta that could be restored still can.
+            for (timeline, history) in &before.timelines {
+                let reaches = |history: &History, delta: &Delta| {
+                    history.restorable().iter().any(|run| run.first < delta.last && delta.last <= run.last && run.first <= delta.first)
+                };
+                let young = |delta: &&Delta| delta.unix_ms > NOW - i64::try_from(hours).unwrap() * HOUR_MS;
+                for delta in history.deltas.iter().filter(young).filter(|delta| reaches(history, delta)) {
+                    let after = left.timelines.get(timeline).unwrap();
+                    prop_assert!(after.deltas.contains(delta) && reaches(after, delta), "{:?} of {:?}", delta, timeline);
+                }
+            }
             // A second run finds nothing more to delete once the first has run whole.
             let kept = Catalog::new(decisions.iter().filter(|decision| !decision.delete).map(|decision| (decision.object.to_string(), 1)));
             let again = plan(&kept, retention, newest(&kept), NOW);

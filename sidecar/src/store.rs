@@ -30,6 +30,8 @@ const MOST_COPIED_BYTES: u64 = 5 << 30;
 const SETTLED_AFTER: Duration = Duration::from_secs(3);
 /// Bytes of one ranged read.
 const RANGE_BYTES: u64 = 2 << 20;
+/// A delta is closed long before; those of the predecessor, which is told how large its may be, too.
+const MOST_DELTA_BYTES: u64 = 512 << 20;
 /// A timeline is described in less.
 const MOST_DESCRIPTION_BYTES: u64 = 64 << 10;
 /// Enough for the metadata at the end of any but the largest objects.
@@ -45,7 +47,7 @@ pub enum Open {
 }
 
 /// A prefix of an object store.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Store {
     inner: Arc<dyn ObjectStore>,
     prefix: Path,
@@ -54,6 +56,13 @@ pub struct Store {
     most_copied_bytes: u64,
     /// Of a local store.
     directory: Option<PathBuf>,
+}
+
+impl std::fmt::Debug for Store {
+    /// What leads there may be secret.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Store").field("url", &self.url).finish_non_exhaustive()
+    }
 }
 
 impl Store {
@@ -166,6 +175,10 @@ impl Store {
         let json = serde_json::to_string_pretty(description)
             .map_err(|error| Error::Bug { what: format!("describe a timeline: {error}") })?;
         let name = ObjectName::Timeline { timeline: description.timeline };
+        // A store that ignores the condition would overwrite what somebody put since the last look.
+        if self.description(description.timeline).await?.is_some_and(|there| there != *description) {
+            return Err(Error::precondition(format!("{}: another writer began it meanwhile", self.location(&name))));
+        }
         self.put_new(&name, &[Bytes::from(json.clone())]).await?;
         // A store that ignores the condition takes it again. Two who begin a timeline in the same moment then both believe
         // that it is theirs; what is there when that has settled decides.
@@ -195,6 +208,10 @@ impl Store {
 
     /// Reads an object as large as memory allows: a delta.
     pub async fn get_whole(&self, name: &ObjectName, size: u64) -> Result<Vec<u8>> {
+        if size > MOST_DELTA_BYTES {
+            let location = self.location(name);
+            return Err(Error::corrupt(format!("{location}: object of {size} bytes is larger than any delta")));
+        }
         let mut object = Vec::new();
         for range in Self::ranges(size) {
             object.extend_from_slice(&self.get_range(name, range).await?);
@@ -324,7 +341,8 @@ fn list_directory(directory: &std::path::Path) -> std::io::Result<Vec<(String, u
     let mut found = Vec::new();
     let mut pending = vec![(directory.to_owned(), String::new())];
     while let Some((place, prefix)) = pending.pop() {
-        let ours = prefix.is_empty() || Catalog::is_timeline(prefix.split('/').next().unwrap_or_default());
+        let top = prefix.split('/').next().unwrap_or_default();
+        let ours = prefix.is_empty() || Catalog::is_timeline(top) || ["v1", "v2"].contains(&top);
         let entries = match std::fs::read_dir(&place) {
             Ok(entries) => entries,
             Err(error) if ours => return Err(error),
@@ -357,6 +375,8 @@ fn is_staged(name: &str) -> bool {
             && number.bytes().all(|byte| byte.is_ascii_digit())
             && (object == "timeline.json"
                 || object.starts_with("uploading-")
+                || object.starts_with("Full-")
+                || object.starts_with("Incr-")
                 || std::path::Path::new(object).extension().is_some_and(|extension| extension == "zst"))
     })
 }
@@ -365,7 +385,8 @@ fn remove_staged_files(directory: &std::path::Path, older_than: Duration) -> std
     let mut removed = 0;
     for timeline in std::fs::read_dir(directory)? {
         let timeline = timeline?;
-        if !timeline.file_name().to_str().is_some_and(Catalog::is_timeline) || !timeline.file_type()?.is_dir() {
+        let is_ours = |name: &str| Catalog::is_timeline(name) || name == "v2";
+        if !timeline.file_name().to_str().is_some_and(is_ours) || !timeline.file_type()?.is_dir() {
             continue;
         }
         for place in [timeline.path(), timeline.path().join("full"), timeline.path().join("delta")] {

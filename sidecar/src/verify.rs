@@ -120,6 +120,13 @@ pub async fn verify(store: &Store, look: Look<'_>, journal: &mut Journal, stop: 
             fulls.chain(history.deltas.iter().map(|delta| (delta.name(*timeline), delta.size))).collect();
         report.objects += objects.len() as u64;
         if level >= Level::Bytes {
+            match store.description(*timeline).await {
+                Err(error) if error.class() == Class::Corrupt => {
+                    let at = store.location(&ObjectName::Timeline { timeline: *timeline });
+                    report.problems.push(Problem { at, what: error.to_string(), is_gap: false });
+                }
+                described => drop(described?),
+            }
             contents(store, objects, level, stop, journal, &mut report).await?;
         }
     }
@@ -216,11 +223,14 @@ pub(crate) async fn content(
     level: Level,
     stop: &CancellationToken,
 ) -> Result<()> {
+    let location = store.location(&name);
+    if size == 0 {
+        return Err(Error::corrupt(format!("{location}: object is empty")));
+    }
     let ours = match store.meta(&name, size).await? {
         Some(meta) => Some((meta, store.frames(&name, size).await?)),
         None => None,
     };
-    let location = store.location(&name);
     let (feeder, mut received) = restore::fetch(store.clone(), vec![(name, size)], stop.clone());
     let stop = stop.clone();
     let checked = tokio::task::spawn_blocking(move || {

@@ -21,7 +21,8 @@ pub struct Args {
     /// Compact this timeline rather than the newest.
     #[arg(long, value_name = "N")]
     timeline: Option<Timeline>,
-    /// Compact at the last revision: of each key only its newest value stays.
+    /// Compact at the last revision: of each key only its newest value stays. A sidecar that goes on from there takes a full
+    /// snapshot first: nothing is left to show that its etcd is the same.
     #[arg(long)]
     discard_history: bool,
     /// Where the database is put together; as much room as it takes is needed there. What it makes is removed.
@@ -50,6 +51,9 @@ fn table(compacted: &Compacted, store: &Store) -> String {
         compacted.rows,
         compacted.compact_revision
     );
+    for lease in &compacted.leases_with_guessed_ttl {
+        text.push_str(&format!("remark: the TTL of lease {lease} is not in the backup; it got 60 s\n"));
+    }
     text.push_str(if compacted.hash_compared {
         "verified: the merged rows have the HashKV that etcd itself answered\n"
     } else {

@@ -6,15 +6,16 @@ use clap::ValueEnum;
 use tokio_util::sync::CancellationToken;
 
 use super::{Output, StoreFlag, bytes, columns, parse_period, print};
-use crate::Result;
 use crate::gc::{Collected, collect};
 use crate::retention::{Policy, Retention};
 use crate::store::{Open, Store};
+use crate::{Class, Result};
 
 /// Delete backups that newer ones have replaced.
 ///
 /// The newest full snapshot is read to its end first; nothing goes that is newer than one that was found whole, nor what
-/// the latest state needs. What is not a backup is never touched.
+/// the latest state needs. What is not a backup is never touched. Ages count from the newest backup. Exit code 10 when a
+/// full snapshot is damaged.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -52,7 +53,11 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
     let retention = Retention { policy, deltas: args.delta_retention };
     let collected = collect(&store, retention, args.dry_run, &stop).await?;
     print(output, &collected, |collected| table(collected, args.dry_run))?;
-    Ok(u8::from(!collected.failed.is_empty()))
+    Ok(match (collected.damaged.is_empty(), collected.failed.is_empty()) {
+        (false, _) => Class::Corrupt.exit_code(),
+        (true, false) => 1,
+        (true, true) => 0,
+    })
 }
 
 fn table(collected: &Collected, dry_run: bool) -> String {
@@ -67,8 +72,11 @@ fn table(collected: &Collected, dry_run: bool) -> String {
         rows.push(vec![verb.to_owned(), object, bytes(decision.bytes), decision.reason.to_owned()]);
     }
     let mut text = columns(&rows);
-    if let Some(verified) = &collected.verified {
+    for verified in &collected.verified {
         text.push_str(&format!("{verified} was read and is whole\n"));
+    }
+    for damaged in &collected.damaged {
+        text.push_str(&format!("DAMAGED: {damaged}\n"));
     }
     for failed in &collected.failed {
         text.push_str(&format!("NOT DELETED: {failed}\n"));

@@ -25,7 +25,7 @@ use crate::{Error, Result};
 
 const HASH_BYTES: usize = 32;
 /// No event is larger than this; etcd's largest request is far below.
-const MOST_EVENT_BYTES: usize = 1 << 30;
+const MOST_EVENT_BYTES: usize = 64 << 20;
 /// What the predecessor's restore can put into one transaction: so many changes,
 const MOST_CHANGES: u64 = 10_240;
 /// and so many bytes, with room for what a request adds to keys and values.
@@ -265,6 +265,7 @@ impl<R: Read> Events<R> {
         let received = DateTime::parse_from_rfc3339(&time).map_err(|error| malformed(&error))?;
         self.key.clear();
         self.value.clear();
+        self.value.shrink_to(4 << 20);
         BASE64_STANDARD.decode_vec(event.kv.key.as_bytes(), &mut self.key).map_err(|error| malformed(&error))?;
         BASE64_STANDARD.decode_vec(event.kv.value.as_bytes(), &mut self.value).map_err(|error| malformed(&error))?;
         let is_delete = match event.kind {
@@ -282,6 +283,7 @@ impl<R: Read> Events<R> {
         }
         let kv = KeyValue { key: &self.key, create_revision, mod_revision, version, value: &self.value, lease };
         self.row.clear();
+        self.row.shrink_to(4 << 20);
         kv.encode(&mut self.row);
         if mod_revision == self.last {
             self.events += 1;

@@ -10,7 +10,7 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::{Aside, Pieces, Progress, Proof, append_deltas, fetch, recorded_hash};
-use crate::catalog::{Catalog, Chain, Full, History, ObjectName, Timeline};
+use crate::catalog::{Catalog, Chain, Delta, Full, History, ObjectName, Timeline};
 use crate::object::RevisionDigests;
 use crate::store::Store;
 use crate::{Error, Result};
@@ -63,6 +63,7 @@ pub async fn append(
     let catalog = store.catalog().await?;
     let (timeline, history) = find_timeline(store, &catalog, timeline)?;
     let chain = chain_after(store, timeline, history, &facts)?;
+    let behind = check_same_history(store, timeline, history, behind).await?;
     let mut appended = Appended {
         data_dir: data_dir.to_owned(),
         timeline,
@@ -78,7 +79,7 @@ pub async fn append(
         return Ok(appended);
     }
     check_auth(store, timeline, history, &facts).await?;
-    let behind = check_same_history(store, timeline, history, behind).await?;
+    check_log(store, timeline, history, &facts).await?;
     let objects: Vec<_> = chain.objects(timeline).into_iter().skip(1).collect();
     let named = objects.iter().map(|(name, _)| (*name, store.location(name))).collect();
     let (feeder, received) = fetch(store.clone(), objects, stop.clone());
@@ -122,6 +123,12 @@ fn chain_after(store: &Store, timeline: Timeline, history: &History, facts: &Fac
         )));
     }
     let furthest = history.newest_chain().map_or(chain.last, |newest| newest.last);
+    if facts.revision > furthest {
+        return Err(Error::precondition(format!(
+            "the member is at revision {}, ahead of timeline {timeline} of store {url}, which ends at {furthest}",
+            facts.revision
+        )));
+    }
     if chain.last < furthest {
         let (have, last) = (facts.revision, chain.last);
         return Err(Error::missing(format!(
@@ -150,6 +157,33 @@ async fn check_auth(store: &Store, timeline: Timeline, history: &History, facts:
     Ok(())
 }
 
+/// Entries of the log that the database lacks are taken to be in the deltas. They are not when the log is of a restore
+/// since: its index is then nearer to the revision than it was when that was backed up, as `timeline::decide` has it.
+async fn check_log(store: &Store, timeline: Timeline, history: &History, facts: &Facts) -> Result<()> {
+    if facts.unapplied == 0 {
+        return Ok(());
+    }
+    let (applied, term) = facts.applied;
+    let fulls = history.fulls.iter().map(|full| (full.revision, full.name(timeline), full.size));
+    let deltas = history.deltas.iter().map(|delta| (delta.last, delta.name(timeline), delta.size));
+    let before = fulls.chain(deltas).filter(|(last, ..)| *last <= facts.revision).max_by_key(|(last, ..)| *last);
+    let meta = match before {
+        Some((_, name, size)) => store.meta(&name, size).await?,
+        None => None,
+    };
+    let distance = |index: u64, revision: i64| i128::from(index) - i128::from(revision);
+    let is_its_log = meta.is_some_and(|meta| {
+        distance(applied, facts.revision) >= distance(meta.raft_index, meta.last_revision) && term >= meta.raft_term
+    });
+    if is_its_log {
+        return Ok(());
+    }
+    Err(Error::precondition(format!(
+        "the member's log has {} entries that its database lacks, and nothing shows that the backup has them: start etcd on it, or restore it whole",
+        facts.unapplied
+    )))
+}
+
 /// Compares the last revisions of the member with what the backup has under the same numbers.
 async fn check_same_history(
     store: &Store,
@@ -160,30 +194,36 @@ async fn check_same_history(
     let facts = behind.facts().clone();
     let at = facts.revision;
     let other = |how: String| {
+        let url = store.url();
         Error::precondition(format!(
-            "the member holds another history than timeline {timeline} of store {}: {how}; restore it whole",
-            store.url()
+            "the member holds another history than timeline {timeline} of store {url}: {how}; restore it whole"
         ))
     };
-    let delta = history.deltas.iter().rev().find(|delta| (delta.first..=delta.last).contains(&at));
-    if let Some(delta) = delta.filter(|_| at > facts.compaction.revision()) {
-        let name = delta.name(timeline);
-        check_cluster(store, &name, delta.size, facts.cluster_id).await?;
-        let first = delta.first.max(at - COMPARED + 1).max(facts.compaction.revision() + 1);
-        let object = store.get_whole(&name, delta.size).await?;
-        let location = store.location(&name);
-        let (expected, found, behind) = blocking(move || {
-            let expected = RevisionDigests::of_delta(&name, &object, &location, first, at)?;
-            let mut found = RevisionDigests::default();
-            let see = &mut |main, is_put, bytes: &[u8]| found.add(main, is_put, bytes);
-            behind.changes(first, at, see).map_err(Error::format("compare the member"))?;
-            Ok((expected.into_map(), found.into_map(), behind))
-        })
-        .await?;
-        return match differs(&expected, &found) {
-            None => Ok(behind),
-            Some(revision) => Err(other(format!("revision {revision} differs"))),
-        };
+    let lowest = (at - COMPARED + 1).max(facts.compaction.revision() + 1);
+    let overlaps = |delta: &&Delta| delta.first <= at && delta.last >= lowest;
+    let deltas: Vec<Delta> = history.deltas.iter().filter(overlaps).copied().collect();
+    if deltas.iter().any(|delta| delta.last >= at) && at >= lowest {
+        let mut behind = behind;
+        for delta in deltas {
+            let name = delta.name(timeline);
+            check_cluster(store, &name, delta.size, facts.cluster_id).await?;
+            let object = store.get_whole(&name, delta.size).await?;
+            let location = store.location(&name);
+            let (first, last) = (delta.first.max(lowest), delta.last.min(at));
+            let (expected, found, same) = blocking(move || {
+                let expected = RevisionDigests::of_delta(&name, &object, &location, first, last)?;
+                let mut found = RevisionDigests::default();
+                let see = &mut |main, is_put, bytes: &[u8]| found.add(main, is_put, bytes);
+                behind.changes(first, last, see).map_err(Error::format("compare the member"))?;
+                Ok((expected.into_map(), found.into_map(), behind))
+            })
+            .await?;
+            behind = same;
+            if let Some(revision) = differs(&expected, &found) {
+                return Err(other(format!("revision {revision} differs")));
+            }
+        }
+        return Ok(behind);
     }
     // Where the last thing of the member is a full snapshot's revision: by the hash that was recorded with it.
     for full in history.fulls.iter().filter(|full| full.revision == at) {
@@ -195,7 +235,7 @@ async fn check_same_history(
             continue;
         }
         check_cluster(store, &name, full.size, facts.cluster_id).await?;
-        let clean_up_to = facts.compaction.finished;
+        let clean_up_to = facts.clean_up_to;
         let request = HashRequest { revision: at, compact_revision, clean_up_to, rules: recorded.rules };
         let (found, behind) = blocking(move || {
             let found = behind.hash_kv(request).map_err(Error::format("compare the member"))?;
@@ -240,7 +280,9 @@ struct Work {
 impl Work {
     fn run(self, mut received: Pieces, progress: &dyn Fn(Progress)) -> Result<(etcd_format::datadir::Restored, Proof)> {
         let fail = || Error::format(format!("append to {}", self.place));
-        let (mut tail, held) = self.behind.into_tail().map_err(fail())?;
+        let (tail, held) = self.behind.into_tail().map_err(fail())?;
+        // Declared after it, so that nothing writes any more when an error drops them.
+        let mut tail = tail;
         let mut aside = Aside { cluster_id: self.facts.cluster_id, ..Aside::default() };
         let base_revision = self.facts.revision;
         append_deltas(&mut tail, &self.named, &mut received, (None, base_revision), &mut aside, &self.stop, progress)?;
@@ -254,7 +296,7 @@ impl Work {
             WantHash::At(HashRequest {
                 revision: recorded.hash.revision,
                 compact_revision: recorded.hash.compact_revision.max(0),
-                clean_up_to: self.facts.compaction.finished,
+                clean_up_to: self.facts.clean_up_to,
                 rules: recorded.rules,
             })
         });

@@ -281,7 +281,8 @@ impl<'s> Session<'s> {
             if newer_is_damaged {
                 return Ok::<_, Error>((full, None));
             }
-            let compared = timeline::compare(store, &mut self.etcd, self.timeline, &chain, full.as_ref()).await?;
+            let compared =
+                timeline::compare(store, &mut self.etcd, self.timeline, (history, &chain), full.as_ref()).await?;
             Ok((full, Some(compared)))
         };
         let (full, compared) = match compared.await {
@@ -340,6 +341,7 @@ impl<'s> Session<'s> {
         self.auth.rebase(&mut self.etcd).await;
         let mut meta = self.meta();
         meta.auth_fingerprint = self.auth.fingerprint().unwrap_or_default();
+        meta.auth_state = self.auth.state();
         let (store, layout, timeline) = (self.settings.store.clone(), self.settings.layout, self.timeline);
         full::Job { etcd: self.etcd.clone(), store, layout, timeline, meta }
     }
@@ -503,6 +505,8 @@ impl<'s> Session<'s> {
         let Some(base) = self.base else { return Ok(()) };
         match self.settings.store.exists(&base).await {
             Ok(true) => Ok(()),
+            // A compaction may have taken its place, and a collection it.
+            Ok(false) if self.find_base().await? => Ok(()),
             Ok(false) => Err(Error::missing(format!(
                 "{}: the full snapshot that deltas follow is gone from the store",
                 self.settings.store.location(&base)
@@ -512,6 +516,15 @@ impl<'s> Session<'s> {
                 Ok(())
             }
         }
+    }
+
+    /// Finds another full snapshot that the deltas follow.
+    async fn find_base(&mut self) -> Result<bool> {
+        let catalog = self.settings.store.catalog().await?;
+        let history = catalog.timelines.get(&self.timeline);
+        let chain = history.and_then(History::newest_chain).filter(|chain| chain.gap.is_none());
+        self.base = chain.map(|chain| chain.full.name(self.timeline)).or(self.base);
+        Ok(history.is_some_and(|history| !history.fulls.is_empty()))
     }
 
     /// Receives what etcd had when the run was asked to end.

@@ -143,10 +143,12 @@ pub async fn compare(
     store: &Store,
     etcd: &mut Etcd,
     timeline: Timeline,
-    chain: &Chain,
+    (history, chain): (&History, &Chain),
     full: Option<&ObjectMeta>,
 ) -> Result<Comparison> {
-    let last = chain.deltas.last();
+    // A full that was made of the deltas before it has what they end with.
+    let ends_with = || history.deltas.iter().rev().find(|delta| delta.last == chain.last);
+    let last = chain.deltas.last().or_else(ends_with);
     let name = last.map(|delta| delta.name(timeline));
     let recorded = match (name, last) {
         (Some(name), Some(delta)) => store.meta(&name, delta.size).await?.and_then(|meta| meta.hash_kv),

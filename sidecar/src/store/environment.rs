@@ -13,8 +13,8 @@ use object_store::{CredentialProvider, Error as StoreError};
 
 use crate::{Error, Result};
 
-/// Variables that belong together: from a source or not, all or none.
-const FAMILIES: [&str; 6] = ["AWS_", "AZURE_", "GOOGLE_", "STORAGE_", "OPENSHIFT_", "ECS_"];
+/// Variables that lead to one kind of store: from a source or not, all or none.
+const FAMILIES: [&[&str]; 3] = [&["AWS_", "OPENSHIFT_", "ECS_"], &["AZURE_"], &["GOOGLE_", "STORAGE_"]];
 
 /// The variables that lead to a store.
 #[derive(Clone, Default)]
@@ -40,14 +40,14 @@ impl Environment {
     #[must_use]
     pub fn for_source(mut self) -> Self {
         for family in FAMILIES {
-            let prefix = format!("SOURCE_{family}");
-            let theirs: Vec<_> = self.0.iter().filter(|(name, _)| name.starts_with(&prefix)).collect();
-            let theirs: Vec<_> = theirs
-                .into_iter()
-                .filter_map(|(name, value)| Some((name.strip_prefix("SOURCE_")?.to_owned(), value.clone())))
-                .collect();
+            let is_of = |name: &str| family.iter().any(|prefix| name.starts_with(prefix));
+            let of_source = |(name, value): (&String, &String)| {
+                let name = name.strip_prefix("SOURCE_").filter(|name| is_of(name))?;
+                Some((name.to_owned(), value.clone()))
+            };
+            let theirs: Vec<_> = self.0.iter().filter_map(of_source).collect();
             if !theirs.is_empty() {
-                self.0.retain(|name, _| !name.starts_with(family));
+                self.0.retain(|name, _| !is_of(name));
                 self.0.extend(theirs);
             }
         }
@@ -191,10 +191,16 @@ impl CredentialProvider for AzureKey {
 }
 
 /// A service account of Google's, whose file is read again when it changes.
-#[derive(Debug)]
 pub(super) struct ServiceAccount {
     path: PathBuf,
     current: Mutex<Option<(String, Arc<GoogleCloudStorage>)>>,
+}
+
+impl std::fmt::Debug for ServiceAccount {
+    /// The key must not be in it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ServiceAccount").field("path", &self.path).finish_non_exhaustive()
+    }
 }
 
 impl ServiceAccount {

@@ -43,6 +43,9 @@ impl Store {
         }
         let place = Place { environment, parsed: &parsed, url: url.trim_end_matches('/').to_owned() };
         match parsed.scheme() {
+            "file" if !url.starts_with("file:///") => Err(Error::invalid(format!(
+                "--store {url} must have three slashes and a whole path: file:///directory"
+            ))),
             "file" => place.directory(open),
             "s3" => place.s3(),
             "gs" => place.gcs(),
@@ -218,7 +221,18 @@ impl Place<'_> {
         ca_bundle: Option<&str>,
         secret: Option<&Fields>,
     ) -> Result<ClientOptions> {
-        let parsed = endpoint.and_then(|endpoint| Url::parse(endpoint).ok());
+        // The library panics on what is not a URL.
+        let parsed = endpoint.map(|endpoint| {
+            let parsed =
+                Url::parse(endpoint).ok().filter(|url| ["http", "https"].contains(&url.scheme()) && url.has_host());
+            // It is not shown: it may have credentials in it.
+            parsed.ok_or_else(|| {
+                let what =
+                    "the store's endpoint, from the environment or the secret, must be a URL such as https://host:port";
+                Error::invalid(what)
+            })
+        });
+        let parsed = parsed.transpose()?;
         if parsed.is_some_and(|endpoint| !endpoint.username().is_empty() || endpoint.password().is_some()) {
             return Err(Error::invalid(
                 "the store's endpoint URL must not have credentials; give them in their own variables",

@@ -147,17 +147,18 @@ impl Upload {
             self.send(last).await?;
         }
         let staging = self.staging.to_string();
-        if let Some(mut parts) = self.parts.take() {
+        if let Some(parts) = &mut self.parts {
+            // It stays at hand until it is done, so that one who gives up here can abort it.
             if let Err(source) = parts.complete().await {
                 // The answer may have been lost, and a server that is asked again knows of no such upload.
                 let there = self.store.inner.head(&self.store.path(&staging)).await;
                 if there.is_ok_and(|there| there.size == self.sent) {
                     tracing::debug!(error = %source, "the upload is complete nevertheless");
                 } else {
-                    self.parts = Some(parts);
                     return Err(self.store.fail("complete upload of", &staging)(source));
                 }
             }
+            self.parts = None;
             self.whole = true;
         }
         Ok(())
@@ -197,7 +198,7 @@ impl Upload {
 
     /// Gives up and removes what was sent, as far as the store lets it.
     pub async fn abort(mut self) {
-        let begun = self.parts.is_some() || self.whole;
+        let begun = self.sent > 0;
         let clean = async {
             if let Some(parts) = self.parts.take() {
                 parts.abort().await;

@@ -83,7 +83,11 @@ fn write_snapshot(scenario: Scenario, path: &Path, values: &mut Values) -> Resul
         builder.push(&RowKey::first_of(main), &row)?;
     }
     builder.start(mvcc::META_BUCKET)?;
+    // As a kube-apiserver leaves it, which has etcd compact what is older than some minutes.
+    let compacted = RowKey::first_of((scenario.rows + 1 - 10_000).max(2));
     builder.push(mvcc::CONSISTENT_INDEX, &10u64.to_be_bytes())?;
+    builder.push(mvcc::FINISHED_COMPACT, &compacted)?;
+    builder.push(mvcc::SCHEDULED_COMPACT, &compacted)?;
     builder.push(mvcc::TERM, &2u64.to_be_bytes())?;
     let (finished, out) = builder.finish()?;
     let file = out.into_inner().map_err(|error| anyhow::anyhow!("write the snapshot: {error}"))?;
@@ -134,7 +138,9 @@ fn write_store(
     revision: i64,
 ) -> Result<ObjectName> {
     let mut writer = Writer::new(LEVEL_FULL)?;
-    writer.put_meta(&ObjectMeta { content_bytes: snapshot.metadata()?.len(), ..meta(revision, revision) })?;
+    let compact_revision = (revision - 10_000).max(2);
+    let content_bytes = snapshot.metadata()?.len();
+    writer.put_meta(&ObjectMeta { content_bytes, compact_revision, ..meta(revision, revision) })?;
     let mut content = Vec::new();
     let mut reader = File::open(snapshot)?;
     let mut buffer = vec![0; 1 << 20];
@@ -167,7 +173,6 @@ fn write_store(
         if builder.content_bytes() >= 10 << 20 || n + 1 == scenario.events {
             let (first, last) = (builder.first(), builder.last());
             let next = delta::Builder::new(last)?;
-            // As a kube-apiserver leaves it, which has etcd compact what is older than some minutes.
             let end = DeltaEnd { compact_revision: (last - 10_000).max(0), ..DeltaEnd::default() };
             let content = std::mem::replace(&mut builder, next).finish(end, meta(first, last))?;
             let delta = ObjectName::Delta { timeline: 1, first, last, unix_ms: 1 };

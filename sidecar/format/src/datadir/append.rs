@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use super::disk::Disk;
 use super::tail::HeadInMemory;
-use super::{Base, Layout, Restored, Severity, Summary, Tail, Verify, WantHash, verify, verify_database};
+use super::{Base, Layout, Restored, Severity, Summary, Tail, Verify, WantHash, verify_database};
 use crate::bolt::{Db, Meta};
 use crate::mvcc::{
     self, CONSISTENT_INDEX, Compaction, HashRequest, HashedKv, KEY_BUCKET, META_BUCKET, RowKey, SCHEDULED_COMPACT, TERM,
@@ -39,8 +39,14 @@ pub struct Facts {
     pub auth_revision: u64,
     /// Revisions that its log may add to those of the database when etcd starts.
     pub unapplied: u64,
+    /// Up to where each key has one row only.
+    pub clean_up_to: i64,
+    /// Raft index and term that its database has applied.
+    pub applied: (u64, u64),
     /// Index and term of the last entry of its log.
     last_entry: (u64, u64),
+    /// The segment that has it.
+    last_segment: PathBuf,
 }
 
 impl<D: Disk> Behind<D> {
@@ -49,16 +55,29 @@ impl<D: Disk> Behind<D> {
     pub fn open(disk: D, data_dir: &Path) -> Result<Self> {
         use rustix::fs::{FlockOperation, flock};
         let refuse = |what: String| Error::precondition(format!("{}: {what}", data_dir.display()));
-        let verdict = verify(data_dir, &Verify::default())?;
-        let verdict = verdict.ok_or_else(|| refuse("there is no member to append to".into()))?;
-        if let Some(finding) = verdict.findings.iter().find(|finding| finding.severity == Severity::Corrupt) {
-            return Err(refuse(format!("the member is damaged, so it must be restored whole: {}", finding.what)));
+        if !data_dir.is_dir() {
+            return Err(refuse("it is not a directory".into()));
         }
         let layout = Layout::new(data_dir);
         let path = layout.db();
+        if !path.exists() {
+            return Err(refuse("there is no member to append to".into()));
+        }
         let file = File::options().read(true).write(true).open(&path).map_err(Error::io("open", &path))?;
-        if flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(rustix::io::Errno::WOULDBLOCK) {
-            return Err(refuse("an etcd runs on it; stop it first".into()));
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(refuse("an etcd runs on this data directory; stop it first".into()));
+            }
+            Err(errno) => {
+                return Err(refuse(format!(
+                    "it cannot be locked against an etcd that starts ({errno}); restore it whole"
+                )));
+            }
+        }
+        let verdict = layout.verify(&Verify::default())?;
+        if let Some(finding) = verdict.findings.iter().find(|finding| finding.severity == Severity::Corrupt) {
+            return Err(refuse(format!("the member is damaged, so it must be restored whole: {}", finding.what)));
         }
         let log = wal::read(&layout.wal()).map_err(|damage| damage.error)?;
         let summary = verdict.summary.unwrap_or_default();
@@ -80,7 +99,10 @@ impl<D: Disk> Behind<D> {
             compaction: Compaction::read(&db)?,
             auth_revision: summary.auth_revision,
             unapplied: last.saturating_sub(applied),
+            clean_up_to: if summary.superseded_rows > 0 { 0 } else { Compaction::read(&db)?.finished },
+            applied: (applied, log.term_at(applied).unwrap_or_else(|| log.state.term())),
             last_entry: (last.max(applied), log.term_at(last).unwrap_or_default()),
+            last_segment: log.segments.last().map_or_else(|| layout.wal(), |name| layout.wal().join(name.to_string())),
         };
         Ok(Self { disk, path, file, facts })
     }
@@ -122,18 +144,31 @@ impl<D: Disk> Behind<D> {
         let mut head = vec![0; 2 * meta.page_size as usize];
         self.file.read_exact_at(&mut head, 0).map_err(Error::io("read", &self.path))?;
         let lock = self.file.try_clone().map_err(Error::io("open again", &self.path))?;
-        let held = Held { file: lock, path: self.path.clone(), facts: self.facts, meta };
+        let length = lock.metadata().map_err(Error::io("measure", &self.path))?.len();
+        let held = Held { file: lock, path: self.path.clone(), facts: self.facts, length, committed: false };
         Ok((Base::new(self.disk, self.path, self.file, head, meta).into_tail()?, held))
     }
 }
 
-/// Keeps a member from being started while it is appended to.
+/// Keeps a member from being started while it is appended to. Dropped without a commit, it gives back the room that was
+/// taken; whatever still writes must be dropped before it.
 #[derive(Debug)]
 pub struct Held {
     file: File,
     path: PathBuf,
     facts: Facts,
-    meta: Meta,
+    /// Length of the file before.
+    length: u64,
+    committed: bool,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Best effort: what lies behind the last page that is in use harms nobody.
+            let _ = self.file.set_len(self.length);
+        }
+    }
 }
 
 /// Rows that are written and not valid yet.
@@ -199,9 +234,15 @@ impl<D: Disk> Appended<D> {
     }
 
     /// Makes it so. After an error the member is what it was.
-    pub fn commit(self) -> Result<Restored> {
+    pub fn commit(mut self) -> Result<Restored> {
         let path = &self.held.path;
         let slot = self.meta.txid % 2;
+        // The database is to say that it has what the log ends with: that must not be lost after it.
+        let segment = &self.held.facts.last_segment;
+        let log = File::open(segment).map_err(Error::io("open", segment))?;
+        self.disk.sync_file(&log).map_err(Error::io("sync", segment))?;
+        let log_dir = segment.parent().unwrap_or(segment);
+        self.disk.sync_dir(log_dir).map_err(Error::io("sync", log_dir))?;
         self.disk.sync_file(&self.held.file).map_err(Error::io("sync", path))?;
         let page = self.meta.encode(slot);
         let at = slot * u64::from(self.meta.page_size);
@@ -212,16 +253,12 @@ impl<D: Disk> Appended<D> {
         if let Err(error) = written {
             // Whether it is on the disk is not known: the old meta is put back, best effort.
             let _ = self.disk.write_at(&self.held.file, &before, at);
-            let _ = self.disk.sync_file(&self.held.file);
-            return Err(Error::io("write the meta page of", path)(error));
+            let restored = self.disk.sync_file(&self.held.file);
+            // Where even that is not known to have worked, the new pages must stay.
+            self.held.committed = restored.is_err();
+            return Err(Error::io("write the meta page of", &self.held.path)(error));
         }
+        self.held.committed = true;
         Ok(self.restored)
-    }
-}
-
-impl Held {
-    /// Bytes that the database had.
-    pub fn size_before(&self) -> u64 {
-        self.meta.file_size()
     }
 }

@@ -372,8 +372,10 @@ impl<D: Disk> Drop for Staged<D> {
     fn drop(&mut self) {
         // Best effort: what cannot be removed now is removed by the next restore.
         if self.owns_staging {
-            let _ = self.disk.remove_dir_all(self.layout.member());
-            let _ = self.disk.remove_file(&self.data_dir.join(NOTE));
+            // The note stays as long as there is something that it is about.
+            if self.disk.remove_dir_all(self.layout.member()).is_ok() {
+                let _ = self.disk.remove_file(&self.data_dir.join(NOTE));
+            }
         }
         for dir in self.made.iter().rev() {
             let _ = self.disk.remove_dir(dir);

@@ -67,6 +67,8 @@ pub struct Summary {
     pub leases: u64,
     /// Leases that live keys refer to and that have no record; each is a finding too.
     pub dangling_leases: BTreeSet<i64>,
+    /// Rows at or below the finished compaction that are not the only one of their key; `--bump-revision` leaves such.
+    pub superseded_rows: u64,
     /// Auth revision, 0 when auth was never touched.
     pub auth_revision: u64,
     /// Applied raft index.
@@ -391,6 +393,7 @@ fn check_database<R: ReadAt>(db: &Db<R>, options: &Verify) -> Result<(Summary, V
         live_keys: counted.live_keys,
         leases: check.leases.len() as u64,
         dangling_leases: counted.dangling_leases.clone(),
+        superseded_rows: counted.superseded_rows,
         auth_revision: mvcc::read_u64(db, AUTH_BUCKET, AUTH_REVISION)?.unwrap_or(0),
         consistent_index,
         db_size: db.meta().file_size(),
