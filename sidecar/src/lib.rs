@@ -8,7 +8,7 @@
 //! pure. [`cli`] is what a person types.
 //!
 //! # Invariants
-//! - An object is put once and never overwritten; its name says which revisions it holds.
+//! - An object is put once and never overwritten; its name says which revisions it holds. Only [`gc`] deletes.
 //! - Memory is bounded by configuration, not by the size of the database or the rate of events.
 //! - Library code returns errors; only `main` ends the process. An error's [`error::Class`] decides the exit code.
 

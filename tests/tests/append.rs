@@ -157,7 +157,7 @@ async fn what_cannot_be_appended_to_is_refused() -> Result<()> {
         .collect();
     let hidden = scene.dir.path().join("hidden");
     std::fs::rename(&deltas[0], &hidden)?;
-    refused(&scene, &old, 12, "is of the same history").await?;
+    refused(&scene, &old, 12, "ahead of timeline 1").await?;
     std::fs::rename(&hidden, &deltas[0])?;
     // A damaged delta.
     let whole = std::fs::read(&deltas[1])?;

@@ -215,3 +215,27 @@ async fn a_directory_without_permission_is_named() -> Result<()> {
     Sidecar::new(once).run().await?.expect(1)?.says(&file.display().to_string())?;
     Ok(())
 }
+
+/// What the library would panic on, and what would go to another place than was meant.
+#[tokio::test(flavor = "multi_thread")]
+async fn places_that_are_none_are_refused() -> Result<()> {
+    for endpoint in ["localhost:1", "127.0.0.1:19000", "not a url", "http://", "//x", "http://x:99999", "ftp://x"] {
+        let list = Sidecar::new(["list", "--store", "s3://b/p"])
+            .env("AWS_ENDPOINT_URL", endpoint)
+            .env("AWS_REGION", "r")
+            .env("AWS_ACCESS_KEY_ID", "a")
+            .env("AWS_SECRET_ACCESS_KEY", "b");
+        list.run().await?.expect(2)?.says("must be a URL")?;
+        let list = Sidecar::new(["list", "--store", "az://b/p"])
+            .env("AZURE_STORAGE_ENDPOINT", endpoint)
+            .env("AZURE_STORAGE_ACCOUNT_NAME", "a")
+            .env("AZURE_STORAGE_ACCOUNT_KEY", "Yg==");
+        list.run().await?.expect(2)?.says("must be a URL")?;
+    }
+    let gcs = Sidecar::new(["list", "--store", "gs://b/p"]).env("STORAGE_EMULATOR_HOST", "not a url");
+    gcs.run().await?.expect(2)?.says("must be a URL")?;
+    for url in ["file:x", "file:/x", "file://x"] {
+        Sidecar::new(["list", "--store", url]).run().await?.expect(2)?.says("three slashes")?;
+    }
+    Ok(())
+}

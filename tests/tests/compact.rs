@@ -181,3 +181,38 @@ async fn what_cannot_be_merged_is_said() -> Result<()> {
     ensure!(listed["unfinishedUploads"].as_array().is_some_and(Vec::is_empty), "{listed}");
     Ok(())
 }
+
+/// A restore that raised the revision leaves more than one row a key below what it calls compacted.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_raised_revision_hides_no_deleted_key() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let (member, mut etcd, mut client) = backup("3.6", &store, dir.path()).await?;
+    for n in 0..9u32 {
+        client.put("changed", n.to_string(), None).await?;
+        client.put("deleted", n.to_string(), None).await?;
+    }
+    client.delete("deleted", None).await?;
+    store.once("delta", &member).run().await?.expect(0)?;
+    etcd.kill9()?;
+    std::fs::remove_dir_all(&member.data_dir)?;
+    store.restore_member(&member).args(["--bump-revision", "1000", "--mark-compacted"]).run().await?.expect(0)?;
+    etcd = member.start().await?;
+    client = etcd.client().await?;
+    store.once("full", &member).run().await?.expect(0)?;
+    for n in 0..9u32 {
+        client.put("changed", format!("again {n}"), None).await?;
+    }
+    store.once("delta", &member).run().await?.expect(0)?;
+    let revision = state::read(&mut client).await?.revision;
+    client.compact(revision - 1, None).await?;
+    client.put("after", "the compaction", None).await?;
+    store.once("delta", &member).run().await?.expect(0)?;
+    let before = state::read(&mut client).await?;
+    etcd.kill9()?;
+    compact(&store, &[]).await?;
+    store.command("verify").args(["--level", "replay"]).run().await?.expect(0)?;
+    let after = store.restore_and_read(&member).await?;
+    ensure!(!after.keys.contains_key(b"deleted".as_slice()), "a deleted key is back");
+    state::same_keys(&before, &after)
+}

@@ -174,3 +174,26 @@ async fn what_makes_no_sense_is_refused() -> Result<()> {
         .expect(0)?;
     Ok(())
 }
+
+/// The predecessor's layout has one history: what is of another does not go to the same place.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_histories_are_not_mixed_in_its_layout() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (store, ..) = backup(dir.path()).await?;
+    let other = Member::single("3.6", &dir.path().join("other"))?;
+    let _etcd = other.start().await?;
+    store.once("full", &other).run().await?.expect(0)?;
+    let target = Store::directory(&dir.path().join("target"));
+    copy(&store, &target, &["--layout", "gardener-v2", "--timeline", "1"], 0).await?;
+    copy(&store, &target, &["--layout", "gardener-v2", "--timeline", "1"], 0).await?;
+    ensure!(
+        copy(&store, &target, &["--layout", "gardener-v2", "--timeline", "2"], 12)
+            .await?
+            .to_string()
+            .contains("another")
+    );
+    let theirs = Gardener::new(&dir.path().join("theirs"));
+    theirs.full(&other, &[]).await?;
+    ensure!(copy(&theirs.store(), &target, &[], 12).await?.to_string().contains("another timeline 0"));
+    Ok(())
+}

@@ -520,3 +520,47 @@ async fn replayed(scene: &Scene, expected: &State) -> Result<i64> {
     ensure!(values(&found) == values(expected), "what it restored differs");
     replayed["revision"].as_i64().context("no revision")
 }
+
+/// Whoever goes back to the predecessor keeps what it writes: a collection takes its backups and ours for two stores.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collection_does_not_take_its_newer_backups_for_old_ones() -> Result<()> {
+    let mut scene = Scene::new("3.6").await?;
+    scene.write_to(10).await?;
+    scene.store.once("full", &scene.member).run().await?.expect(0)?;
+    scene.write_to(20).await?;
+    scene.gardener.full(&scene.member, &[]).await?;
+    scene.write_to(30).await?;
+    scene.gardener.delta(&scene.member, 21, 30, &[]).await?;
+    let keys = state::keys_at(&mut scene.client, 30).await?;
+    for policy in ["exponential", "limit-based"] {
+        scene.store.command("gc").args(["--policy", policy, "--max-backups", "1"]).run().await?.expect(0)?;
+        scene.store.restore(scene.target()).args(["--timeline", "0"]).run().await?.expect(0)?;
+        let (found, there, _) = state::of_directory(&scene.target())?;
+        ensure!(found == 30 && there == keys);
+        std::fs::remove_dir_all(scene.target())?;
+    }
+    Ok(())
+}
+
+/// Its local store is not atomic: an object may be empty. It is named, and the others are looked at all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_empty_object_is_named() -> Result<()> {
+    let mut scene = Scene::new("3.6").await?;
+    scene.write_to(10).await?;
+    let full = scene.gardener.full(&scene.member, &[]).await?;
+    scene.write_to(20).await?;
+    let delta = scene.gardener.delta(&scene.member, 11, 20, &[]).await?;
+    let url = tests::file_url(&scene.dir.path().join("copied"));
+    for path in [full, delta] {
+        let whole = std::fs::read(&path)?;
+        std::fs::write(&path, b"")?;
+        let name = path.file_name().context("no name")?.to_string_lossy().into_owned();
+        let report = scene.verify(10).await?;
+        ensure!(report["problems"][0]["at"].as_str().is_some_and(|at| at.ends_with(&name)), "{report}");
+        scene.store.restore(scene.target()).run().await?.expect(10)?.says(&name)?;
+        let copied = scene.store.command("copy").args(["--to", &url]).run().await?.expect(10)?;
+        ensure!(copied.stdout.contains(&name), "{}", copied.stdout);
+        std::fs::write(&path, whole)?;
+    }
+    Ok(())
+}

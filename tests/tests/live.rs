@@ -499,3 +499,50 @@ async fn a_killed_backup_is_continued() -> Result<()> {
     let after = store.restore_and_read(&member).await?;
     state::same(&before, &after).context("after twelve kills")
 }
+
+/// Turning auth on or off changes no user, no role and no auth revision; a restored etcd would let everybody in, or nobody.
+async fn turning_auth_on_or_off_makes_a_full_due(minor: &str) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut member = Member::single(minor, &dir.path().join("data"))?;
+    let mut etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    client.role_add("root").await?;
+    client.user_add(ROOT.0, ROOT.1, None).await?;
+    client.user_grant_role(ROOT.0, "root").await?;
+    store.once("full", &member).run().await?.expect(0)?;
+    let taken = async |member: &Member| {
+        let taken = store.once("delta", member).args(["-o", "json"]).run().await?.expect(0)?.json()?;
+        anyhow::Ok(taken["kind"].as_str().map(str::to_owned))
+    };
+    client.auth_enable().await?;
+    member.auth = true;
+    let mut client = etcd.client_as(Some(ROOT)).await?;
+    client.put("x", "1", None).await?;
+    ensure!(taken(&member).await?.as_deref() == Some("full"), "turning auth on went unnoticed");
+    client.put("x", "2", None).await?;
+    ensure!(taken(&member).await?.as_deref() == Some("delta"));
+    client.auth_disable().await?;
+    client.put("x", "3", None).await?;
+    ensure!(taken(&member).await?.as_deref() == Some("full"), "turning auth off went unnoticed");
+    member.auth = false;
+    etcd.kill9()?;
+    let restored = store.restore_and_read(&member).await?;
+    ensure!(restored.keys[b"x".as_slice()].value == b"3");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn turning_auth_on_or_off_makes_a_full_due_3_5() -> Result<()> {
+    turning_auth_on_or_off_makes_a_full_due("3.5").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn turning_auth_on_or_off_makes_a_full_due_3_6() -> Result<()> {
+    turning_auth_on_or_off_makes_a_full_due("3.6").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn turning_auth_on_or_off_makes_a_full_due_3_7() -> Result<()> {
+    turning_auth_on_or_off_makes_a_full_due("3.7").await
+}

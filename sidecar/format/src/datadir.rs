@@ -11,7 +11,7 @@
 //!
 //! # Invariants
 //! - `DIR/member` is at every instant either what it was or the whole restored member: a restore writes beside it and
-//!   swaps names last, when everything is synced.
+//!   swaps names last, when everything is synced; [`Behind`] appends behind what is in use and writes a meta page last.
 
 mod append;
 mod disk;
