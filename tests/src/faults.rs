@@ -58,7 +58,12 @@ pub enum Ended {
 /// Runs a command whose n-th call of a kind is hit.
 pub async fn run(command: &Sidecar, calls: &str, nth: usize, hit: Hit) -> Result<Ended> {
     let log = tempfile::NamedTempFile::new()?;
-    let mut strace = Command::new(crate::program("strace", "strace")?);
+    let path = crate::program("strace", "strace")?;
+    let libraries = path.with_file_name("lib");
+    let mut strace = Command::new(&path);
+    if libraries.is_dir() {
+        strace.env("LD_LIBRARY_PATH", libraries);
+    }
     strace
         .args(["-f", "-y", "-qq", "-o"])
         .arg(log.path())

@@ -242,6 +242,18 @@ fn from_debian(packages: &[&str], programs: &[&str], directory: &Path) -> Result
         let from = unpacked.join("usr/bin").join(program);
         std::fs::copy(&from, directory.join(program)).map_err(|error| format!("copy {}: {error}", from.display()))?;
     }
+    // Libraries that a program comes with lie beside it, in `lib`.
+    for place in std::fs::read_dir(unpacked.join("usr/lib")).into_iter().flatten().flatten() {
+        for library in std::fs::read_dir(place.path()).into_iter().flatten().flatten() {
+            let name = library.file_name();
+            if name.to_string_lossy().contains(".so") && library.path().is_file() {
+                let lib = directory.join("lib");
+                let copied =
+                    std::fs::create_dir_all(&lib).and_then(|()| std::fs::copy(library.path(), lib.join(&name)));
+                copied.map_err(|error| format!("copy {}: {error}", library.path().display()))?;
+            }
+        }
+    }
     let _ = std::fs::remove_dir_all(&unpacked);
     Ok(())
 }
