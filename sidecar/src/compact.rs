@@ -1,18 +1,18 @@
 //! A full snapshot and the deltas after it made into a new full snapshot, without any etcd.
 //!
-//! The chain is put together in a scratch directory as a restore does, checked, and written anew from there: in key order,
-//! compacted as far as etcd was, front to back into the store. It gets its name when what arrived was read back and is
-//! whole.
+//! The chain is put together in a scratch directory as a restore does, and written anew while it is checked: in key order,
+//! compacted as far as etcd was. When it is sound, what was written is decompressed, hashed and uploaded; it gets its name
+//! when the store gives back what was sent.
+
+mod spool;
 
 use std::fs::File;
-use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{SyncSender, sync_channel};
 
 use bytes::Bytes;
 use chrono::Utc;
 use etcd_format::bolt::Db;
-use etcd_format::datadir::{Rewrite, Scratch, Severity, Staged, Verify, WantHash, verify_database};
+use etcd_format::datadir::{Finding, Rewrite, Scratch, Severity, Staged, Summary, Verify, WantHash, verify_and_see};
 use etcd_format::mvcc::{HashRequest, HashRules};
 use proto::backup::ObjectMeta;
 use serde::Serialize;
@@ -21,16 +21,13 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::catalog::{Catalog, Chain, Layout, ObjectName, PREDECESSOR, Timeline};
-use crate::container::{self, FRAME_BYTES, FromTail, LAYOUT};
+use crate::container::LAYOUT;
 use crate::object::FullWriter;
-use crate::restore::{Aside, PieceReader, Pieces, Recorded, Stoppable, fetch, from_store, recorded_hash};
+use crate::restore::{Aside, Pieces, Recorded, fetch, from_store, recorded_hash};
 use crate::retention::ABANDONED_AFTER;
 use crate::store::{self, Store, Upload};
-use crate::verify::{self, Level};
 use crate::{Error, Result};
-
-/// Pieces of a frame's size waiting to be compressed.
-const PIECES_AHEAD: usize = 1;
+use spool::Spool;
 
 /// What to compact, and how far.
 #[derive(Debug, Clone)]
@@ -105,14 +102,15 @@ pub async fn compact(store: &Store, settings: &Settings, stop: &CancellationToke
     let staging = ObjectName::Uploading { timeline, unix_ms: now_ms, random: rand::random() };
     let mut upload = store.upload(staging);
     let uploaded = async {
+        let mut sent = Sha256::new();
         while let Some(bytes) = compressed_out.recv().await {
+            sent.update(&bytes);
             upload.write(bytes).await?;
         }
         drop(compressed_out);
         let mut merged = merging.await.map_err(|error| Error::task(&error))??;
-        let name = layout.full(timeline, merged.revision, unix_ms);
         tracing::debug!("everything is uploaded, read it back");
-        read_back(store, &mut upload, &name, stop).await?;
+        read_back(store, &mut upload, sent, stop).await?;
         check_unchanged(store, &catalog, timeline, staging).await?;
         let free = |attempt| layout.full(timeline, merged.revision, unix_ms + attempt * layout.tick_ms());
         let (name, size) = upload.finish_as(free).await?;
@@ -179,41 +177,22 @@ async fn meta_of(store: &Store, object: Option<&(ObjectName, u64)>) -> Result<Ob
     Ok(store.meta(name, *size).await?.unwrap_or_default())
 }
 
-/// Reads what was uploaded. Each frame has a checksum of what was built; the predecessor's layout has the sha256 alone.
-async fn read_back(store: &Store, upload: &mut Upload, name: &ObjectName, stop: &CancellationToken) -> Result<()> {
-    let (location, name, stop) = (store.location(name), *name, stop.clone());
-    let ours = !matches!(name, ObjectName::Gardener(_));
-    match upload.stage().await? {
-        store::Staged::InMemory(bytes) => {
-            let size = bytes.len() as u64;
-            let known = match ours.then(|| container::meta_from_tail(&location, size, &bytes, &bytes)).transpose()? {
-                Some(FromTail::Meta(meta)) => {
-                    let frames = container::frames_in_tail(&location, size, &bytes)?;
-                    Some((*meta, frames.map_err(|_| Error::Bug { what: "frames of a whole object".into() })?))
-                }
-                Some(FromTail::Need(_)) => return Err(Error::Bug { what: "metadata of a whole object".into() }),
-                None => None,
-            };
-            let check = move || verify::check(known, bytes.as_ref(), &name, &location, Level::Bytes);
-            tokio::task::spawn_blocking(check).await.map_err(|error| Error::task(&error))?
-        }
-        store::Staged::At(staging, size) => {
-            let known = if ours {
-                let meta = store.meta(&staging, size).await?.unwrap_or_default();
-                Some((meta, store.frames(&staging, size).await?))
-            } else {
-                None
-            };
-            let (feeder, mut received) = fetch(store.clone(), vec![(staging, size)], stop.clone());
-            let checked = tokio::task::spawn_blocking(move || {
-                let source = Stoppable::new(PieceReader::new(&mut received), &stop);
-                verify::check(known, source, &name, &location, Level::Bytes)
-            });
-            let checked = checked.await.map_err(|error| Error::task(&error))?;
-            feeder.abort();
-            checked
-        }
+/// Compares what the store has with what was sent, which was decompressed before. What waits in memory is put at once.
+async fn read_back(store: &Store, upload: &mut Upload, sent: Sha256, stop: &CancellationToken) -> Result<()> {
+    let store::Staged::At(staging, size) = upload.stage().await? else { return Ok(()) };
+    let (feeder, mut received) = fetch(store.clone(), vec![(staging, size)], stop.clone());
+    let mut found = Sha256::new();
+    while let Some(piece) = received.recv().await {
+        found.update(piece?.unwrap_or_default());
     }
+    feeder.abort();
+    if found.finalize() == sent.finalize() {
+        return Ok(());
+    }
+    Err(Error::corrupt(format!(
+        "{}: the store does not give back what was uploaded; nothing is changed, try again",
+        store.location(&staging)
+    )))
 }
 
 /// Everything that the merging thread works with.
@@ -255,16 +234,18 @@ impl Merge {
         // What is open stays readable, and nothing is left behind however this ends.
         drop(staged);
         drop(dir);
-        let (checked, rewrite) = std::thread::scope(|scope| {
-            let rewrite = scope.spawn(|| Rewrite::plan(&db, compact_revision, clean_up_to, rules));
-            (verify_database(&db, &options), rewrite.join())
-        });
-        let (summary, findings) = checked.map_err(Error::format(&name))?;
-        let mut corrupt = findings.iter().filter(|finding| finding.severity == Severity::Corrupt);
-        // Leases without a record are the snapshot's own; a restore gives them one.
-        if let Some(finding) = corrupt.nth(summary.dangling_leases.len()) {
-            return Err(Error::corrupt(format!("what was merged is not sound, nothing is uploaded: {}", finding.what)));
-        }
+        let mut checked = None;
+        let mut compacted = Spool::fill(work_dir, |pieces| {
+            let rewrite = Rewrite::new(&db, compact_revision, clean_up_to, rules, pieces);
+            let mut rewrite = rewrite.map_err(Error::format(&name))?;
+            let found = verify_and_see(&db, &options, &mut |key, value| rewrite.row(key, value));
+            // What is wrong with the rows comes before what is wrong with writing them.
+            let (summary, findings) = found.map_err(Error::format(&name))?;
+            check_sound(&summary, &findings)?;
+            checked = Some(summary);
+            rewrite.finish().map_err(Error::format(&name))
+        })?;
+        let summary = checked.ok_or_else(|| Error::Bug { what: "a database was not checked".into() })?;
         if let (Some(found), Some(recorded)) = (summary.hash, aside.recorded)
             && !found.may_be(recorded.hash.hash)
         {
@@ -273,13 +254,20 @@ impl Merge {
                 found.hash, found.revision, recorded.hash.hash
             )));
         }
-        let rewrite = rewrite.map_err(|_| Error::Bug { what: "the planning thread ended unexpectedly".into() })?;
-        let mut rewrite = rewrite.map_err(Error::format(&name))?;
         if summary.superseded_rows > 0 {
             // What is at or below the finished compaction is not one row a key: every row must be looked at.
-            rewrite = Rewrite::plan(&db, compact_revision, 0, rules).map_err(Error::format(&name))?;
+            drop(compacted);
+            compacted = Spool::fill(work_dir, |pieces| {
+                let rewrite = Rewrite::new(&db, compact_revision, 0, rules, pieces);
+                rewrite
+                    .and_then(|mut rewrite| rewrite.all_rows().and_then(|()| rewrite.finish()))
+                    .map_err(Error::format(&name))
+            })?;
         }
-        tracing::debug!(rows = rewrite.rows(), bytes = rewrite.size(), "it is sound, and what to write is known");
+        drop(db);
+        let (rewritten, spool) = compacted;
+        let db_size = rewritten.finished.file_size();
+        tracing::debug!(rows = rewritten.rows, bytes = db_size, "it is sound, and written anew");
         let hash_kv = aside
             .recorded
             .map(|recorded| recorded.hash)
@@ -289,29 +277,29 @@ impl Merge {
             last_revision: revision,
             compact_revision,
             auth_revision: summary.auth_revision,
-            content_bytes: rewrite.size() + 32,
+            content_bytes: db_size + 32,
             hash_kv,
             ..ObjectMeta::default()
         };
-        self.write(&rewrite, &trailer, out).map_err(|error| match error {
-            Error::Format { source, .. } => Error::format(&name)(source),
-            error => error,
+        let mut writer = FullWriter::new(self.layout, &self.leading_meta())?;
+        spool.empty(&rewritten.finished.metas().concat(), &mut writer, &mut |bytes| {
+            out.blocking_send(bytes).map_err(|_| Error::Cancelled)
         })?;
+        out.blocking_send(writer.finish(&trailer)?).map_err(|_| Error::Cancelled)?;
         Ok(Compacted {
             object: None,
             revision,
             compact_revision,
-            rows: rewrite.rows(),
-            db_size: rewrite.size(),
+            rows: rewritten.rows,
+            db_size,
             bytes: 0,
             leases_with_guessed_ttl: restored.guessed_leases.iter().map(|id| format!("{id:x}")).collect(),
             hash_compared: summary.hash.is_some(),
         })
     }
 
-    /// Reading rows and building pages has one thread, compressing another.
-    fn write(&self, rewrite: &Rewrite<'_, File>, trailer: &ObjectMeta, out: &mpsc::Sender<Bytes>) -> Result<()> {
-        let meta = ObjectMeta {
+    fn leading_meta(&self) -> ObjectMeta {
+        ObjectMeta {
             layout: LAYOUT,
             cluster_id: self.last.cluster_id,
             member_id: self.last.member_id,
@@ -322,69 +310,22 @@ impl Merge {
             auth_fingerprint: self.full.auth_fingerprint,
             auth_state: self.full.auth_state,
             ..ObjectMeta::default()
-        };
-        let (to_compress, pieces) = sync_channel::<Vec<u8>>(PIECES_AHEAD);
-        std::thread::scope(|scope| {
-            let compressing = scope.spawn(move || {
-                let mut send = |bytes| out.blocking_send(bytes).map_err(|_| Error::Cancelled);
-                FullWriter::new(self.layout, &meta)?.write_all_frames(&pieces, &mut send)
-            });
-            let snapshot = Snapshot { sha: Sha256::new(), piece: Vec::new(), out: to_compress };
-            let built = rewrite.write(snapshot).map_err(Error::format("compact")).and_then(Snapshot::finish);
-            let writer =
-                compressing.join().map_err(|_| Error::Bug { what: "compressing ended unexpectedly".into() })?;
-            // Of the two errors that of the thread that ended first says why.
-            let writer = writer?;
-            built?;
-            out.blocking_send(writer.finish(trailer)?).map_err(|_| Error::Cancelled)
-        })
+        }
+    }
+}
+
+fn check_sound(summary: &Summary, findings: &[Finding]) -> Result<()> {
+    let mut corrupt = findings.iter().filter(|finding| finding.severity == Severity::Corrupt);
+    // Leases without a record are the snapshot's own; a restore gives them one.
+    match corrupt.nth(summary.dangling_leases.len()) {
+        Some(finding) => {
+            Err(Error::corrupt(format!("what was merged is not sound, nothing is uploaded: {}", finding.what)))
+        }
+        None => Ok(()),
     }
 }
 
 /// A hash that rows compacted so far can reproduce.
 fn recorded_at(recorded: Option<Recorded>, compact_revision: i64) -> Option<Recorded> {
     recorded.filter(|recorded| recorded.hash.compact_revision.max(0) >= compact_revision)
-}
-
-/// Hashes what it passes on in pieces.
-struct Snapshot {
-    sha: Sha256,
-    piece: Vec<u8>,
-    out: SyncSender<Vec<u8>>,
-}
-
-impl Snapshot {
-    fn send(&mut self) -> io::Result<()> {
-        let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(FRAME_BYTES));
-        self.out.send(piece).map_err(|_| io::Error::other("compressing has ended"))
-    }
-
-    /// Adds the sha256, as etcd does.
-    fn finish(mut self) -> Result<()> {
-        self.sha.update(&self.piece);
-        let digest = std::mem::take(&mut self.sha).finalize();
-        if self.piece.len() + digest.len() > FRAME_BYTES {
-            self.send().map_err(Error::io("compress", "a full snapshot"))?;
-        }
-        self.piece.extend_from_slice(&digest);
-        self.send().map_err(Error::io("compress", "a full snapshot"))
-    }
-}
-
-impl Write for Snapshot {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // Pieces are whole frames.
-        let taken = bytes.len().min(FRAME_BYTES - self.piece.len());
-        self.piece.extend_from_slice(bytes.get(..taken).unwrap_or_default());
-        if self.piece.len() == FRAME_BYTES {
-            self.sha.update(&self.piece);
-            self.send()?;
-        }
-        Ok(taken)
-    }
-
-    /// What is not a whole frame yet waits for the sha256.
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }

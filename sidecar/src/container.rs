@@ -11,6 +11,8 @@
 //! `zstd -d` skips what is skippable, so its output is exactly the content.
 
 use std::io::{self, BufRead, Read};
+use std::num::NonZero;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use bytes::Bytes;
 use proto::Message;
@@ -61,11 +63,66 @@ impl std::fmt::Debug for Writer {
     }
 }
 
+fn compressor(level: i32) -> Result<zstd::bulk::Compressor<'static>> {
+    let mut compressor = zstd::bulk::Compressor::new(level).map_err(Error::io("set up", "zstd"))?;
+    compressor.include_checksum(true).map_err(Error::io("set up", "zstd"))?;
+    Ok(compressor)
+}
+
+/// How many frames are compressed or decompressed side by side.
+fn lanes() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZero::get).min(4)
+}
+
+/// Compresses pieces of content, each of at most [`FRAME_BYTES`] into a frame of its own, several side by side; hands out the
+/// frames in order, with the size of their content.
+pub fn compress_frames(
+    level: i32,
+    pieces: &Receiver<Vec<u8>>,
+    out: &mut dyn FnMut(&[u8], u32) -> Result<()>,
+) -> Result<()> {
+    std::thread::scope(|scope| {
+        let mut lanes_open = Vec::new();
+        for _ in 0..lanes() {
+            let (todo, pieces) = sync_channel::<Vec<u8>>(1);
+            let (done, frames) = sync_channel(1);
+            scope.spawn(move || {
+                let mut compressor = compressor(level);
+                while let Ok(piece) = pieces.recv() {
+                    let frame = match &mut compressor {
+                        Ok(compressor) => compressor.compress(&piece).map_err(Error::io("compress", "a frame")),
+                        Err(_) => Err(Error::Bug { what: "zstd cannot be set up".into() }),
+                    };
+                    if done.send(frame.map(|frame| (frame, piece.len() as u32))).is_err() {
+                        return;
+                    }
+                }
+            });
+            lanes_open.push((todo, frames));
+        }
+        let ended = || Error::Bug { what: "a compressing thread ended unexpectedly".into() };
+        let (mut given, mut taken) = (0usize, 0usize);
+        loop {
+            let piece = pieces.recv().ok();
+            // Each lane has a piece and one more to go on with; the oldest is awaited when all do, and at the end.
+            while taken < given && (piece.is_none() || given - taken >= 2 * lanes_open.len()) {
+                let (_, frames) = lanes_open.get(taken % lanes_open.len()).ok_or_else(ended)?;
+                let (frame, content_bytes) = frames.recv().map_err(|_| ended())??;
+                out(&frame, content_bytes)?;
+                taken += 1;
+            }
+            let Some(piece) = piece else { return Ok(()) };
+            let (todo, _) = lanes_open.get(given % lanes_open.len()).ok_or_else(ended)?;
+            todo.send(piece).map_err(|_| ended())?;
+            given += 1;
+        }
+    })
+}
+
 impl Writer {
     /// At a compression level.
     pub fn new(level: i32) -> Result<Self> {
-        let mut compressor = zstd::bulk::Compressor::new(level).map_err(Error::io("set up", "zstd"))?;
-        compressor.include_checksum(true).map_err(Error::io("set up", "zstd"))?;
+        let compressor = compressor(level)?;
         Ok(Self { compressor, chunk: Vec::new(), output: Vec::new(), frames: Vec::new(), content_bytes: 0 })
     }
 
@@ -106,18 +163,13 @@ impl Writer {
         Ok(())
     }
 
-    /// Adds content that was compressed elsewhere, by [`Writer::compress_frame`].
+    /// Adds content that was compressed elsewhere, by [`compress_frames`].
     pub fn put_frame(&mut self, frame: &[u8], content_bytes: u32) -> Result<()> {
         self.end_frame()?;
         self.content_bytes += u64::from(content_bytes);
         self.frames.push((frame.len() as u32, content_bytes));
         self.output.extend_from_slice(frame);
         Ok(())
-    }
-
-    /// Compresses at most [`FRAME_BYTES`] of content as a frame of its own.
-    pub fn compress_frame(&mut self, content: &[u8]) -> Result<Vec<u8>> {
-        self.compressor.compress(content).map_err(Error::io("compress", "a frame"))
     }
 
     /// Remembers where the content ends now.
@@ -434,37 +486,25 @@ impl<R: Read> CheckedReader<R> {
         if read as u64 == bytes { Ok(()) } else { Err(self.corrupt("object ends in it")) }
     }
 
-    /// Reads the next frame of content; false after the last, when the rest has been checked.
-    fn next_frame(&mut self) -> Result<bool> {
-        self.content.clear();
-        self.at = 0;
+    /// Reads the next frame of content and returns its size decompressed; `None` after the last, when the rest has been
+    /// checked.
+    fn next_compressed(&mut self) -> Result<Option<u32>> {
         while let Some((compressed, decompressed)) = self.frames.get(self.next).copied() {
             let most = zstd::zstd_safe::compress_bound(FRAME_BYTES).max(MOST_META_BYTES as usize + 8);
             if compressed as usize > most || decompressed as usize > FRAME_BYTES {
                 return Err(self.corrupt("seek table has it larger than any frame"));
             }
             self.take(u64::from(compressed))?;
-            if decompressed == 0 {
-                let content = self.compressed.get(8..).filter(|_| u32_at(&self.compressed, 0) == Some(META_MAGIC));
-                let content = content.ok_or_else(|| self.corrupt("it is not the metadata that belongs there"))?;
-                if u32_at(&self.compressed, 4) != u32::try_from(content.len()).ok() {
-                    return Err(self.corrupt("length of the metadata differs from the seek table"));
-                }
-                check_meta(&self.name, content)?;
-                self.next += 1;
-                continue;
+            if decompressed > 0 {
+                return Ok(Some(decompressed));
             }
-            let mut content = std::mem::take(&mut self.content);
-            content.resize(decompressed as usize, 0);
-            let got = self.decompressor.decompress_to_buffer(&self.compressed, &mut content);
-            if got.as_ref().ok() != Some(&(decompressed as usize)) {
-                let what = got.map_or_else(|error| error.to_string(), |got| format!("it has {got} bytes of content"));
-                return Err(self.corrupt(&format!("compressed data is damaged: {what}")));
+            let content = self.compressed.get(8..).filter(|_| u32_at(&self.compressed, 0) == Some(META_MAGIC));
+            let content = content.ok_or_else(|| self.corrupt("it is not the metadata that belongs there"))?;
+            if u32_at(&self.compressed, 4) != u32::try_from(content.len()).ok() {
+                return Err(self.corrupt("length of the metadata differs from the seek table"));
             }
-            self.content = content;
-            self.content_bytes += u64::from(decompressed);
+            check_meta(&self.name, content)?;
             self.next += 1;
-            return Ok(true);
         }
         let table = seek_table(&self.frames);
         self.take(table.len() as u64)?;
@@ -472,10 +512,88 @@ impl<R: Read> CheckedReader<R> {
             return Err(self.corrupt("what follows the last one is not the seek table"));
         }
         match self.source.read(&mut [0]) {
-            Ok(0) => Ok(false),
+            Ok(0) => Ok(None),
             Ok(_) => Err(self.corrupt("something follows the seek table")),
             Err(error) => Err(error.downcast().unwrap_or_else(Error::io("read", &self.name))),
         }
+    }
+
+    /// Reads the next frame of content; false after the last.
+    fn next_frame(&mut self) -> Result<bool> {
+        self.content.clear();
+        self.at = 0;
+        let Some(decompressed) = self.next_compressed()? else { return Ok(false) };
+        let mut content = std::mem::take(&mut self.content);
+        decompress(&mut self.decompressor, &self.compressed, decompressed, &mut content)
+            .map_err(|what| self.corrupt(&what))?;
+        self.content = content;
+        self.content_bytes += u64::from(decompressed);
+        self.next += 1;
+        Ok(true)
+    }
+
+    /// Reads everything for its checksums alone, several frames side by side, and returns how many bytes of content there
+    /// are.
+    pub fn check_all(mut self) -> Result<u64> {
+        let workers = self.frames.len().clamp(1, lanes());
+        std::thread::scope(|scope| {
+            let mut lanes = Vec::new();
+            for _ in 0..workers {
+                let (todo, frames) = sync_channel::<(usize, Vec<u8>, u32)>(1);
+                let decompressing = scope.spawn(move || {
+                    let mut decompressor = zstd::bulk::Decompressor::new()
+                        .map_err(|error| (0, format!("zstd cannot be set up: {error}")))?;
+                    let mut content = Vec::new();
+                    while let Ok((index, frame, size)) = frames.recv() {
+                        decompress(&mut decompressor, &frame, size, &mut content).map_err(|what| (index, what))?;
+                    }
+                    Ok::<(), (usize, String)>(())
+                });
+                lanes.push((todo, decompressing));
+            }
+            let read = self.deal_out(&lanes.iter().map(|(todo, _)| todo.clone()).collect::<Vec<_>>());
+            let mut damaged: Option<(usize, String)> = None;
+            for (todo, decompressing) in lanes {
+                drop(todo);
+                let ended = |_| Error::Bug { what: "a decompressing thread ended unexpectedly".into() };
+                if let Err(found) = decompressing.join().map_err(ended)? {
+                    damaged = damaged.filter(|first| first.0 <= found.0).or(Some(found));
+                }
+            }
+            // The frame that is damaged comes before whatever ended the reading.
+            match damaged {
+                Some((index, what)) => Err(CheckedReader { next: index, ..self }.corrupt(&what)),
+                None => read,
+            }
+        })
+    }
+
+    /// Gives frames to threads in turn until one ends.
+    fn deal_out(&mut self, lanes: &[SyncSender<(usize, Vec<u8>, u32)>]) -> Result<u64> {
+        for lane in lanes.iter().cycle() {
+            let Some(decompressed) = self.next_compressed()? else { break };
+            self.content_bytes += u64::from(decompressed);
+            if lane.send((self.next, std::mem::take(&mut self.compressed), decompressed)).is_err() {
+                break;
+            }
+            self.next += 1;
+        }
+        Ok(self.content_bytes)
+    }
+}
+
+/// Decompresses a frame that must have that size; what is wrong otherwise.
+pub fn decompress(
+    decompressor: &mut zstd::bulk::Decompressor<'_>,
+    frame: &[u8],
+    size: u32,
+    content: &mut Vec<u8>,
+) -> Result<(), String> {
+    content.resize(size as usize, 0);
+    match decompressor.decompress_to_buffer(frame, content.as_mut_slice()) {
+        Ok(got) if got == size as usize => Ok(()),
+        Ok(got) => Err(format!("compressed data is damaged: it has {got} bytes of content")),
+        Err(error) => Err(format!("compressed data is damaged: {error}")),
     }
 }
 
@@ -541,7 +659,15 @@ mod tests {
             for bit in 0..8 {
                 let mut damaged = bytes.clone();
                 damaged[at] ^= 1 << bit;
-                if let Ok(found) = checked(&damaged) {
+                let found = checked(&damaged);
+                if bit == at % 8 {
+                    let all = frames_in_tail("test", damaged.len() as u64, &damaged).and_then(|frames| {
+                        let frames = frames.map_err(|_| Error::Cancelled)?;
+                        CheckedReader::new(damaged.as_slice(), "test", frames)?.check_all()
+                    });
+                    assert_eq!(all.ok(), found.as_ref().ok().map(|found| found.len() as u64), "byte {at}, bit {bit}");
+                }
+                if let Ok(found) = found {
                     assert_eq!(found, content, "byte {at}, bit {bit}");
                     let found = meta_from_tail("test", damaged.len() as u64, &damaged, &damaged).unwrap();
                     assert_eq!(found, meta, "byte {at}, bit {bit}");

@@ -3,8 +3,6 @@
 use std::collections::BTreeMap;
 use std::hash::{Hash, Hasher};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::num::NonZero;
-use std::sync::mpsc::{Receiver, sync_channel};
 
 use bytes::Bytes;
 use flate2::Compression;
@@ -12,7 +10,7 @@ use flate2::write::GzEncoder;
 use proto::backup::ObjectMeta;
 
 use crate::catalog::{Layout, ObjectName};
-use crate::container::{self, FRAME_BYTES, LEVEL_FULL};
+use crate::container::{self, LEVEL_FULL};
 use crate::delta::{self, Record};
 use crate::gardener;
 use crate::{Error, Result};
@@ -173,61 +171,12 @@ impl FullWriter {
         }
     }
 
-    /// Compresses pieces of content side by side, as many as there are processors but four at most, and hands out what is
-    /// ready in order. Each piece but the last must be a whole frame. One of the predecessor's cannot be compressed so.
-    pub fn write_all_frames(
-        mut self,
-        pieces: &Receiver<Vec<u8>>,
-        out: &mut dyn FnMut(Bytes) -> Result<()>,
-    ) -> Result<Self> {
-        let Self::Container(writer) = &mut self else {
-            while let Ok(piece) = pieces.recv() {
-                self.write(&piece)?;
-                if self.ready() >= FRAME_BYTES / 4 {
-                    out(self.take())?;
-                }
-            }
-            return Ok(self);
-        };
-        let workers = std::thread::available_parallelism().map_or(1, NonZero::get).min(4);
-        std::thread::scope(|scope| {
-            let mut lanes = Vec::new();
-            for _ in 0..workers {
-                let (todo, pieces) = sync_channel::<Vec<u8>>(1);
-                let (done, frames) = sync_channel(1);
-                scope.spawn(move || {
-                    let mut compressor = container::Writer::new(LEVEL_FULL);
-                    while let Ok(piece) = pieces.recv() {
-                        let frame = match &mut compressor {
-                            Ok(compressor) => compressor.compress_frame(&piece),
-                            Err(_) => Err(Error::Bug { what: "zstd cannot be set up".into() }),
-                        };
-                        if done.send(frame.map(|frame| (frame, piece.len() as u32))).is_err() {
-                            return;
-                        }
-                    }
-                });
-                lanes.push((todo, frames));
-            }
-            let ended = || Error::Bug { what: "a compressing thread ended unexpectedly".into() };
-            let (mut given, mut taken) = (0usize, 0usize);
-            loop {
-                let piece = pieces.recv().ok();
-                // Each lane has one piece; the oldest is awaited when all are busy, and at the end.
-                while taken < given && (piece.is_none() || given - taken >= lanes.len()) {
-                    let (_, frames) = lanes.get(taken % workers).ok_or_else(ended)?;
-                    let (frame, content_bytes) = frames.recv().map_err(|_| ended())??;
-                    writer.put_frame(&frame, content_bytes)?;
-                    taken += 1;
-                    out(writer.take())?;
-                }
-                let Some(piece) = piece else { return Ok(()) };
-                let (todo, _) = lanes.get(given % workers).ok_or_else(ended)?;
-                todo.send(piece).map_err(|_| ended())?;
-                given += 1;
-            }
-        })?;
-        Ok(self)
+    /// Adds content that is compressed already, as a frame of one of ours.
+    pub fn write_frame(&mut self, frame: &[u8], content: &[u8]) -> Result<()> {
+        match self {
+            Self::Container(writer) => writer.put_frame(frame, content.len() as u32),
+            Self::Gardener(_) => self.write(content),
+        }
     }
 
     /// Compressed bytes that are ready to be taken.

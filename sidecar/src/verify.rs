@@ -254,13 +254,14 @@ pub(crate) fn check(
         return records(&mut BufReader::new(Content::open(name, source, location)?), name, location);
     };
     let mut reader = CheckedReader::new(source, location, frames)?;
-    if level < Level::Decode {
-        drain(&mut reader, location, &mut |_| Ok(()))?;
+    let found = if level < Level::Decode {
+        reader.check_all()?
     } else {
         records(&mut reader, name, location)?;
-    }
-    if meta.content_bytes != reader.content_bytes() {
-        let (said, found) = (meta.content_bytes, reader.content_bytes());
+        reader.content_bytes()
+    };
+    let said = meta.content_bytes;
+    if said != found {
         return Err(Error::corrupt(format!("{location}: it has {found} bytes of content, its metadata says {said}")));
     }
     Ok(())

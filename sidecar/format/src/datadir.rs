@@ -24,10 +24,10 @@ mod verify;
 pub use append::{Appended, Behind, Facts, Held};
 pub use disk::{Disk, DiskWriter, RealDisk, Scratch};
 pub use minor::Minor;
-pub use rewrite::Rewrite;
+pub use rewrite::{Rewrite, Rewritten};
 pub use stage::{Staged, check_target};
 pub use tail::{Base, Change, Restored, Revision, Spec, Tail};
-pub use verify::{Finding, Severity, Summary, Verdict, Verify, WantHash, verify, verify_database};
+pub use verify::{Finding, Severity, Summary, Verdict, Verify, WantHash, verify, verify_and_see, verify_database};
 
 use std::path::{Path, PathBuf};
 

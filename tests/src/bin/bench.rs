@@ -26,6 +26,7 @@ usage: cargo bench-restore [--dir DIR] [--runs N] [SCENARIO …]
 scenarios:
   events   110 MB of database and 1,000,000 events of 1.7 KB
   large    1.1 GB of database and 100,000 events of 1.1 KB
+  merge    1.1 GB of database and 1,000,000 events of 1.1 KB
   small    11 MB of database and 10,000 events, to try it
   tail     a live etcd written to at about 30 MB/s for 20 s while it is backed up
 Without one, events and large. Needs about 10 GB in DIR (default: a temporary directory).";
@@ -38,9 +39,10 @@ struct Scenario {
     value_bytes: usize,
 }
 
-const SCENARIOS: [Scenario; 3] = [
+const SCENARIOS: [Scenario; 4] = [
     Scenario { name: "events", rows: 62_000, events: 1_000_000, value_bytes: 1650 },
     Scenario { name: "large", rows: 1_000_000, events: 100_000, value_bytes: 1000 },
+    Scenario { name: "merge", rows: 1_000_000, events: 1_000_000, value_bytes: 1000 },
     Scenario { name: "small", rows: 10_000, events: 10_000, value_bytes: 1000 },
 ];
 
@@ -339,6 +341,8 @@ async fn run(scenario: Scenario, dir: &Path, runs: usize) -> Result<()> {
     pair("restore the revision in the middle", runs, to_middle, "restore the last", restore)?;
     let objects = tests::objects(&store)?;
     let compact = || {
+        // Both start from the same: nothing of an earlier run is on the disk or in its cache.
+        fresh(&restored)?;
         let run = measure(Command::new(&sidecar).args(["compact", "--store", &store_url, "--work-dir"]).arg(&dir))?;
         for object in tests::objects(&store)?.iter().filter(|object| !objects.contains(object)) {
             std::fs::remove_file(object)?;

@@ -64,14 +64,6 @@ impl<W: Write> Builder<W> {
         Ok(Self { pages: Pages { out, page_size, next: 2 }, buckets: BTreeMap::new(), open: None, txid: 2 })
     }
 
-    /// Starts a new file whose rows have been built before, into nothing: its metas are known and go first, so that `out`
-    /// need not be rewound. What [`Builder::finish`] returns must be the same.
-    pub fn create_known(mut out: W, finished: &Finished) -> Result<Self> {
-        write(&mut out, &finished.metas().concat())?;
-        let pages = Pages { out, page_size: finished.meta.page_size, next: 2 };
-        Ok(Self { pages, buckets: BTreeMap::new(), open: None, txid: 2 })
-    }
-
     /// Starts at the end of `db`; `out` takes bytes from offset [`Meta::file_size`]. Buckets not started again stay as
     /// they are.
     pub fn append<R: ReadAt>(db: &Db<R>, out: W) -> Result<Self> {
@@ -160,8 +152,10 @@ impl<W: Write> Pages<W> {
         write(&mut self.out, elements)?;
         write(&mut self.out, data)?;
         let padding = span * self.page_size as usize - used;
-        std::io::copy(&mut std::io::Read::take(std::io::repeat(0), padding as u64), &mut self.out)
-            .map_err(Error::io("write the database", ""))?;
+        let zeros = [0; MIN_PAGE_SIZE as usize];
+        for done in (0..padding).step_by(zeros.len()) {
+            write(&mut self.out, zeros.get(..padding - done).unwrap_or(&zeros))?;
+        }
         self.next += span as u64;
         Ok(id)
     }

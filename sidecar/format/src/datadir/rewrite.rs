@@ -1,7 +1,7 @@
 //! A database written anew: compacted, in key order, without free pages; front to back, as etcd sends its snapshot.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io::Write;
 
 use crate::bolt::{Builder, Db, Finished};
 use crate::mvcc::{
@@ -9,71 +9,102 @@ use crate::mvcc::{
 };
 use crate::{Error, ReadAt, Result};
 
-/// A database that is to be written anew. What it will look like is known before the first byte is written.
+/// Writes a database anew. It is shown every row of the key bucket in order, for instance by a check, and takes the other
+/// buckets itself. Pages 0 and 1 are left zero: what belongs there is known at the end.
 #[derive(Debug)]
-pub struct Rewrite<'d, R> {
+pub struct Rewrite<'d, R, W> {
     db: &'d Db<R>,
     filter: Option<CompactionFilter>,
     compact_revision: i64,
     rules: HashRules,
-    built: Built,
-}
-
-/// What a pass over the rows makes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Built {
-    finished: Finished,
+    builder: Builder<W>,
+    /// Rows shown.
+    seen: u64,
     rows: u64,
+    failed: Option<Error>,
 }
 
-impl<'d, R: ReadAt> Rewrite<'d, R> {
+/// What was written.
+#[derive(Debug, Clone, Copy)]
+pub struct Rewritten {
+    /// Pages 0 and 1, and the size.
+    pub finished: Finished,
+    /// Rows in the key bucket.
+    pub rows: u64,
+}
+
+impl<'d, R: ReadAt, W: Write> Rewrite<'d, R, W> {
     /// Compacts at a revision, by the rules of an etcd version; 0 leaves every row. `finished` says up to where each key has
-    /// one row only.
-    pub fn plan(db: &'d Db<R>, compact_revision: i64, finished: i64, rules: HashRules) -> Result<Self> {
+    /// one row only; 0 is always right.
+    pub fn new(db: &'d Db<R>, compact_revision: i64, finished: i64, rules: HashRules, out: W) -> Result<Self> {
         let filter = if compact_revision > finished {
             Some(CompactionFilter::new(db, compact_revision, compact_revision, finished)?)
         } else {
             None
         };
-        let builder = Builder::create(io::sink(), db.meta().page_size)?;
-        let built = build(db, filter.as_ref(), compact_revision, rules, builder)?.0;
-        Ok(Self { db, filter, compact_revision, rules, built })
+        let mut builder = Builder::create(out, db.meta().page_size)?;
+        copy_buckets(db, compact_revision, &mut builder, |name| name < KEY_BUCKET)?;
+        builder.start(KEY_BUCKET)?;
+        Ok(Self { db, filter, compact_revision, rules, builder, seen: 0, rows: 0, failed: None })
     }
 
-    /// Bytes of the database.
-    pub fn size(&self) -> u64 {
-        self.built.finished.file_size()
+    /// Takes the next row. What is wrong with one is told at the end.
+    pub fn row(&mut self, key: &[u8], value: &[u8]) {
+        if self.failed.is_none() {
+            self.failed = self.take(key, value).err();
+        }
     }
 
-    /// Rows in the key bucket.
-    pub fn rows(&self) -> u64 {
-        self.built.rows
+    fn take(&mut self, row_key: &[u8], value: &[u8]) -> Result<()> {
+        let ordinal = self.seen;
+        self.seen += 1;
+        let key = RowKey::decode(row_key).ok_or_else(|| Error::corrupt(0, "row key is not a revision"))?;
+        if let Some(filter) = self.filter.as_ref().filter(|_| key.main <= self.compact_revision) {
+            let is_last_tombstone = key.tombstone && key.main == self.compact_revision;
+            let stays = filter.keeps(ordinal, key, &KeyValue::decode(value)?)
+                || is_last_tombstone && self.rules.keeps_tombstone_at_compaction;
+            if !stays {
+                return Ok(());
+            }
+        }
+        self.rows += 1;
+        self.builder.push(row_key, value)
     }
 
-    /// Writes the database.
-    pub fn write<W: Write>(&self, out: W) -> Result<W> {
-        let builder = Builder::create_known(out, &self.built.finished)?;
-        let (built, out) = build(self.db, self.filter.as_ref(), self.compact_revision, self.rules, builder)?;
-        if built == self.built { Ok(out) } else { Err(Error::corrupt(0, "database changed while it was being read")) }
+    /// Shows it all rows, in a pass of its own.
+    pub fn all_rows(&mut self) -> Result<()> {
+        let Some(bucket) = self.db.bucket(KEY_BUCKET)? else { return Ok(()) };
+        let mut cursor = self.db.cursor(&bucket);
+        while let Some(row) = cursor.next()? {
+            self.row(row.key, row.value);
+        }
+        Ok(())
+    }
+
+    /// Every row has been shown.
+    pub fn finish(self) -> Result<(Rewritten, W)> {
+        let Self { db, compact_revision, mut builder, rows, failed, .. } = self;
+        failed.map_or(Ok(()), Err)?;
+        copy_buckets(db, compact_revision, &mut builder, |name| name > KEY_BUCKET)?;
+        let (finished, out) = builder.finish()?;
+        Ok((Rewritten { finished, rows }, out))
     }
 }
 
-fn build<R: ReadAt, W: Write>(
+/// Copies the buckets that are chosen by name; the meta bucket learns of the compaction.
+fn copy_buckets<R: ReadAt, W: Write>(
     db: &Db<R>,
-    filter: Option<&CompactionFilter>,
     compact_revision: i64,
-    rules: HashRules,
-    mut builder: Builder<W>,
-) -> Result<(Built, W)> {
-    let mut rows = 0;
+    builder: &mut Builder<W>,
+    chosen: impl Fn(&[u8]) -> bool,
+) -> Result<()> {
     let mut names = Vec::new();
     let mut root = db.root();
     while let Some(row) = root.next()? {
         names.push(row.key.to_vec());
     }
-    for name in &names {
+    for name in names.iter().filter(|name| chosen(name)) {
         builder.start(name)?;
-        let Some(bucket) = db.bucket(name)? else { continue };
         if name == META_BUCKET {
             let mut meta: BTreeMap<_, _> = db.rows(META_BUCKET)?.into_iter().collect();
             if compact_revision > 0 {
@@ -83,26 +114,11 @@ fn build<R: ReadAt, W: Write>(
             meta.iter().try_for_each(|(key, value)| builder.push(key, value))?;
             continue;
         }
-        let is_key = name == KEY_BUCKET;
+        let Some(bucket) = db.bucket(name)? else { continue };
         let mut cursor = db.cursor(&bucket);
-        let mut ordinal = 0;
         while let Some(row) = cursor.next()? {
-            if is_key {
-                let key = RowKey::decode(row.key).ok_or_else(|| Error::corrupt(0, "row key is not a revision"))?;
-                let is_last_tombstone = key.tombstone && key.main == compact_revision;
-                if let Some(filter) = filter.filter(|_| key.main <= compact_revision) {
-                    let stays = filter.keeps(ordinal, key, &KeyValue::decode(row.value)?)
-                        || is_last_tombstone && rules.keeps_tombstone_at_compaction;
-                    ordinal += 1;
-                    if !stays {
-                        continue;
-                    }
-                }
-                rows += 1;
-            }
             builder.push(row.key, row.value)?;
         }
     }
-    let (finished, out) = builder.finish()?;
-    Ok((Built { finished, rows }, out))
+    Ok(())
 }

@@ -295,6 +295,15 @@ fn verify_snapshots(
 ///
 /// The walk that checks and the one that hashes run side by side. Errors are structural damage that ends the walk.
 pub fn verify_database<R: ReadAt>(db: &Db<R>, options: &Verify) -> Result<(Summary, Vec<Finding>)> {
+    verify_and_see(db, options, &mut |_, _| {})
+}
+
+/// [`verify_database`], which shows key and value of each row of the key bucket to `see`, in order.
+pub fn verify_and_see<R: ReadAt>(
+    db: &Db<R>,
+    options: &Verify,
+    see: &mut dyn FnMut(&[u8], &[u8]),
+) -> Result<(Summary, Vec<Finding>)> {
     let (checked, hashed) = std::thread::scope(|scope| {
         let hash = options.hash.map(|want| {
             scope.spawn(move || {
@@ -305,7 +314,7 @@ pub fn verify_database<R: ReadAt>(db: &Db<R>, options: &Verify) -> Result<(Summa
                 mvcc::hash_kv(db, request).map(|hash| (request, hash))
             })
         });
-        let checked = check_database(db, options);
+        let checked = check_database(db, options, see);
         let hashed = hash
             .map(|hash| hash.join().unwrap_or_else(|_| Err(Error::invalid("the hashing thread ended unexpectedly"))));
         (checked, hashed)
@@ -326,7 +335,11 @@ pub fn verify_database<R: ReadAt>(db: &Db<R>, options: &Verify) -> Result<(Summa
     Ok((summary, findings))
 }
 
-fn check_database<R: ReadAt>(db: &Db<R>, options: &Verify) -> Result<(Summary, Vec<Finding>, Counted)> {
+fn check_database<R: ReadAt>(
+    db: &Db<R>,
+    options: &Verify,
+    see: &mut dyn FnMut(&[u8], &[u8]),
+) -> Result<(Summary, Vec<Finding>, Counted)> {
     let mut findings = Vec::new();
     let mut find =
         |severity, offset, what: String| findings.push(Finding { severity, what, path: PathBuf::new(), offset });
@@ -337,7 +350,7 @@ fn check_database<R: ReadAt>(db: &Db<R>, options: &Verify) -> Result<(Summary, V
     let visited = db.check_small_buckets(&[KEY_BUCKET], Visited::new(db.meta()))?;
     let leases = read_leases(db)?;
     let check = CheckRows { compaction: options.compaction, ..CheckRows::new(leases) };
-    let (counted, visited) = mvcc::check_rows(db, &check, visited)?;
+    let (counted, visited) = mvcc::check_rows(db, &check, visited, see)?;
     visited.check_free_pages(db.meta())?;
     for problem in &counted.problems {
         find(Severity::Corrupt, Some(problem.offset), problem.what.clone());

@@ -73,9 +73,14 @@ impl CheckRows {
 /// Reads the whole key bucket in order and checks that it is a history: every revision there, every sub revision there,
 /// version and create revision of each key in sequence, compacted rows reduced to one a key.
 ///
-/// Pages walked are added to `visited`. Structural damage ends the walk with an error; wrong rows are counted as
-/// [`Problem`]s. Memory does not grow with the number of rows.
-pub fn check_rows<R: ReadAt>(db: &Db<R>, check: &CheckRows, visited: Visited) -> Result<(Counted, Visited)> {
+/// Pages walked are added to `visited`, and each row's key and value are shown to `see`, once. Structural damage ends the
+/// walk with an error; wrong rows are counted as [`Problem`]s. Memory does not grow with the number of rows.
+pub fn check_rows<R: ReadAt>(
+    db: &Db<R>,
+    check: &CheckRows,
+    visited: Visited,
+    see: &mut dyn FnMut(&[u8], &[u8]),
+) -> Result<(Counted, Visited)> {
     let compaction = check.compaction.map_or_else(|| Compaction::read(db), Ok)?;
     let Some(root) = db.bucket(KEY_BUCKET)? else {
         return Err(Error::corrupt(0, "database has no key bucket"));
@@ -86,7 +91,7 @@ pub fn check_rows<R: ReadAt>(db: &Db<R>, check: &CheckRows, visited: Visited) ->
     };
     let mut cursor = db.cursor(&root).visiting(visited);
     let mut first = walk(0, 1);
-    first.run(&mut cursor)?;
+    first.run(&mut cursor, see)?;
     let visited = cursor.into_visited();
     let mut partitions = first.keys.partitions();
     let mut counted = first.finish();
@@ -99,7 +104,7 @@ pub fn check_rows<R: ReadAt>(db: &Db<R>, check: &CheckRows, visited: Visited) ->
             for partition in 0..cut {
                 let mut walk = walk(partition, cut);
                 walk.only_chains = true;
-                walk.run(&mut db.cursor(&root))?;
+                walk.run(&mut db.cursor(&root), &mut |_, _| {})?;
                 if walk.keys.partitions() > cut {
                     partitions = walk.keys.partitions();
                     continue 'cut;
@@ -123,7 +128,7 @@ pub fn check_rows<R: ReadAt>(db: &Db<R>, check: &CheckRows, visited: Visited) ->
     if counted.problem_count > 0 && counted.problems.iter().all(|problem| problem.what.starts_with(CHAIN)) {
         let keys = KeyTable::new(0, 1, check.table_slots);
         let mut walk = Walk::new(check, compaction, Fingerprints::default(), keys);
-        walk.run(&mut db.cursor(&root))?;
+        walk.run(&mut db.cursor(&root), &mut |_, _| {})?;
         if walk.counted.problem_count == 0 {
             counted.problems.clear();
             counted.problem_count = 0;
@@ -169,9 +174,10 @@ impl Walk {
         }
     }
 
-    fn run<R: ReadAt>(&mut self, cursor: &mut Cursor<'_, R>) -> Result<()> {
+    fn run<R: ReadAt>(&mut self, cursor: &mut Cursor<'_, R>, see: &mut dyn FnMut(&[u8], &[u8])) -> Result<()> {
         loop {
             let Some(row) = cursor.next()? else { return Ok(()) };
+            see(row.key, row.value);
             self.counted.rows += 1;
             let (problem, breaks) = match RowKey::decode(row.key) {
                 None => (Some(format!("row key {} is not a revision", row.key.escape_ascii())), None),

@@ -98,7 +98,7 @@ fn short_history() -> impl Strategy<Value = Vec<BTreeMap<u8, bool>>> {
 fn check(file: &[u8], slots: usize) -> Counted {
     let db = Db::open(file).unwrap();
     let check = CheckRows { leases: HashSet::new(), table_slots: slots, compaction: None };
-    check_rows(&db, &check, Visited::new(db.meta())).unwrap().0
+    check_rows(&db, &check, Visited::new(db.meta()), &mut |_, _| {}).unwrap().0
 }
 
 proptest! {
