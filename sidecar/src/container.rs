@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! skippable frame 0x184D2A57   ObjectMeta (protobuf)
-//! zstd frames                  2 MiB of content each, with content size and checksum
+//! zstd frames                  2 MiB of content each, in deltas 8 MiB, with content size and checksum
 //! skippable frame 0x184D2A57   ObjectMeta, what was not known at the start; only in full snapshots
 //! skippable frame 0x184D2A5E   seek table: u32 compressed, u32 decompressed size of each frame before it;
 //!                              then u32 number of frames, u8 0, u32 0x8F92EAB1
@@ -22,12 +22,14 @@ use crate::{Error, Result};
 
 /// What objects are written as; a reader refuses what is newer.
 pub const LAYOUT: u32 = 1;
-/// Content in one frame.
+/// Content in one frame of a full snapshot.
 pub const FRAME_BYTES: usize = 2 << 20;
+/// Content in one frame of a delta: the more, the more earlier values of a key there are to refer to.
+const DELTA_FRAME_BYTES: usize = 8 << 20;
 /// Fast enough to keep up with etcd's snapshot stream on one core; higher levels gain little on its pages.
 pub const LEVEL_FULL: i32 = 1;
-/// Deltas are small and wait for the clock anyway.
-pub const LEVEL_DELTA: i32 = 3;
+/// Deltas are small and wait for the clock anyway; higher levels take far more time and memory for little.
+const LEVEL_DELTA: i32 = 7;
 
 const META_MAGIC: u32 = 0x184D_2A57;
 const SEEK_TABLE_MAGIC: u32 = 0x184D_2A5E;
@@ -36,7 +38,7 @@ const FOOTER_BYTES: u64 = 9;
 const MOST_META_BYTES: u32 = 64 << 10;
 /// Seek table of an object of 1 TB of content.
 const MOST_TABLE_BYTES: u64 = 4 << 20;
-/// log2 of the largest window a reader allocates; our frames need 21.
+/// log2 of the largest window a reader allocates; the frames of deltas need it.
 const WINDOW_LOG_MAX: u32 = 23;
 
 /// A place in the content; see [`Writer::mark`].
@@ -50,7 +52,10 @@ pub struct Mark {
 
 /// Compresses content into frames.
 pub struct Writer {
-    compressor: zstd::bulk::Compressor<'static>,
+    /// Kept from frame to frame where they come fast. One for deltas takes many MiB, which are not held while changes come
+    /// in.
+    compressor: Option<zstd::bulk::Compressor<'static>>,
+    frame_bytes: usize,
     chunk: Vec<u8>,
     output: Vec<u8>,
     frames: Vec<(u32, u32)>,
@@ -66,6 +71,13 @@ impl std::fmt::Debug for Writer {
 fn compressor(level: i32) -> Result<zstd::bulk::Compressor<'static>> {
     let mut compressor = zstd::bulk::Compressor::new(level).map_err(Error::io("set up", "zstd"))?;
     compressor.include_checksum(true).map_err(Error::io("set up", "zstd"))?;
+    Ok(compressor)
+}
+
+fn delta_compressor() -> Result<zstd::bulk::Compressor<'static>> {
+    let mut compressor = compressor(LEVEL_DELTA)?;
+    let window = zstd::zstd_safe::CParameter::WindowLog(WINDOW_LOG_MAX);
+    compressor.set_parameter(window).map_err(Error::io("set up", "zstd"))?;
     Ok(compressor)
 }
 
@@ -120,10 +132,15 @@ pub fn compress_frames(
 }
 
 impl Writer {
-    /// At a compression level.
-    pub fn new(level: i32) -> Result<Self> {
-        let compressor = compressor(level)?;
-        Ok(Self { compressor, chunk: Vec::new(), output: Vec::new(), frames: Vec::new(), content_bytes: 0 })
+    /// Of a full snapshot.
+    pub fn for_full() -> Result<Self> {
+        Ok(Self { compressor: Some(compressor(LEVEL_FULL)?), frame_bytes: FRAME_BYTES, ..Self::for_delta() })
+    }
+
+    /// Of a delta.
+    pub fn for_delta() -> Self {
+        let (chunk, output, frames) = (Vec::new(), Vec::new(), Vec::new());
+        Self { compressor: None, frame_bytes: DELTA_FRAME_BYTES, chunk, output, frames, content_bytes: 0 }
     }
 
     /// Adds a metadata frame here.
@@ -139,27 +156,34 @@ impl Writer {
     pub fn write(&mut self, mut bytes: &[u8]) -> Result<()> {
         self.content_bytes += bytes.len() as u64;
         while !bytes.is_empty() {
-            let (head, rest) = bytes.split_at(bytes.len().min(FRAME_BYTES - self.chunk.len()));
+            let (head, rest) = bytes.split_at(bytes.len().min(self.frame_bytes - self.chunk.len()));
             self.chunk.extend_from_slice(head);
             bytes = rest;
-            if self.chunk.len() == FRAME_BYTES {
+            if self.chunk.len() == self.frame_bytes {
                 self.end_frame()?;
             }
         }
         Ok(())
     }
 
-    fn end_frame(&mut self) -> Result<()> {
+    /// Ends the frame begun.
+    pub fn end_frame(&mut self) -> Result<()> {
         if self.chunk.is_empty() {
             return Ok(());
         }
-        let start = self.output.len();
-        self.output.resize(start + zstd::zstd_safe::compress_bound(self.chunk.len()), 0);
-        let room = self.output.get_mut(start..).unwrap_or_default();
-        let size = self.compressor.compress_to_buffer(&self.chunk, room).map_err(Error::io("compress", "a frame"))?;
-        self.output.truncate(start + size);
-        self.frames.push((size as u32, self.chunk.len() as u32));
+        // Room for the worst case is reserved, but only what is needed is touched.
+        let mut frame = Vec::with_capacity(zstd::zstd_safe::compress_bound(self.chunk.len()));
+        let compressed = match &mut self.compressor {
+            Some(compressor) => compressor.compress_to_buffer(&self.chunk, &mut frame),
+            None => delta_compressor()?.compress_to_buffer(&self.chunk, &mut frame),
+        };
+        compressed.map_err(Error::io("compress", "a frame"))?;
+        self.frames.push((frame.len() as u32, self.chunk.len() as u32));
+        self.output.extend_from_slice(&frame);
         self.chunk.clear();
+        if self.compressor.is_none() {
+            self.chunk.shrink_to(0);
+        }
         Ok(())
     }
 
@@ -490,8 +514,8 @@ impl<R: Read> CheckedReader<R> {
     /// checked.
     fn next_compressed(&mut self) -> Result<Option<u32>> {
         while let Some((compressed, decompressed)) = self.frames.get(self.next).copied() {
-            let most = zstd::zstd_safe::compress_bound(FRAME_BYTES).max(MOST_META_BYTES as usize + 8);
-            if compressed as usize > most || decompressed as usize > FRAME_BYTES {
+            let most = zstd::zstd_safe::compress_bound(DELTA_FRAME_BYTES);
+            if compressed as usize > most || decompressed as usize > DELTA_FRAME_BYTES {
                 return Err(self.corrupt("seek table has it larger than any frame"));
             }
             self.take(u64::from(compressed))?;
@@ -562,7 +586,7 @@ impl<R: Read> CheckedReader<R> {
             }
             // The frame that is damaged comes before whatever ended the reading.
             match damaged {
-                Some((index, what)) => Err(CheckedReader { next: index, ..self }.corrupt(&what)),
+                Some((index, what)) => Err(Self { next: index, ..self }.corrupt(&what)),
                 None => read,
             }
         })
@@ -627,7 +651,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn object(content: &[u8]) -> Vec<u8> {
-        let mut writer = Writer::new(1).unwrap();
+        let mut writer = Writer::for_full().unwrap();
         writer.put_meta(&ObjectMeta { layout: 1, cluster_id: 7, ..ObjectMeta::default() }).unwrap();
         writer.write(content).unwrap();
         writer.put_meta(&ObjectMeta { last_revision: 9, ..ObjectMeta::default() }).unwrap();
@@ -703,7 +727,7 @@ mod tests {
         for (before, after) in
             [(10, 10), (10, FRAME_BYTES), (FRAME_BYTES, 1), (FRAME_BYTES - 1, 3 * FRAME_BYTES), (0, 5)]
         {
-            let mut writer = Writer::new(1).unwrap();
+            let mut writer = Writer::for_full().unwrap();
             let kept: Vec<u8> = (0..before).map(|n| n as u8).collect();
             writer.write(&kept).unwrap();
             let mark = writer.mark();

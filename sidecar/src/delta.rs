@@ -1,20 +1,23 @@
 //! The content of a delta object: whole revisions in order, then what was known when it was closed.
 //!
-//! The records are those of `proto/backup/backup.proto`; they are written and read one at a time, so that a revision of any
-//! number of changes takes no more memory than its largest change.
+//! The records are those of `proto/backup/backup.proto`. Changes are collected in batches of some MiB, so that a revision of
+//! any number of changes takes no more memory than a batch and its largest change.
+
+mod batch;
 
 use std::collections::BTreeSet;
 use std::io::BufRead;
 
 use bytes::Bytes;
 use etcd_format::mvcc::KeyValue;
+use etcd_format::put_varint;
 use etcd_format::wire::{Field, Fields};
-use etcd_format::{put_varint, put_varint_field};
 use proto::Message;
 use proto::backup::{DeltaEnd, ObjectMeta};
 
-use crate::container::{LAYOUT, LEVEL_DELTA, Mark, Writer};
+use crate::container::{LAYOUT, Mark, Writer};
 use crate::{Error, Result};
+use batch::{BATCH_BYTES, Batch, Expanded};
 
 /// No record is larger than this; etcd's largest request is far below.
 const MOST_RECORD_BYTES: u64 = 1 << 30;
@@ -28,25 +31,30 @@ pub struct Builder {
     revisions: u64,
     events: u64,
     leases: BTreeSet<i64>,
-    content: Vec<u8>,
-    framed: Vec<u8>,
-    /// Where the last revision begins, and the number of events before it.
-    last_begins: (Mark, u64),
+    /// Whole revisions that are not written yet.
+    whole: Batch,
+    /// What is not written yet of the last revision, which may not be whole.
+    newest: Batch,
+    /// Where in what is written the last revision begins, when some of it is there.
+    newest_begins: Option<Mark>,
+    /// Changes before the last revision.
+    events_before: u64,
 }
 
 impl Builder {
     /// Begins with the revision after `last`.
     pub fn new(last: i64) -> Result<Self> {
         Ok(Self {
-            writer: Writer::new(LEVEL_DELTA)?,
+            writer: Writer::for_delta(),
             first: last.saturating_add(1),
             last,
             revisions: 0,
             events: 0,
             leases: BTreeSet::new(),
-            content: Vec::new(),
-            framed: Vec::new(),
-            last_begins: (Mark::default(), 0),
+            whole: Batch::default(),
+            newest: Batch::default(),
+            newest_begins: None,
+            events_before: 0,
         })
     }
 
@@ -65,9 +73,9 @@ impl Builder {
         self.events
     }
 
-    /// Bytes of content so far, before compression.
+    /// Bytes of content so far, before compression, about.
     pub fn content_bytes(&self) -> u64 {
-        self.writer.content_bytes()
+        self.writer.content_bytes() + (self.whole.size() + self.newest.size()) as u64
     }
 
     /// Leases that the puts refer to.
@@ -81,21 +89,26 @@ impl Builder {
             let gap = etcd_format::Error::Gap { have: self.last, next: main };
             return Err(Error::format("events from etcd")(gap));
         }
-        self.last_begins = (self.writer.mark(), self.events);
+        self.whole.append(&mut self.newest);
+        if self.whole.size() >= BATCH_BYTES {
+            self.whole.write(&mut self.writer)?;
+        }
+        self.newest_begins = None;
+        self.events_before = self.events;
         self.last = main;
         self.revisions += 1;
-        self.content.clear();
-        put_varint_field(&mut self.content, 1, main as u64);
-        put_varint_field(&mut self.content, 2, received_unix_ms as u64);
-        self.put_record(1)
+        self.newest.begin(main, received_unix_ms);
+        Ok(())
     }
 
     /// Takes the last revision back: it did not arrive whole.
     pub fn cut_last_revision(&mut self) -> Result<()> {
         if self.revisions > 0 {
-            let (mark, events) = self.last_begins;
-            self.writer.rollback(mark)?;
-            self.events = events;
+            self.newest.clear();
+            if let Some(mark) = self.newest_begins.take() {
+                self.writer.rollback(mark)?;
+            }
+            self.events = self.events_before;
             self.revisions -= 1;
             self.last -= 1;
         }
@@ -107,39 +120,41 @@ impl Builder {
         if kv.lease != 0 {
             self.leases.insert(kv.lease);
         }
-        self.content.clear();
-        kv.encode(&mut self.content);
-        self.events += 1;
-        self.put_record(2)
+        self.newest.put(kv);
+        self.added()
     }
 
     /// Adds a delete to the revision begun.
     pub fn delete(&mut self, key: &[u8]) -> Result<()> {
-        self.content.clear();
-        self.content.extend_from_slice(key);
-        self.events += 1;
-        self.put_record(3)
+        self.newest.delete(key);
+        self.added()
     }
 
-    /// Writes what is in `content` as a record of that kind.
-    fn put_record(&mut self, kind: u32) -> Result<()> {
-        self.framed.clear();
-        put_varint(&mut self.framed, u64::from(kind) << 3 | 2);
-        put_varint(&mut self.framed, self.content.len() as u64);
-        let tag_bytes = self.framed.len();
-        put_varint(&mut self.framed, (tag_bytes + self.content.len()) as u64);
-        // The length of the record goes before its tag.
-        self.framed.rotate_left(tag_bytes);
-        self.writer.write(&self.framed)?;
-        self.writer.write(&self.content)
+    fn added(&mut self) -> Result<()> {
+        self.events += 1;
+        if self.newest.size() >= BATCH_BYTES {
+            self.whole.write(&mut self.writer)?;
+            self.newest_begins.get_or_insert_with(|| self.writer.mark());
+            self.newest.write(&mut self.writer)?;
+        }
+        Ok(())
     }
 
     /// Closes the object. Counts and revisions of `end` and `meta` are filled in here.
     pub fn finish(mut self, end: DeltaEnd, meta: ObjectMeta) -> Result<Vec<Bytes>> {
         let compact_revision = end.compact_revision;
         let end = DeltaEnd { revisions: self.revisions, events: self.events, ..end };
-        self.content = end.encode_to_vec();
-        self.put_record(4)?;
+        self.whole.append(&mut self.newest);
+        self.whole.write(&mut self.writer)?;
+        let end = end.encode_to_vec();
+        let mut framed = Vec::new();
+        put_varint(&mut framed, 4 << 3 | 2);
+        put_varint(&mut framed, end.len() as u64);
+        let mut length = Vec::new();
+        put_varint(&mut length, (framed.len() + end.len()) as u64);
+        for part in [length, framed, end] {
+            self.writer.write(&part)?;
+        }
         let meta = ObjectMeta {
             layout: LAYOUT,
             first_revision: self.first,
@@ -170,6 +185,10 @@ pub enum Record<'a> {
     End(DeltaEnd),
 }
 
+fn corrupt(name: &str, offset: u64, what: &str) -> Error {
+    Error::corrupt(format!("{name}: {what} (at offset {offset} of the decompressed content)"))
+}
+
 /// Reads records from a decompressed delta.
 #[derive(Debug)]
 pub struct Reader<R> {
@@ -177,6 +196,8 @@ pub struct Reader<R> {
     name: String,
     offset: u64,
     record: Vec<u8>,
+    /// What is left of the batch in `record`.
+    batch: Expanded,
     revisions: u64,
     events: u64,
     ended: bool,
@@ -185,11 +206,12 @@ pub struct Reader<R> {
 impl<R: BufRead> Reader<R> {
     /// `name` is for messages.
     pub fn new(source: R, name: impl Into<String>) -> Self {
-        Self { source, name: name.into(), offset: 0, record: Vec::new(), revisions: 0, events: 0, ended: false }
+        let (record, batch) = (Vec::new(), Expanded::default());
+        Self { source, name: name.into(), offset: 0, record, batch, revisions: 0, events: 0, ended: false }
     }
 
     fn corrupt(&self, what: &str) -> Error {
-        Error::corrupt(format!("{}: {what} (at offset {} of the decompressed content)", self.name, self.offset))
+        corrupt(&self.name, self.offset, what)
     }
 
     fn read_error(&self, error: std::io::Error) -> Error {
@@ -255,47 +277,43 @@ impl<R: BufRead> Reader<R> {
     /// The next record; `None` after the end. An object without its end is an error.
     #[expect(clippy::should_implement_trait, reason = "lends from itself, which Iterator cannot")]
     pub fn next(&mut self) -> Result<Option<Record<'_>>> {
-        let Some(length) = self.read_length()? else {
-            return if self.ended { Ok(None) } else { Err(self.corrupt("object has no end record: it was cut short")) };
-        };
-        if self.ended {
-            return Err(self.corrupt("content goes on after its end record"));
+        while self.batch.is_empty() {
+            let Some(length) = self.read_length()? else {
+                let cut = "object has no end record: it was cut short";
+                return if self.ended { Ok(None) } else { Err(self.corrupt(cut)) };
+            };
+            if self.ended {
+                return Err(self.corrupt("content goes on after its end record"));
+            }
+            if length > MOST_RECORD_BYTES {
+                return Err(self.corrupt(&format!("record of {length} bytes is larger than any record")));
+            }
+            self.read_record(length)?;
+            self.offset += length;
+            if let Some(end) = self.record()? {
+                return Ok(Some(Record::End(end)));
+            }
         }
-        if length > MOST_RECORD_BYTES {
-            return Err(self.corrupt(&format!("record of {length} bytes is larger than any record")));
+        let (name, offset) = (&self.name, self.offset);
+        let record = self.batch.next(&self.record).map_err(|what| corrupt(name, offset, what))?;
+        match record {
+            Some(Record::Revision { .. }) => self.revisions += 1,
+            Some(Record::Put(_) | Record::Delete(_)) => self.events += 1,
+            Some(Record::End(_)) | None => {}
         }
-        self.read_record(length)?;
-        let start = self.offset;
-        self.offset += length;
+        Ok(record)
+    }
+
+    /// Takes in what is in `record`: a batch, or the end, which is returned.
+    fn record(&mut self) -> Result<Option<DeltaEnd>> {
         let malformed = |source| Error::Format {
-            what: format!("{}: record at offset {start} of the decompressed content", self.name),
+            what: format!("{}: record before offset {} of the decompressed content", self.name, self.offset),
             source,
         };
         let Some(Field::Bytes(number, content)) = Fields::new(&self.record).next().map_err(malformed)? else {
             return Err(self.corrupt("record has no content"));
         };
         match number {
-            1 => {
-                let mut fields = Fields::new(content);
-                let (mut main, mut received_unix_ms) = (0, 0);
-                while let Some(field) = fields.next().map_err(malformed)? {
-                    match field {
-                        Field::Varint(1, value) => main = value as i64,
-                        Field::Varint(2, value) => received_unix_ms = value as i64,
-                        _ => {}
-                    }
-                }
-                self.revisions += 1;
-                Ok(Some(Record::Revision { main, received_unix_ms }))
-            }
-            2 => {
-                self.events += 1;
-                Ok(Some(Record::Put(content)))
-            }
-            3 => {
-                self.events += 1;
-                Ok(Some(Record::Delete(content)))
-            }
             4 => {
                 let end = DeltaEnd::decode(content)
                     .map_err(|error| self.corrupt(&format!("end record cannot be decoded: {error}")))?;
@@ -307,10 +325,15 @@ impl<R: BufRead> Reader<R> {
                     return Err(self.corrupt(&text));
                 }
                 self.ended = true;
-                Ok(Some(Record::End(end)))
+                Ok(Some(end))
+            }
+            5 => {
+                self.batch = Expanded::decode(&self.record, content).map_err(|what| self.corrupt(what))?;
+                Ok(None)
             }
             other => {
-                Err(self.corrupt(&format!("record of unknown kind {other}: the object was written by a newer version")))
+                Err(self
+                    .corrupt(&format!("record of unknown kind {other}: another version of sidecar wrote the object")))
             }
         }
     }
@@ -354,6 +377,7 @@ mod tests {
         assert!(
             records[1].starts_with("Put")
                 && records[2].starts_with("Delete")
+                && records[3] == "Revision { main: 6, received_unix_ms: 1001 }"
                 && records[5].contains("compact_revision: 3")
         );
         for at in 0..object.len() {
@@ -383,7 +407,126 @@ mod tests {
         assert_eq!(read(&object).unwrap().len(), 3);
     }
 
+    /// A revision larger than a batch is written in parts and can still be taken back.
+    #[test]
+    fn a_revision_of_several_batches_is_taken_back_or_kept() {
+        for keep in [true, false] {
+            let mut builder = Builder::new(4).unwrap();
+            builder.revision(5, 1000).unwrap();
+            builder.delete(b"a").unwrap();
+            builder.revision(6, 1000).unwrap();
+            let changes = 3 * BATCH_BYTES / (1 << 20);
+            for n in 0..changes {
+                let value = vec![n as u8; 1 << 20];
+                let kv =
+                    KeyValue { key: b"k", create_revision: 6, mod_revision: 6, version: 1, value: &value, lease: 0 };
+                builder.put(&kv).unwrap();
+            }
+            if !keep {
+                builder.cut_last_revision().unwrap();
+            }
+            builder.revision(builder.last() + 1, 1001).unwrap();
+            builder.delete(b"z").unwrap();
+            let object = builder.finish(DeltaEnd::default(), ObjectMeta::default()).unwrap().concat();
+            let records = read(&object).unwrap();
+            // Three revisions, or two, and the end.
+            assert_eq!(records.len(), if keep { 3 + 2 + changes + 1 } else { 2 + 2 + 1 });
+            let puts: Vec<_> = records.iter().filter(|record| record.starts_with("Put")).collect();
+            for (n, put) in puts.iter().enumerate() {
+                assert!(put.ends_with(&format!("{n}, {n}])")), "put {n} is another");
+            }
+        }
+    }
+
+    /// Values that follow others of their key, in several batches.
+    #[test]
+    fn many_versions_of_many_keys_round_trip() {
+        let mut builder = Builder::new(1).unwrap();
+        let mut expected = Vec::new();
+        for n in 0..3000i64 {
+            let (key, value) = (format!("/key/{}", n * 7 % 300), vec![(n % 251) as u8; 10_000]);
+            builder.revision(n + 2, 1000 + n).unwrap();
+            let kv = KeyValue {
+                key: key.as_bytes(),
+                create_revision: n % 300 + 2,
+                mod_revision: n + 2,
+                version: n / 300 + 1,
+                value: &value,
+                lease: n % 3,
+            };
+            builder.put(&kv).unwrap();
+            let mut encoded = Vec::new();
+            kv.encode(&mut encoded);
+            expected.push(encoded);
+        }
+        let object = builder.finish(DeltaEnd::default(), ObjectMeta::default()).unwrap().concat();
+        let source = BufReader::new(crate::container::Reader::new(object.as_slice(), "test").unwrap());
+        let mut reader = Reader::new(source, "test");
+        let mut puts = 0;
+        while let Some(record) = reader.next().unwrap() {
+            if let Record::Put(put) = record {
+                assert!(put == expected[puts], "put {puts}");
+                puts += 1;
+            }
+        }
+        assert_eq!(puts, expected.len());
+    }
+
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Whatever comes in goes out, in order.
+        #[test]
+        fn revisions_round_trip(
+            revisions in prop::collection::vec(
+                (any::<i64>(), prop::collection::vec((0..30u8, any::<bool>(), any::<Vec<u8>>()), 0..20)),
+                1..40,
+            )
+        ) {
+            let mut builder = Builder::new(9).unwrap();
+            let mut expected = Vec::new();
+            for (n, (time, changes)) in revisions.iter().enumerate() {
+                let main = 10 + n as i64;
+                builder.revision(main, *time).unwrap();
+                expected.push(format!("{:?}", Record::Revision { main, received_unix_ms: *time }));
+                for (key, is_put, value) in changes {
+                    let lease = i64::from(key % 2) * 300;
+                    let key = vec![*key; usize::from(*key) % 5 * 40 + 1];
+                    if *is_put {
+                        // Some follow the one before, some do not.
+                        let version = if value.len() % 3 == 0 { 7 } else { n as i64 };
+                        let mod_revision = main - i64::from(value.len() % 7 == 6);
+                        let kv = KeyValue { key: &key, create_revision: 1, mod_revision, version, value, lease };
+                        let mut encoded = Vec::new();
+                        kv.encode(&mut encoded);
+                        builder.put(&kv).unwrap();
+                        expected.push(format!("{:?}", Record::Put(&encoded)));
+                    } else {
+                        builder.delete(&key).unwrap();
+                        expected.push(format!("{:?}", Record::Delete(&key)));
+                    }
+                }
+            }
+            let object = builder.finish(DeltaEnd::default(), ObjectMeta::default()).unwrap().concat();
+            let mut records = read(&object).unwrap();
+            prop_assert!(records.pop().is_some_and(|end| end.starts_with("End")));
+            let differs = records.iter().zip(&expected).find(|(found, expected)| found != expected);
+            prop_assert_eq!(differs, None);
+            prop_assert_eq!(records.len(), expected.len());
+        }
+
+        /// Damage under a checksum that fits, as a writer's error would leave it.
+        #[test]
+        fn a_batch_with_a_flipped_bit_never_panics(at in 0..200usize, bit in 0..8u32) {
+            let object = sample();
+            let mut content = Vec::new();
+            let mut source = crate::container::Reader::new(object.as_slice(), "test").unwrap();
+            std::io::Read::read_to_end(&mut source, &mut content).unwrap();
+            let at = at % content.len();
+            content[at] ^= 1 << bit;
+            let mut reader = Reader::new(content.as_slice(), "test");
+            while let Ok(Some(_)) = reader.next() {}
+        }
+
         #[test]
         fn arbitrary_content_never_panics(bytes: Vec<u8>) {
             let mut reader = Reader::new(bytes.as_slice(), "test");

@@ -10,7 +10,7 @@ use flate2::write::GzEncoder;
 use proto::backup::ObjectMeta;
 
 use crate::catalog::{Layout, ObjectName};
-use crate::container::{self, LEVEL_FULL};
+use crate::container;
 use crate::delta::{self, Record};
 use crate::gardener;
 use crate::{Error, Result};
@@ -158,7 +158,7 @@ impl FullWriter {
         if layout == Layout::GardenerV2 {
             return Ok(Self::Gardener(GzEncoder::new(Vec::new(), Compression::fast())));
         }
-        let mut writer = container::Writer::new(LEVEL_FULL)?;
+        let mut writer = container::Writer::for_full()?;
         writer.put_meta(meta)?;
         Ok(Self::Container(Box::new(writer)))
     }

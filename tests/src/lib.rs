@@ -7,6 +7,7 @@ pub mod faults;
 pub mod garage;
 pub mod gardener;
 pub mod gcs;
+pub mod kubernetes;
 pub mod minio;
 pub mod program;
 pub mod proxy;

@@ -38,7 +38,7 @@ pub struct Tool {
     origin: Origin,
 }
 
-/// Every tool, in the order in which it is fetched.
+/// Every tool that tests need, in the order in which it is fetched.
 pub const TOOLS: &[Tool] = &[
     Tool {
         name: "etcd-3.4",
@@ -127,6 +127,15 @@ pub const TOOLS: &[Tool] = &[
     },
 ];
 
+/// Tools that only benchmarks need, which fetch them.
+pub const BENCH_TOOLS: &[Tool] = &[Tool {
+    name: "kubernetes",
+    version: "1.34.4",
+    programs: &["kube-apiserver"],
+    probe: ("--version", "Kubernetes v1.34.4"),
+    origin: Origin::Go(&[("k8s.io/kubernetes/cmd/kube-apiserver", "kube-apiserver")]),
+}];
+
 const ETCD: &[(&str, &str)] = &[
     ("go.etcd.io/etcd/server/v3", "etcd"),
     ("go.etcd.io/etcd/etcdctl/v3", "etcdctl"),
@@ -147,7 +156,7 @@ pub fn cache() -> PathBuf {
 
 /// The tool of that name.
 pub fn tool(name: &str) -> Result<&'static Tool> {
-    TOOLS.iter().find(|tool| tool.name == name).ok_or_else(|| format!("there is no tool {name}"))
+    TOOLS.iter().chain(BENCH_TOOLS).find(|tool| tool.name == name).ok_or_else(|| format!("there is no tool {name}"))
 }
 
 impl Tool {

@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
-use tools::{Result, TOOLS, Tool, lay_out_protoc, tool};
+use tools::{BENCH_TOOLS, Result, TOOLS, Tool, lay_out_protoc, tool};
 
 const USAGE: &str = "\
 usage:
   cargo demo                  the main job, end to end, on a real etcd
   cargo suite [FILTER …]      every check and every test; FILTERs go to cargo test
   cargo tools [list]          the pinned external programs, and where they are
-  cargo tools fetch [NAME …]  get those that are missing
+  cargo tools fetch [NAME …]  get those that are missing, or what tests need of them
   cargo bench-restore [ARG …] measure; see --help";
 
 fn main() -> ExitCode {
@@ -44,7 +44,7 @@ fn workspace() -> PathBuf {
 
 #[expect(clippy::print_stdout, reason = "a listing is the result")]
 fn list() {
-    for tool in TOOLS {
+    for tool in TOOLS.iter().chain(BENCH_TOOLS) {
         for program in tool.programs {
             let place = tool
                 .program(program)
@@ -54,7 +54,7 @@ fn list() {
     }
 }
 
-/// Gets the tools named, or all; tries every one and says which failed.
+/// Gets the tools named, or all that tests need; tries every one and says which failed.
 fn fetch(names: &[&str]) -> Result<()> {
     lay_out_protoc(&workspace())?;
     let wanted: Vec<&Tool> = if names.is_empty() {
@@ -140,6 +140,9 @@ fn components() -> Result<()> {
 
 fn bench(rest: &[&str]) -> Result<()> {
     fetch(&["etcd-3.6"])?;
+    if rest.contains(&"compression") {
+        fetch(&["kubernetes"])?;
+    }
     step(
         "build",
         &mut cargo(&["build", "--quiet", "--release", "--package", "sidecar", "--package", "tests", "--bins"]),

@@ -3,6 +3,8 @@
 
 #![expect(clippy::print_stdout, reason = "the numbers are the result")]
 
+mod compression;
+
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -16,7 +18,7 @@ use etcd_format::mvcc::{self, HashRules, KeyValue, RowKey};
 use proto::backup::{DeltaEnd, HashKv, ObjectMeta};
 use sha2::{Digest, Sha256};
 use sidecar::catalog::ObjectName;
-use sidecar::container::{self, LEVEL_DELTA, LEVEL_FULL, Writer};
+use sidecar::container::{self, Writer};
 use sidecar::delta;
 use tests::etcd::Member;
 use tests::program;
@@ -29,6 +31,7 @@ scenarios:
   merge    1.1 GB of database and 1,000,000 events of 1.1 KB
   small    11 MB of database and 10,000 events, to try it
   tail     a live etcd written to at about 30 MB/s for 20 s while it is backed up
+  compression  what backups take while a kube-apiserver writes to etcd; fetches kube-apiserver first
 Without one, events and large. Needs about 10 GB in DIR (default: a temporary directory).";
 
 #[derive(Debug, Clone, Copy)]
@@ -139,7 +142,7 @@ fn write_store(
     values: &mut Values,
     revision: i64,
 ) -> Result<ObjectName> {
-    let mut writer = Writer::new(LEVEL_FULL)?;
+    let mut writer = Writer::for_full()?;
     let compact_revision = (revision - 10_000).max(2);
     let content_bytes = snapshot.metadata()?.len();
     writer.put_meta(&ObjectMeta { content_bytes, compact_revision, ..meta(revision, revision) })?;
@@ -198,7 +201,7 @@ fn record_hash(restored: &Path, store: &Path, last: ObjectName) -> Result<()> {
         Some(HashKv { hash: found.hash, revision: found.revision, compact_revision: found.compact_revision });
     let mut content = Vec::new();
     std::io::Read::read_to_end(&mut reader, &mut content)?;
-    let mut writer = Writer::new(LEVEL_DELTA)?;
+    let mut writer = Writer::for_delta();
     writer.write(&content)?;
     put(store, last, &writer.finish_with_leading_meta(&meta)?)
 }
@@ -486,7 +489,7 @@ async fn tail(dir: &Path) -> Result<()> {
 #[tokio::main]
 async fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
-    let (mut dir, mut runs, mut chosen, mut with_tail) = (None, 3, Vec::new(), false);
+    let (mut dir, mut runs, mut chosen, mut with_tail, mut with_compression) = (None, 3, Vec::new(), false, false);
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--help" | "-h" => {
@@ -496,13 +499,14 @@ async fn main() -> Result<()> {
             "--dir" => dir = arguments.next().map(PathBuf::from),
             "--runs" => runs = arguments.next().context("--runs needs a number")?.parse()?,
             "tail" => with_tail = true,
+            "compression" => with_compression = true,
             name => match SCENARIOS.iter().find(|scenario| scenario.name == name) {
                 Some(scenario) => chosen.push(*scenario),
                 None => bail!("there is no scenario {name}\n{USAGE}"),
             },
         }
     }
-    if chosen.is_empty() && !with_tail {
+    if chosen.is_empty() && !with_tail && !with_compression {
         chosen.extend(SCENARIOS.iter().take(2));
     }
     let temporary = tempfile::tempdir()?;
@@ -510,5 +514,8 @@ async fn main() -> Result<()> {
     for scenario in chosen {
         run(scenario, &dir, runs).await?;
     }
-    if with_tail { tail(&dir).await } else { Ok(()) }
+    if with_tail {
+        tail(&dir).await?;
+    }
+    if with_compression { compression::run(&dir).await } else { Ok(()) }
 }
