@@ -468,6 +468,8 @@ impl Catalog {
     /// Sorts a listing: names relative to the prefix, and sizes.
     pub fn new(listing: impl IntoIterator<Item = (String, u64)>) -> Self {
         let mut catalog = Self::default();
+        // A store may list an object twice that was written meanwhile; retention counts it once.
+        let listing: BTreeMap<String, u64> = listing.into_iter().collect();
         for (name, size) in listing {
             match ObjectName::parse(&name) {
                 Some(ObjectName::Full { timeline, revision, unix_ms }) => {

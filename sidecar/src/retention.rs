@@ -383,7 +383,7 @@ mod tests {
             |hours| ObjectName::Uploading { timeline: 1, unix_ms: NOW - hours * HOUR_MS, random: 7 }.to_string();
         let catalog = Catalog::new([(upload(1), 5), (upload(30), 5), ("v2/notes".to_owned(), 1)]);
         let decisions = plan(&catalog, Retention { policy: Policy::Exponential, deltas: NO_DELTAS }, None, NOW);
-        assert_eq!(decisions.iter().map(|decision| decision.delete).collect::<Vec<_>>(), [false, true]);
+        assert_eq!(decisions.iter().map(|decision| decision.delete).collect::<Vec<_>>(), [true, false]);
     }
 
     proptest! {

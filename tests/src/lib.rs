@@ -8,6 +8,7 @@ pub mod garage;
 pub mod gardener;
 pub mod gcs;
 pub mod kubernetes;
+pub mod listing;
 pub mod minio;
 pub mod program;
 pub mod proxy;

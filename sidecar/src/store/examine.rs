@@ -175,3 +175,26 @@ impl Store {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use object_store::memory::InMemory;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_store_in_memory_does_all_that_is_needed() -> Result<()> {
+        let store = Store::from_parts(Arc::new(InMemory::new()), "some/prefix");
+        let findings = store.examine().await?;
+        let tried: Vec<_> = findings.iter().map(|finding| (finding.what, finding.health)).collect();
+        for what in ["list", "put", "ranged read", "create once", "clock", "delete"] {
+            assert!(tried.contains(&(what, Health::Good)), "{what}: {findings:?}");
+        }
+        assert!(tried.iter().all(|(_, health)| *health == Health::Good), "{findings:?}");
+        let catalog = store.catalog().await?;
+        assert!(catalog.uploading.is_empty() && catalog.foreign.is_empty());
+        Ok(())
+    }
+}
