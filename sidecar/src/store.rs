@@ -1,13 +1,17 @@
 //! The object store: where its URL leads, and the few operations backups need of it.
 
+#[cfg(test)]
+mod conformance;
 mod environment;
 mod examine;
+mod marks;
 mod open;
 mod patience;
 mod upload;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,6 +22,7 @@ use proto::backup::ObjectMeta;
 
 pub use environment::Environment;
 pub use examine::{Finding, Health};
+use marks::Marks;
 pub use upload::{Staged, Upload};
 
 use crate::catalog::{Catalog, Description, ObjectName, Timeline};
@@ -56,6 +61,10 @@ pub struct Store {
     most_copied_bytes: u64,
     /// Of a local store.
     directory: Option<PathBuf>,
+    /// Of a provider's store.
+    marks: Option<Arc<Marks>>,
+    /// Versions of the predecessor's objects that count where that is not the newest, by name, as last listed.
+    versions: Arc<Mutex<BTreeMap<String, String>>>,
 }
 
 impl std::fmt::Debug for Store {
@@ -67,7 +76,15 @@ impl std::fmt::Debug for Store {
 
 impl Store {
     fn new(inner: impl ObjectStore, prefix: Path, url: String) -> Self {
-        Self { inner: Arc::new(inner), prefix, url, most_copied_bytes: MOST_COPIED_BYTES, directory: None }
+        Self {
+            inner: Arc::new(inner),
+            prefix,
+            url,
+            most_copied_bytes: MOST_COPIED_BYTES,
+            directory: None,
+            marks: None,
+            versions: Arc::default(),
+        }
     }
 
     /// Wraps any store.
@@ -102,24 +119,59 @@ impl Store {
             let listed = tokio::task::spawn_blocking(move || list_directory(&directory));
             return Ok(Catalog::new(listed.await.map_err(|error| Error::task(&error))?.map_err(fail)?));
         }
+        let fail = |source| Error::Store { op: "list", location: format!("{}/", self.url), source };
         let prefix = (self.prefix != Path::default()).then_some(&self.prefix);
-        let objects: Vec<(String, u64)> = self
-            .inner
-            .list(prefix)
-            .map_ok(|object| {
-                let name: Vec<_> = object
-                    .location
-                    .prefix_match(&self.prefix)
-                    .into_iter()
-                    .flatten()
-                    .map(|part| part.as_ref().to_owned())
-                    .collect();
-                (name.join("/"), object.size)
-            })
-            .try_collect()
-            .await
-            .map_err(|source| Error::Store { op: "list", location: format!("{}/", self.url), source })?;
+        let listed = self.inner.list(prefix).map_ok(|object| (self.relative(&object.location), object.size));
+        let mut objects: BTreeMap<String, u64> = listed.try_collect().await.map_err(fail)?;
+        self.mark(&mut objects).await.map_err(fail)?;
         Ok(Catalog::new(objects))
+    }
+
+    /// Applies what only the provider itself tells of the predecessor's objects.
+    async fn mark(&self, objects: &mut BTreeMap<String, u64>) -> object_store::Result<()> {
+        let Some(marks) = &self.marks else { return Ok(()) };
+        let is_theirs = |name: &str| matches!(ObjectName::parse(name), Some(ObjectName::Gardener(_)));
+        let any = objects.keys().any(|name| is_theirs(name));
+        if !any && !marks.may_list_more() {
+            return Ok(());
+        }
+        // Both of their trees begin with it.
+        let Some(marked) = marks.look(self.path("v").as_ref()).await? else {
+            if any {
+                tracing::warn!(
+                    "the store does not tell tags and versions of the predecessor's backups; those it excludes are not left out"
+                );
+            }
+            return Ok(());
+        };
+        let mut versions = BTreeMap::new();
+        for (path, version) in marked.versions {
+            let name = self.relative(&Path::parse(path)?);
+            if is_theirs(&name) {
+                objects.insert(name.clone(), version.size);
+                versions.insert(name, version.id);
+            }
+        }
+        for path in marked.excluded {
+            let name = self.relative(&Path::parse(path)?);
+            if is_theirs(&name) && objects.remove(&name).is_some() {
+                tracing::info!(name, "left out: it has the mark x-etcd-snapshot-exclude");
+            }
+        }
+        *self.versions.lock().unwrap_or_else(PoisonError::into_inner) = versions;
+        Ok(())
+    }
+
+    /// A path as a name under the prefix.
+    fn relative(&self, path: &Path) -> String {
+        let parts = path.prefix_match(&self.prefix).into_iter().flatten();
+        parts.map(|part| part.as_ref().to_owned()).collect::<Vec<_>>().join("/")
+    }
+
+    /// The version of an object that counts, where that is not the newest.
+    fn version(&self, name: &ObjectName) -> Option<String> {
+        let ObjectName::Gardener(name) = name else { return None };
+        self.versions.lock().unwrap_or_else(PoisonError::into_inner).get(&name.to_string()).cloned()
     }
 
     /// Puts a whole object that must not exist. One that exists with the same content counts as ours: the answer to an
@@ -296,7 +348,9 @@ impl Store {
     /// Reads a range of an object.
     pub async fn get_range(&self, name: &ObjectName, range: std::ops::Range<u64>) -> Result<Bytes> {
         let want = range.end - range.start;
-        let bytes = self.inner.get_range(&self.path(&name.to_string()), range).await.map_err(self.fail("get", name))?;
+        let options = GetOptions::new().with_range(Some(range)).with_version(self.version(name));
+        let got = self.inner.get_opts(&self.path(&name.to_string()), options).await.map_err(self.fail("get", name))?;
+        let bytes = got.bytes().await.map_err(self.fail("get", name))?;
         if bytes.len() as u64 == want {
             return Ok(bytes);
         }
@@ -305,7 +359,12 @@ impl Store {
 
     /// Deletes an object. One that is not there is as good as deleted.
     pub async fn delete(&self, name: &ObjectName) -> Result<()> {
-        match self.inner.delete(&self.path(&name.to_string())).await {
+        let path = self.path(&name.to_string());
+        let deleted = match (self.version(name), &self.marks) {
+            (Some(version), Some(marks)) => marks.delete(&path, &version).await,
+            _ => self.inner.delete(&path).await,
+        };
+        match deleted {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(source) => Err(self.fail("delete", name)(source)),
         }

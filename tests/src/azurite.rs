@@ -5,10 +5,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use object_store::azure::{AzureAccessKey, AzureAuthorizer, AzureCredential};
-use object_store::client::{HttpConnector, HttpRequestBody, ReqwestConnector};
+use anyhow::{Context, Result};
 
+use crate::direct::{self, Signer};
 use crate::store::Store;
 use crate::{eventually, free_port, program};
 
@@ -44,15 +43,13 @@ impl Azurite {
 
     /// There is no other way than a signed request.
     async fn create_container(&self, container: &str) -> Result<()> {
-        let url = format!("http://127.0.0.1:{}/{ACCOUNT}/{container}?restype=container", self.port);
-        let request = http::Request::put(url).header("content-length", "0");
-        let mut request = request.body(HttpRequestBody::empty())?;
-        let credential = AzureCredential::AccessKey(AzureAccessKey::try_new(KEY)?);
-        AzureAuthorizer::new(&credential, ACCOUNT).try_authorize(&mut request)?;
-        let options = object_store::ClientOptions::new().with_allow_http(true);
-        let answer = ReqwestConnector::default().connect(&options)?.execute(request).await?;
-        ensure!([201, 409].contains(&answer.status().as_u16()), "create container: {}", answer.status());
-        Ok(())
+        self.send("PUT", &format!("{container}?restype=container"), "").await
+    }
+
+    /// Sends a request of Azure's own protocol.
+    pub async fn send(&self, method: &str, target: &str, body: &str) -> Result<()> {
+        let url = format!("http://127.0.0.1:{}/{ACCOUNT}/{target}", self.port);
+        direct::send(method, &url, body, Signer::Azure { account: ACCOUNT, key: KEY }).await
     }
 
     /// The port.

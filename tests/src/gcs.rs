@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::direct::{self, Signer};
 use crate::proxy::{Fault, Message, Proxy, forward};
 use crate::store::Store;
 use crate::{eventually, free_port, program};
@@ -17,6 +18,7 @@ use crate::{eventually, free_port, program};
 /// A running server with its translator; killed when dropped.
 pub struct FakeGcs {
     child: Child,
+    port: u16,
     proxy: Proxy,
 }
 
@@ -43,7 +45,7 @@ impl FakeGcs {
             Arc::new(|_, _| Fault::None),
         )
         .await?;
-        let started = Self { child, proxy };
+        let started = Self { child, port, proxy };
         let create = || async {
             let body = format!("{{\"name\":\"{bucket}\"}}");
             let headers = [("content-type", "application/json"), ("host", address.as_str())];
@@ -57,6 +59,17 @@ impl FakeGcs {
         };
         eventually(Duration::from_secs(30), create).await?;
         Ok(started)
+    }
+
+    /// The port.
+    pub fn port(&self) -> u16 {
+        self.proxy.port()
+    }
+
+    /// Sends a request of the JSON API.
+    pub async fn send(&self, method: &str, target: &str, body: &str) -> Result<()> {
+        let url = format!("http://127.0.0.1:{}/storage/v1/{target}", self.port);
+        direct::send(method, &url, body, Signer::None).await
     }
 
     /// A prefix in its bucket, `bucket/prefix`.

@@ -2,6 +2,7 @@
 
 pub mod azurite;
 pub mod certificates;
+pub mod direct;
 pub mod etcd;
 pub mod faults;
 pub mod garage;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 use crate::certificates::Certificates;
+use crate::direct::{self, Signer};
 use crate::store::Store;
 use crate::{eventually, free_port, program};
 
@@ -85,6 +86,12 @@ impl Minio {
             environment.into_iter().map(|(name, value)| (name.to_owned(), value.to_owned())).collect();
         environment.extend(self.ca.as_ref().map(|ca| ("AWS_CA_BUNDLE".to_owned(), ca.display().to_string())));
         Store { url: format!("s3://{place}"), environment }
+    }
+
+    /// Sends a request of S3's own protocol.
+    pub async fn send(&self, method: &str, target: &str, body: &str) -> Result<()> {
+        let url = format!("http://127.0.0.1:{}/{target}", self.port);
+        direct::send(method, &url, body, Signer::S3 { id: USER, secret: PASSWORD, region: "us-east-1" }).await
     }
 
     /// `kill -9`.

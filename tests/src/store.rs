@@ -6,6 +6,7 @@ use anyhow::Result;
 
 use crate::etcd::{Member, ROOT};
 use crate::program::Sidecar;
+use crate::proxy::Proxy;
 use crate::state::{self, State};
 
 /// A store: its URL, and the environment that leads to it.
@@ -13,7 +14,7 @@ use crate::state::{self, State};
 pub struct Store {
     /// As `--store` takes it.
     pub url: String,
-    /// Endpoint, credentials, CA.
+    /// Endpoint first, then credentials and CA.
     pub environment: Vec<(String, String)>,
 }
 
@@ -21,6 +22,19 @@ impl Store {
     /// A directory.
     pub fn directory(dir: &Path) -> Self {
         Self { url: crate::file_url(dir), environment: Vec::new() }
+    }
+
+    /// The same through a proxy before its server.
+    #[must_use]
+    pub fn through(&self, proxy: &Proxy) -> Self {
+        let mut through = self.clone();
+        if let Some((_, endpoint)) = through.environment.first_mut()
+            && let Some((host, rest)) = endpoint.split_once("127.0.0.1:")
+        {
+            let path = rest.trim_start_matches(|digit: char| digit.is_ascii_digit());
+            *endpoint = format!("{host}127.0.0.1:{}{path}", proxy.port());
+        }
+        through
     }
 
     /// A command with `--store` and whatever leads there.

@@ -108,6 +108,91 @@ async fn fake_gcs_keeps_backups() -> Result<()> {
     Ok(())
 }
 
+/// The objects of timeline 0, by name, the oldest first.
+async fn of_the_predecessor(store: &Store) -> Result<Vec<String>> {
+    let listed = store.list().await?;
+    let fulls = listed["timelines"][0]["fulls"].as_array().with_context(|| listed.to_string())?;
+    Ok(fulls.iter().filter_map(|full| full["name"].as_str().map(str::to_owned)).collect())
+}
+
+/// Three fulls in the predecessor's layout: what the newest restores, and what the one before does once the newest has been
+/// excluded by its provider's mark.
+async fn a_mark_excludes(store: &Store, exclude: impl AsyncFn(&str) -> Result<()>) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    for n in 0..3u32 {
+        client.put("x", n.to_string(), None).await?;
+        store.once("full", &member).args(["--layout", "gardener-v2"]).run().await?.expect(0)?;
+    }
+    let fulls = of_the_predecessor(store).await?;
+    ensure!(fulls.len() == 3, "{fulls:?}");
+    let restored = async |name: &str| {
+        let target = dir.path().join(name);
+        store.restore(&target).run().await?.expect(0)?;
+        anyhow::Ok(state::of_directory(&target)?.0)
+    };
+    let newest = restored("before").await?;
+    exclude(&fulls[2]).await?;
+    ensure!(of_the_predecessor(store).await? == fulls[..2], "{} is still listed", fulls[2]);
+    ensure!(restored("after").await? == newest - 1, "what is excluded was restored");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn azurite_excludes_what_is_tagged() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let azurite = Azurite::start(&dir.path().join("log"), "backups").await?;
+    a_mark_excludes(&azurite.store("backups/a b/c"), async |name| {
+        let tags = "<Tags><TagSet><Tag><Key>x-etcd-snapshot-exclude</Key><Value>true</Value></Tag></TagSet></Tags>";
+        azurite.send("PUT", &format!("backups/a%20b/c/{name}?comp=tags"), tags).await
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fake_gcs_excludes_what_has_the_metadata() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let gcs = FakeGcs::start(&dir.path().join("log"), "backups").await?;
+    a_mark_excludes(&gcs.store("backups/a/b"), async |name| {
+        let object = format!("a/b/{name}").replace('/', "%2F");
+        gcs.send("PATCH", &format!("b/backups/o/{object}"), r#"{"metadata":{"x-etcd-snapshot-exclude":"true"}}"#).await
+    })
+    .await
+}
+
+/// On a versioned bucket the oldest version counts, whatever was put over it, and a deleted object too, unless it was tagged.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_oldest_version_counts() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
+    let enable = "<VersioningConfiguration><Status>Enabled</Status></VersioningConfiguration>";
+    minio.send("PUT", "backups?versioning", enable).await?;
+    let store = minio.store("backups/a b+c");
+    let place = "backups/a%20b%2Bc";
+    a_mark_excludes(&store, async |name| {
+        let tags =
+            "<Tagging><TagSet><Tag><Key>x-etcd-snapshot-exclude</Key><Value>true</Value></Tag></TagSet></Tagging>";
+        minio.send("PUT", &format!("{place}/{name}?tagging"), tags).await?;
+        ensure!(of_the_predecessor(&store).await?.len() == 3, "a tag alone must not exclude");
+        minio.send("DELETE", &format!("{place}/{name}"), "").await
+    })
+    .await?;
+    let fulls = of_the_predecessor(&store).await?;
+    minio.send("PUT", &format!("{place}/{}", fulls[0]), "overwritten").await?;
+    minio.send("DELETE", &format!("{place}/{}", fulls[1]), "").await?;
+    ensure!(of_the_predecessor(&store).await? == fulls, "what was deleted is not listed");
+    store.command("verify").args(["--level", "replay"]).run().await?.expect(0)?;
+    // A deletion of ours is of the version that counts: then the one over it does, until that goes too.
+    for _ in 0..2 {
+        store.command("gc").args(["--policy", "limit-based", "--max-backups", "1"]).run().await?.expect(0)?;
+    }
+    ensure!(of_the_predecessor(&store).await? == fulls[1..], "{:?}", of_the_predecessor(&store).await?);
+    store.command("verify").args(["--level", "replay"]).run().await?.expect(0)?;
+    Ok(())
+}
+
 /// Two who begin a timeline in the same moment, where nothing stops the second from overwriting the first: one of them has
 /// it, and the other notices.
 #[tokio::test(flavor = "multi_thread")]
@@ -141,9 +226,12 @@ async fn two_clusters_that_begin_at_once_do_not_share_a_timeline() -> Result<()>
 
 /// One request of a run goes wrong, each in turn and in every way: the command either says that it failed, or what it says is
 /// so; and the next run is not held up by what is left.
-async fn one_request_goes_wrong(fault: Fault, most: usize) -> Result<()> {
+async fn one_request_goes_wrong(
+    healthy: &Store,
+    port: u16,
+    faults: impl IntoIterator<Item = (usize, Fault)>,
+) -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
     let member = Member::single("3.6", &dir.path().join("data"))?;
     let etcd = member.start().await?;
     let mut client = etcd.client().await?;
@@ -151,12 +239,10 @@ async fn one_request_goes_wrong(fault: Fault, most: usize) -> Result<()> {
         let value: Vec<u8> = (0..1_000_000).map(|_| rand::random()).collect();
         client.put(format!("/blob/{n}"), value, None).await?;
     }
-    for n in 0..most {
-        let healthy = minio.store(&format!("backups/{n}"));
-        let proxy =
-            Proxy::before(minio.port(), Arc::new(move |at, _| if at == n { fault } else { Fault::None })).await?;
-        let mut through = healthy.clone();
-        through.environment[0].1 = format!("http://127.0.0.1:{}", proxy.port());
+    for (n, fault) in faults {
+        let healthy = Store { url: format!("{}/{n}", healthy.url), ..healthy.clone() };
+        let proxy = Proxy::before(port, Arc::new(move |at, _| if at == n { fault } else { Fault::None })).await?;
+        let through = healthy.through(&proxy);
         let mut failed = 0;
         let full = through.once("full", &member).run().await?;
         failed += usize::from(full.code != 0);
@@ -224,8 +310,7 @@ async fn one_request_of_upkeep_goes_wrong(fault: Fault, requests: impl Iterator<
         original.command("copy").args(["--to", &healthy.url]).run().await?.expect(0)?;
         let proxy =
             Proxy::before(minio.port(), Arc::new(move |at, _| if at == n { fault } else { Fault::None })).await?;
-        let mut through = healthy.clone();
-        through.environment[0].1 = format!("http://127.0.0.1:{}", proxy.port());
+        let through = healthy.through(&proxy);
         let mut failed = Vec::new();
         for arguments in [
             vec!["compact"],
@@ -258,27 +343,69 @@ async fn one_request_of_upkeep_goes_wrong(fault: Fault, requests: impl Iterator<
 }
 
 macro_rules! goes_wrong {
-    ($($name:ident: $test:ident($fault:expr, $requests:expr);)*) => {
+    ($($name:ident: $server:ident($fault:expr, $requests:expr);)*) => {
         $(#[tokio::test(flavor = "multi_thread")]
         async fn $name() -> Result<()> {
-            $test($fault, $requests).await
+            $server($fault, $requests).await
         })*
     };
 }
 
+async fn minio(fault: Fault, requests: impl Iterator<Item = usize>) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
+    one_request_goes_wrong(&minio.store("backups"), minio.port(), requests.map(|n| (n, fault))).await
+}
+
 // A full, a delta, a verification and a restore are about thirty requests.
 goes_wrong! {
-    an_answer_of_500: one_request_goes_wrong(Fault::Status(500), 10);
-    an_answer_of_503: one_request_goes_wrong(Fault::Status(503), 24);
-    an_answer_to_wait: one_request_goes_wrong(Fault::Busy(1), 10);
-    a_connection_that_is_reset: one_request_goes_wrong(Fault::Reset, 24);
-    an_answer_that_is_lost: one_request_goes_wrong(Fault::LostAnswer, 30);
-    an_answer_that_is_late: one_request_goes_wrong(Fault::Slow(Duration::from_secs(2)), 10);
-    an_answer_that_is_cut: one_request_goes_wrong(Fault::Short, 30);
+    an_answer_of_500: minio(Fault::Status(500), 0..10);
+    an_answer_of_503: minio(Fault::Status(503), 0..24);
+    an_answer_to_wait: minio(Fault::Busy(1), 0..10);
+    a_connection_that_is_reset: minio(Fault::Reset, 0..24);
+    an_answer_that_is_lost: minio(Fault::LostAnswer, 0..30);
+    an_answer_that_is_late: minio(Fault::Slow(Duration::from_secs(2)), 0..10);
+    an_answer_that_is_cut: minio(Fault::Short, 0..30);
     upkeep_with_an_answer_of_500: one_request_of_upkeep_goes_wrong(Fault::Status(500), (0..).step_by(11));
     upkeep_with_a_connection_that_is_reset: one_request_of_upkeep_goes_wrong(Fault::Reset, (1..).step_by(9));
     upkeep_with_an_answer_that_is_lost: one_request_of_upkeep_goes_wrong(Fault::LostAnswer, (0..).step_by(3));
     upkeep_with_an_answer_that_is_cut: one_request_of_upkeep_goes_wrong(Fault::Short, (2..).step_by(5));
+}
+
+/// All faults in turn, each at another request.
+fn one_of_each() -> impl Iterator<Item = (usize, Fault)> {
+    let faults = [
+        Fault::LostAnswer,
+        Fault::Status(500),
+        Fault::Short,
+        Fault::Reset,
+        Fault::Busy(1),
+        Fault::Slow(Duration::from_secs(1)),
+        Fault::Status(503),
+    ];
+    // Fifteen requests, each with another fault than seven requests before.
+    (0..15).map(move |n| (2 * n, faults[n % faults.len()]))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_request_to_garage_goes_wrong() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let garage = Garage::start(&dir.path().join("garage"), "backups").await?;
+    one_request_goes_wrong(&garage.store("backups"), garage.port(), one_of_each()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_request_to_azurite_goes_wrong() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let azurite = Azurite::start(&dir.path().join("log"), "backups").await?;
+    one_request_goes_wrong(&azurite.store("backups"), azurite.port(), one_of_each()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_request_to_fake_gcs_goes_wrong() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let gcs = FakeGcs::start(&dir.path().join("log"), "backups").await?;
+    one_request_goes_wrong(&gcs.store("backups"), gcs.port(), one_of_each()).await
 }
 
 /// Pages of one object, empty pages, objects out of order and twice: the protocol allows it all.
@@ -288,8 +415,7 @@ async fn listings_come_in_strange_pages() -> Result<()> {
     let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
     let proxy = listing::before(minio.port(), Listing::Strange).await?;
     let healthy = minio.store("backups/a");
-    let mut store = healthy.clone();
-    store.environment[0].1 = format!("http://127.0.0.1:{}", proxy.port());
+    let store = healthy.through(&proxy);
     let member = Member::single("3.6", &dir.path().join("data"))?;
     let mut etcd = member.start().await?;
     let mut client = etcd.client().await?;
@@ -320,8 +446,7 @@ async fn listings_lag_behind() -> Result<()> {
     let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
     let proxy = listing::before(minio.port(), Listing::Lags(3)).await?;
     let healthy = minio.store("backups/a");
-    let mut store = healthy.clone();
-    store.environment[0].1 = format!("http://127.0.0.1:{}", proxy.port());
+    let store = healthy.through(&proxy);
     let member = Member::single("3.6", &dir.path().join("data"))?;
     let mut etcd = member.start().await?;
     let mut client = etcd.client().await?;
@@ -366,10 +491,10 @@ async fn who_is_asked_to_wait_waits() -> Result<()> {
     let mut store = minio.store("backups/a");
     let busy = |at, _: &_| if at < 3 { Fault::Busy(3) } else { Fault::None };
     let proxy = Proxy::before(minio.port(), Arc::new(busy)).await?;
-    store.environment[0].1 = format!("http://127.0.0.1:{}", proxy.port());
+    store = store.through(&proxy);
     let started = std::time::Instant::now();
     store.command("list").run().await?.expect(0)?;
-    ensure!(proxy.seen() == 4 && started.elapsed() >= Duration::from_secs(9), "{} requests", proxy.seen());
+    ensure!(proxy.seen() >= 4 && started.elapsed() >= Duration::from_secs(9), "{} requests", proxy.seen());
     Ok(())
 }
 
@@ -380,7 +505,7 @@ async fn silence_is_not_waited_for_for_ever() -> Result<()> {
     let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
     let mut store = minio.store("backups/a");
     let proxy = Proxy::before(minio.port(), Arc::new(|_, _: &_| Fault::Silence)).await?;
-    store.environment[0].1 = format!("http://127.0.0.1:{}", proxy.port());
+    store = store.through(&proxy);
     store.command("list").run().await?.expect(1)?.says("s3://backups/a")?;
     Ok(())
 }

@@ -50,6 +50,7 @@ struct TimelineListing {
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Object {
+    name: String,
     first_revision: i64,
     last_revision: i64,
     time: String,
@@ -121,12 +122,14 @@ fn listing(url: &str, catalog: &Catalog, descriptions: &BTreeMap<Timeline, Descr
 
 fn timeline_listing(timeline: Timeline, history: &History) -> TimelineListing {
     let full = |full: &crate::catalog::Full| Object {
+        name: full.name(timeline).to_string(),
         first_revision: full.revision,
         last_revision: full.revision,
         time: time(full.unix_ms),
         bytes: full.size,
     };
     let delta = |delta: &crate::catalog::Delta| Object {
+        name: delta.name(timeline).to_string(),
         first_revision: delta.first,
         last_revision: delta.last,
         time: time(delta.unix_ms),

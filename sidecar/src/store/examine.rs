@@ -106,6 +106,10 @@ impl Store {
                 let what = "a second put of a name overwrites the first (If-None-Match is ignored); names have the millisecond in them, and a new timeline is read back before it is used: keep to one writer for each prefix";
                 say(Health::Remark, "create once", what.into());
             }
+            (Err(object_store::Error::AlreadyExists { .. }), Ok(_)) => {
+                let what = "an object that exists was refused and changed nevertheless";
+                say(Health::Bad, "create once", what.into());
+            }
             (Err(error), _) => say(Health::Remark, "create once", format!("it could not be tried: {error}")),
         }
         match self.inner.head(&path).await {

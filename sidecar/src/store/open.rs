@@ -5,14 +5,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, S3CopyIfNotExists};
-use object_store::azure::MicrosoftAzureBuilder;
-use object_store::gcp::GoogleCloudStorageBuilder;
+use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
+use object_store::client::HttpConnector;
+use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{BackoffConfig, Certificate, ClientOptions, RetryConfig};
+use object_store::{BackoffConfig, Certificate, ClientOptions, ObjectStore, RetryConfig};
 use url::Url;
 
 use super::environment::{AzureKey, Environment, Fields, S3Keys, ServiceAccount};
+use super::marks::{self, Marks};
 use super::patience::Patient;
 use super::{Open, Store};
 use crate::{Error, Result};
@@ -135,16 +137,17 @@ impl Place<'_> {
             builder = builder.with_access_key_id(key).with_region(region);
             builder = builder.with_secret_access_key(self.environment.get("ECS_SECRET_ACCESS_KEY").unwrap_or_default());
         }
-        builder = builder.with_client_options(self.client_options(
-            endpoint.as_deref(),
-            self.environment.get("AWS_CA_BUNDLE"),
-            fields.as_ref(),
-        )?);
+        let options =
+            self.client_options(endpoint.as_deref(), self.environment.get("AWS_CA_BUNDLE"), fields.as_ref())?;
+        builder = builder.with_client_options(options.clone());
         if let Some(endpoint) = endpoint {
             builder = builder.with_endpoint(endpoint);
         }
+        let is_signed = builder.get_config_value(&AmazonS3ConfigKey::SkipSignature).as_deref() != Some("true");
+        let region = builder.get_config_value(&AmazonS3ConfigKey::Region).unwrap_or_else(|| "us-east-1".to_owned());
         let store = builder.build().map_err(self.fail())?;
-        Ok(Store::new(store, self.prefix()?, self.url))
+        let marks = is_signed.then(|| marks::Place::S3 { store: store.clone(), region });
+        self.with_marks(store, marks, &options)
     }
 
     fn gcs(self) -> Result<Store> {
@@ -177,12 +180,17 @@ impl Place<'_> {
             };
         }
         let ca = self.environment.first_of(&["GOOGLE_CA_BUNDLE", "SSL_CERT_FILE"]);
-        builder = builder.with_client_options(self.client_options(emulator.as_deref(), ca, None)?);
-        if let Some(url) = emulator {
-            builder = builder.with_base_url(&url).with_bearer_token("none");
+        let options = self.client_options(emulator.as_deref(), ca, None)?;
+        builder = builder.with_client_options(options.clone());
+        if let Some(url) = &emulator {
+            builder = builder.with_base_url(url).with_bearer_token("none");
         }
+        let is_signed = builder.get_config_value(&GoogleConfigKey::SkipSignature).as_deref() != Some("true");
         let store = builder.build().map_err(self.fail())?;
-        Ok(Store::new(store, self.prefix()?, self.url))
+        let base = emulator.as_deref().unwrap_or("https://storage.googleapis.com").trim_end_matches('/');
+        let bucket = Url::parse(&format!("{base}/storage/v1/b/{}/o", self.bucket()?)).ok();
+        let marks = bucket.filter(|_| is_signed).map(|bucket| marks::Place::Google { store: store.clone(), bucket });
+        self.with_marks(store, marks, &options)
     }
 
     fn azure(self) -> Result<Store> {
@@ -206,12 +214,35 @@ impl Place<'_> {
             builder = builder.with_credentials(Arc::new(AzureKey(secret)));
         }
         let ca = self.environment.first_of(&["AZURE_CA_BUNDLE", "SSL_CERT_FILE"]);
-        builder = builder.with_client_options(self.client_options(endpoint.as_deref(), ca, None)?);
+        let options = self.client_options(endpoint.as_deref(), ca, None)?;
+        builder = builder.with_client_options(options.clone());
         if let Some(endpoint) = endpoint {
             builder = builder.with_endpoint(endpoint);
         }
+        let is_signed = builder.get_config_value(&AzureConfigKey::SkipSignature).as_deref() != Some("true");
+        let account = builder.get_config_value(&AzureConfigKey::AccountName).unwrap_or_default();
+        let endpoint = builder.get_config_value(&AzureConfigKey::Endpoint);
+        let endpoint = endpoint.unwrap_or_else(|| format!("https://{account}.blob.core.windows.net"));
         let store = builder.build().map_err(self.fail())?;
-        Ok(Store::new(store, self.prefix()?, self.url))
+        let container = Url::parse(&format!("{}/{}", endpoint.trim_end_matches('/'), self.bucket()?)).ok();
+        let marks = container.filter(|_| is_signed).map(|container| marks::Place::Azure {
+            store: store.clone(),
+            account,
+            container,
+        });
+        self.with_marks(store, marks, &options)
+    }
+
+    /// A provider's store, which is also asked in the provider's own protocol.
+    fn with_marks(
+        self,
+        store: impl ObjectStore,
+        place: Option<marks::Place>,
+        options: &ClientOptions,
+    ) -> Result<Store> {
+        let http = Patient::default().connect(options).map_err(self.fail())?;
+        let marks = place.map(|place| Arc::new(Marks { http, place }));
+        Ok(Store { marks, ..Store::new(store, self.prefix()?, self.url) })
     }
 
     /// Deadlines, and whom to trust. An endpoint that says http is taken at its word.

@@ -221,6 +221,13 @@ impl Store {
     /// Copies through this process what is too large for the store to copy by itself.
     async fn copy_in_parts(&self, from: &ObjectName, to: &ObjectName, size: u64) -> Result<()> {
         let name = to.to_string();
+        // There is no conditional upload in parts; who has the name already is at least seen.
+        if let Ok(there) = self.inner.head(&self.path(&name)).await
+            && there.size != size
+        {
+            let source = object_store::Error::AlreadyExists { path: name.clone(), source: "another size".into() };
+            return Err(self.fail("name", &name)(source));
+        }
         let mut parts = Parts::begin(self, &name).await.map_err(self.fail("begin upload of", &name))?;
         let copied = async {
             let mut at = 0;
