@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! skippable frame 0x184D2A57   ObjectMeta (protobuf)
-//! zstd frames                  2 MiB of content each, in deltas 8 MiB, with content size and checksum
+//! zstd frames                  2 MiB of content each, in deltas up to 12 MiB, with content size and checksum
 //! skippable frame 0x184D2A57   ObjectMeta, what was not known at the start; only in full snapshots
 //! skippable frame 0x184D2A5E   seek table: u32 compressed, u32 decompressed size of each frame before it;
 //!                              then u32 number of frames, u8 0, u32 0x8F92EAB1
@@ -25,11 +25,9 @@ pub const LAYOUT: u32 = 1;
 /// Content in one frame of a full snapshot.
 pub const FRAME_BYTES: usize = 2 << 20;
 /// Content in one frame of a delta: the more, the more earlier values of a key there are to refer to.
-const DELTA_FRAME_BYTES: usize = 8 << 20;
+const DELTA_FRAME_BYTES: usize = 12 << 20;
 /// Fast enough to keep up with etcd's snapshot stream on one core; higher levels gain little on its pages.
 pub const LEVEL_FULL: i32 = 1;
-/// Deltas are small and wait for the clock anyway; higher levels take far more time and memory for little.
-const LEVEL_DELTA: i32 = 7;
 
 const META_MAGIC: u32 = 0x184D_2A57;
 const SEEK_TABLE_MAGIC: u32 = 0x184D_2A5E;
@@ -39,7 +37,7 @@ const MOST_META_BYTES: u32 = 64 << 10;
 /// Seek table of an object of 1 TB of content.
 const MOST_TABLE_BYTES: u64 = 4 << 20;
 /// log2 of the largest window a reader allocates; the frames of deltas need it.
-const WINDOW_LOG_MAX: u32 = 23;
+const WINDOW_LOG_MAX: u32 = 24;
 
 /// A place in the content; see [`Writer::mark`].
 #[derive(Debug, Clone, Copy, Default)]
@@ -74,10 +72,30 @@ fn compressor(level: i32) -> Result<zstd::bulk::Compressor<'static>> {
     Ok(compressor)
 }
 
-fn delta_compressor() -> Result<zstd::bulk::Compressor<'static>> {
-    let mut compressor = compressor(LEVEL_DELTA)?;
-    let window = zstd::zstd_safe::CParameter::WindowLog(WINDOW_LOG_MAX);
-    compressor.set_parameter(window).map_err(Error::io("set up", "zstd"))?;
+/// How hard a frame of a delta is compressed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Effort {
+    /// At about 180 MB/s, where changes come fast.
+    #[default]
+    Quick,
+    /// At about 10 MB/s, to a tenth less.
+    Thorough,
+}
+
+/// The tables are a fraction of those of the level that has the same strategy: changes of a key lie next to each other, so what
+/// is worth finding is near, and memory is what a sidecar has least of.
+fn delta_compressor(effort: Effort) -> Result<zstd::bulk::Compressor<'static>> {
+    use zstd::zstd_safe::CParameter::{ChainLog, HashLog, MinMatch, SearchLog, Strategy, TargetLength, WindowLog};
+    use zstd::zstd_safe::Strategy::{ZSTD_btopt, ZSTD_lazy2};
+    let mut compressor = compressor(7)?;
+    let tables = [WindowLog(WINDOW_LOG_MAX), HashLog(18), ChainLog(19)];
+    let search = match effort {
+        Effort::Quick => &[Strategy(ZSTD_lazy2), SearchLog(4)][..],
+        Effort::Thorough => &[Strategy(ZSTD_btopt), SearchLog(5), MinMatch(3), TargetLength(256)],
+    };
+    for parameter in tables.iter().chain(search) {
+        compressor.set_parameter(*parameter).map_err(Error::io("set up", "zstd"))?;
+    }
     Ok(compressor)
 }
 
@@ -168,6 +186,11 @@ impl Writer {
 
     /// Ends the frame begun.
     pub fn end_frame(&mut self) -> Result<()> {
+        self.end_frame_with(Effort::Quick)
+    }
+
+    /// Ends the frame begun, of a delta.
+    pub fn end_frame_with(&mut self, effort: Effort) -> Result<()> {
         if self.chunk.is_empty() {
             return Ok(());
         }
@@ -175,7 +198,7 @@ impl Writer {
         let mut frame = Vec::with_capacity(zstd::zstd_safe::compress_bound(self.chunk.len()));
         let compressed = match &mut self.compressor {
             Some(compressor) => compressor.compress_to_buffer(&self.chunk, &mut frame),
-            None => delta_compressor()?.compress_to_buffer(&self.chunk, &mut frame),
+            None => delta_compressor(effort)?.compress_to_buffer(&self.chunk, &mut frame),
         };
         compressed.map_err(Error::io("compress", "a frame"))?;
         self.frames.push((frame.len() as u32, self.chunk.len() as u32));

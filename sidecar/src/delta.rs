@@ -90,7 +90,7 @@ impl Builder {
             return Err(Error::format("events from etcd")(gap));
         }
         self.whole.append(&mut self.newest);
-        if self.whole.size() >= BATCH_BYTES {
+        if self.whole.is_due() {
             self.whole.write(&mut self.writer)?;
         }
         self.newest_begins = None;

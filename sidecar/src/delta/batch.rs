@@ -9,10 +9,16 @@ use etcd_format::{put_bytes_field, put_varint, put_varint_field};
 
 use super::Record;
 use crate::Result;
-use crate::container::Writer;
+use crate::container::{Effort, Writer};
 
 /// A batch is written when it has so many bytes; with its lists it fits one frame of a delta.
-pub(super) const BATCH_BYTES: usize = 7 << 20;
+pub(super) const BATCH_BYTES: usize = 11 << 20;
+/// One of changes that come fast is written when it has so many: then memory counts for more than size.
+const FAST_BATCH_BYTES: usize = 2 << 20;
+/// Changes that come at up to so many bytes in a millisecond, over so many more milliseconds than they took, are slow: there is
+/// time to compress them well.
+const SLOW_BYTES_PER_MS: u64 = 2000;
+const SLOW_MS: u64 = 500;
 /// What a change takes beside its bytes, in memory.
 const CHANGE_OVERHEAD: usize = size_of::<Change>();
 
@@ -93,6 +99,19 @@ impl Batch {
         self.bytes.len() + (self.changes.len() + self.heads.len()) * CHANGE_OVERHEAD
     }
 
+    /// Whether its changes came so slowly, by when they were received, that there is time for them.
+    fn is_slow(&self) -> bool {
+        let (Some(first), Some(last)) = (self.heads.first(), self.heads.last()) else { return false };
+        let took = last.received_unix_ms.saturating_sub(first.received_unix_ms);
+        let took = u64::try_from(took).unwrap_or(0).saturating_add(SLOW_MS);
+        self.size() as u64 <= took.saturating_mul(SLOW_BYTES_PER_MS)
+    }
+
+    /// Whether it is to be written before more comes.
+    pub(super) fn is_due(&self) -> bool {
+        self.size() >= BATCH_BYTES || self.size() >= FAST_BATCH_BYTES && !self.is_slow()
+    }
+
     pub(super) fn begin(&mut self, main: i64, received_unix_ms: i64) {
         self.heads.push(Head { main, received_unix_ms, begins: self.changes.len() });
     }
@@ -142,7 +161,7 @@ impl Batch {
         self.changes.clear();
         self.heads.clear();
         // One large revision must not stay allocated for the rest of the run.
-        self.bytes.shrink_to(2 * BATCH_BYTES);
+        self.bytes.shrink_to(FAST_BATCH_BYTES);
     }
 
     fn key(&self, change: usize) -> &[u8] {
@@ -157,6 +176,7 @@ impl Batch {
         if self.changes.is_empty() && self.heads.is_empty() {
             return Ok(());
         }
+        let effort = if self.is_slow() { Effort::Thorough } else { Effort::Quick };
         let mut sorted: Vec<u32> = (0..self.changes.len() as u32).collect();
         sorted.sort_unstable_by(|a, b| self.key(*a as usize).cmp(self.key(*b as usize)).then(a.cmp(b)));
         let (mut groups, mut group_of, mut stored) = (Vec::new(), vec![0u32; sorted.len()], Vec::new());
@@ -201,7 +221,7 @@ impl Batch {
             writer.write(self.bytes.get(start..start + length).unwrap_or_default())?;
         }
         self.clear();
-        writer.end_frame()
+        writer.end_frame_with(effort)
     }
 
     fn encode_heads(&self) -> Vec<u8> {

@@ -134,7 +134,7 @@ fn event(n: u64) -> Value {
     ][(n % 4) as usize];
     let pod = mixed(n) % PODS;
     json!({"apiVersion": "v1", "kind": "Event", "type": "Normal", "reason": reason, "message": format!("{message} {}", pod_name(pod)),
-        "metadata": {"name": format!("{}.{:016x}", pod_name(pod), mixed(n + 77)), "namespace": namespace(pod)},
+        "metadata": {"name": format!("{}.{:x}", pod_name(pod), Utc::now().timestamp_nanos_opt().unwrap_or_default()), "namespace": namespace(pod)},
         "involvedObject": {"apiVersion": "v1", "kind": "Pod", "name": pod_name(pod), "namespace": namespace(pod)},
         "source": {"component": "kubelet", "host": node_name(pod)}, "count": 1, "firstTimestamp": now(), "lastTimestamp": now()})
 }

@@ -371,17 +371,17 @@ async fn run(scenario: Scenario, dir: &Path, runs: usize) -> Result<()> {
     let check = || measure(Command::new(&sidecar).args(["check", "--data-dir"]).arg(&restored));
     alone("check", runs, size, check)?;
 
-    live(&dir, &restored, size, runs).await?;
+    live(&dir, &restored, scenario, size, runs).await?;
     fresh(&dir)
 }
 
-/// Starts etcd on what was restored and backs it up.
-async fn live(dir: &Path, restored: &Path, size: u64, runs: usize) -> Result<()> {
+/// Starts etcd on what was restored, backs it up, and has a copy of it catch up with what was written since.
+async fn live(dir: &Path, restored: &Path, scenario: Scenario, size: u64, runs: usize) -> Result<()> {
     let (sidecar, etcdctl) = (program::path()?, program("etcd-3.6", "etcdctl")?);
     let initial_cluster = "default=http://localhost:2380".to_owned();
     let member =
         Member { initial_cluster, ..Member::single("3.6", restored)?.flag("--quota-backend-bytes=8589934592") };
-    let _etcd = member.start().await?;
+    let mut etcd = member.start().await?;
     let endpoint = member.client_url();
     let full_store = dir.join("full");
     let full = || {
@@ -404,7 +404,57 @@ async fn live(dir: &Path, restored: &Path, size: u64, runs: usize) -> Result<()>
     })?;
     let object = tests::objects(&full_store)?.first().context("no full")?.metadata()?.len();
     println!("{:<34} {:.0} MB of {:.0} MB", "size of the full", object as f64 / 1e6, size as f64 / 1e6);
-    Ok(())
+    std::fs::remove_file(&saved)?;
+    etcd.stop()?;
+    let behind = dir.join("behind");
+    let copy = |to: &Path| {
+        fresh(to)?;
+        ensure!(Command::new("cp").arg("-r").arg(restored).arg(to).status()?.success(), "copying failed");
+        anyhow::Ok(())
+    };
+    let old = dir.join("old");
+    copy(&old)?;
+    etcd = member.start().await?;
+    let written = write_behind(&etcd, scenario).await?;
+    let store = tests::file_url(&full_store);
+    let delta = ["snapshot", "--once", "delta", "--endpoints", &endpoint, "--store", &store];
+    measure(Command::new(&sidecar).args(delta))?;
+    etcd.stop()?;
+    // What is copied and what is restored to must not be the same place.
+    fresh(restored)?;
+    std::fs::rename(&old, restored)?;
+    let whole = dir.join("whole");
+    let append = || {
+        copy(&behind)?;
+        let flags = ["restore", "--append", "--store", &store, "--data-dir"];
+        measure(Command::new(&sidecar).args(flags).arg(&behind))
+    };
+    let what = format!("append {written} events that are missing");
+    pair(&what, runs, append, "restore all of it", || {
+        fresh(&whole)?;
+        measure(Command::new(&sidecar).args(["restore", "--store", &store, "--data-dir"]).arg(&whole))
+    })
+}
+
+/// Puts as many events as a delta or some have; returns how many.
+async fn write_behind(etcd: &tests::etcd::Etcd, scenario: Scenario) -> Result<i64> {
+    const WRITERS: i64 = 64;
+    let each = scenario.events.min(50_000) / WRITERS;
+    let mut writers = tokio::task::JoinSet::new();
+    for writer in 0..WRITERS {
+        let mut client = etcd.client().await?;
+        writers.spawn(async move {
+            let mut values = Values { state: writer as u64, buffer: Vec::new() };
+            for n in 0..each {
+                client.put(key((writer * each + n) % scenario.rows), values.next(scenario.value_bytes), None).await?;
+            }
+            anyhow::Ok(())
+        });
+    }
+    while let Some(done) = writers.join_next().await {
+        done??;
+    }
+    Ok(each * WRITERS)
 }
 
 /// Writes to a live etcd as fast as about 30 MB/s while it is backed up; prints what the backup took.
