@@ -128,6 +128,12 @@ pub enum Error {
         /// What is gone.
         compacted: i64,
     },
+    /// Credentials were refused.
+    #[error("{what}")]
+    Denied {
+        /// By whom, and why.
+        what: String,
+    },
     /// Something outside did not answer in time.
     #[error("{what}")]
     Unanswered {
@@ -185,6 +191,7 @@ impl Error {
             Self::Missing { .. } => Class::Missing,
             Self::Precondition { .. } | Self::Compacted { .. } => Class::Precondition,
             Self::Invalid { .. } => Class::Invalid,
+            Self::Denied { .. } => Class::Denied,
             Self::Unanswered { .. } => Class::Transient,
             Self::Cancelled => Class::Cancelled,
             Self::Bug { .. } => Class::Bug,

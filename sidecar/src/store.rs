@@ -4,6 +4,7 @@
 mod conformance;
 mod environment;
 mod examine;
+mod federation;
 mod marks;
 mod open;
 mod patience;

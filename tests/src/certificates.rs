@@ -12,8 +12,13 @@ pub struct Certificates {
 }
 
 impl Certificates {
-    /// Makes new ones in a directory, over those that are there.
+    /// Makes new ones in a directory, over those that are there, for this machine.
     pub fn issue(dir: &Path) -> Result<Self> {
+        Self::issue_for(dir, &["127.0.0.1", "localhost"])
+    }
+
+    /// The same for other names.
+    pub fn issue_for(dir: &Path, names: &[&str]) -> Result<Self> {
         std::fs::create_dir_all(dir)?;
         let this = Self { dir: dir.to_owned() };
         let ca_key = KeyPair::generate()?;
@@ -23,7 +28,7 @@ impl Certificates {
         let issuer = Issuer::new(params, ca_key);
         for name in ["server", "client"] {
             let key = KeyPair::generate()?;
-            let mut params = CertificateParams::new(vec!["127.0.0.1".to_owned(), "localhost".to_owned()])?;
+            let mut params = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())?;
             params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
             this.write(name, &params.signed_by(&key, &issuer)?.pem(), &key)?;
         }

@@ -8,6 +8,7 @@ pub mod faults;
 pub mod garage;
 pub mod gardener;
 pub mod gcs;
+pub mod google;
 pub mod kubernetes;
 pub mod listing;
 pub mod minio;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
@@ -69,7 +69,7 @@ impl Message {
     }
 
     /// The head and so many bytes of the body.
-    fn bytes(&self, length: usize, is_answer_to_head: bool) -> Vec<u8> {
+    pub fn bytes(&self, length: usize, is_answer_to_head: bool) -> Vec<u8> {
         let mut text = format!("{}\r\n", self.line);
         for (name, value) in &self.headers {
             if !["content-length", "transfer-encoding", "connection"].contains(&name.as_str()) {
@@ -83,7 +83,7 @@ impl Message {
     }
 }
 
-async fn read_head(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Result<Option<Message>> {
+async fn read_head(stream: &mut (impl AsyncRead + Unpin), buffer: &mut Vec<u8>) -> Result<Option<Message>> {
     loop {
         if let Some(end) = buffer.windows(4).position(|window| window == b"\r\n\r\n") {
             let message = Message::parse(&buffer[..end])?;
@@ -97,7 +97,8 @@ async fn read_head(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> Result<Optio
     }
 }
 
-async fn read_request(stream: &mut TcpStream) -> Result<Option<Message>> {
+/// Reads a request, unless the connection ends before it.
+pub async fn read_request(stream: &mut (impl AsyncRead + Unpin)) -> Result<Option<Message>> {
     let mut buffer = Vec::new();
     let Some(mut request) = read_head(stream, &mut buffer).await? else { return Ok(None) };
     let length: usize = request.header("content-length").map_or(Ok(0), str::parse)?;

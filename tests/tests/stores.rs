@@ -8,6 +8,7 @@ use tests::azurite::Azurite;
 use tests::etcd::Member;
 use tests::garage::Garage;
 use tests::gcs::FakeGcs;
+use tests::google::Google;
 use tests::listing::{self, Listing};
 use tests::minio::Minio;
 use tests::proxy::{Fault, Proxy};
@@ -507,6 +508,26 @@ async fn silence_is_not_waited_for_for_ever() -> Result<()> {
     let proxy = Proxy::before(minio.port(), Arc::new(|_, _: &_| Fault::Silence)).await?;
     store = store.through(&proxy);
     store.command("list").run().await?.expect(1)?.says("s3://backups/a")?;
+    Ok(())
+}
+
+/// A machine that has a token of somebody else's instead of a key of Google's.
+#[tokio::test(flavor = "multi_thread")]
+async fn google_s_token_service_gives_credentials() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let google = Google::start(&dir.path().join("google"), "backups").await?;
+    let store = google.store("backups/a")?;
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let mut etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    client.put("x", "0", None).await?;
+    store.once("full", &member).run().await?.expect(0)?;
+    let before = state::read(&mut client).await?;
+    etcd.kill9()?;
+    state::same(&before, &store.restore_and_read(&member).await?)?;
+    std::fs::write(google.token(), "a-token-that-nobody-knows")?;
+    let refused = store.command("list").run().await?.expect(1)?.says("the subject token is unknown")?;
+    ensure!(!refused.stderr.contains("a-token-that-nobody-knows"), "{}", refused.stderr);
     Ok(())
 }
 

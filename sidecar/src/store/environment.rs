@@ -11,7 +11,7 @@ use object_store::azure::{AzureAccessKey, AzureCredential};
 use object_store::gcp::{GcpCredential, GoogleCloudStorage, GoogleCloudStorageBuilder};
 use object_store::{CredentialProvider, Error as StoreError};
 
-use crate::{Error, Result};
+use crate::{Class, Error, Result};
 
 /// Variables that lead to one kind of store: from a source or not, all or none.
 const FAMILIES: [&[&str]; 3] = [&["AWS_", "OPENSHIFT_", "ECS_"], &["AZURE_"], &["GOOGLE_", "STORAGE_"]];
@@ -154,8 +154,11 @@ impl Fields {
     }
 }
 
-fn unusable(error: Error) -> StoreError {
-    StoreError::Generic { store: "credentials", source: error.into() }
+pub(super) fn unusable(error: Error) -> StoreError {
+    match error.class() {
+        Class::Denied => StoreError::Unauthenticated { path: "credentials".into(), source: error.into() },
+        _ => StoreError::Generic { store: "credentials", source: error.into() },
+    }
 }
 
 /// Keys of S3 from a secret.

@@ -14,6 +14,7 @@ use object_store::{BackoffConfig, Certificate, ClientOptions, ObjectStore, Retry
 use url::Url;
 
 use super::environment::{AzureKey, Environment, Fields, S3Keys, ServiceAccount};
+use super::federation::Federation;
 use super::marks::{self, Marks};
 use super::patience::Patient;
 use super::{Open, Store};
@@ -168,20 +169,19 @@ impl Place<'_> {
             .environment
             .get("STORAGE_EMULATOR_HOST")
             .map(|host| if host.contains("://") { host.to_owned() } else { format!("http://{host}") });
+        let ca = self.environment.first_of(&["GOOGLE_CA_BUNDLE", "SSL_CERT_FILE"]);
+        let options = self.client_options(emulator.as_deref(), ca, None)?;
+        builder = builder.with_client_options(options.clone());
         if let Some(path) = self.environment.get("GOOGLE_APPLICATION_CREDENTIALS").filter(|_| emulator.is_none()) {
             builder = match kind_of_account(path)?.as_str() {
                 "service_account" => builder.with_credentials(Arc::new(ServiceAccount::new(path))),
                 "external_account" => {
-                    return Err(Error::invalid(format!(
-                        "{path} is of type external_account, which is not supported: use a service account, or on Google's own machines leave GOOGLE_APPLICATION_CREDENTIALS out"
-                    )));
+                    let http = Patient::default().connect(&options).map_err(self.fail())?;
+                    builder.with_credentials(Arc::new(Federation::new(path, http)?))
                 }
                 _ => builder.with_application_credentials(path),
             };
         }
-        let ca = self.environment.first_of(&["GOOGLE_CA_BUNDLE", "SSL_CERT_FILE"]);
-        let options = self.client_options(emulator.as_deref(), ca, None)?;
-        builder = builder.with_client_options(options.clone());
         if let Some(url) = &emulator {
             builder = builder.with_base_url(url).with_bearer_token("none");
         }
