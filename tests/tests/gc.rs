@@ -100,3 +100,45 @@ async fn nothing_goes_for_the_sake_of_a_damaged_full() -> Result<()> {
     ensure!(done["deleted"] == 0 && done["verified"].as_array().is_some_and(Vec::is_empty), "{done}");
     Ok(())
 }
+
+/// Clocks that were days ahead, years behind and back again while backups were taken: the order is that of revisions, and what
+/// the newest state needs stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_jumps_costs_nothing() -> Result<()> {
+    const DAY_MS: i64 = 86_400_000;
+    let dir = tempfile::tempdir()?;
+    let (store, member, mut expected) = backup(dir.path(), 4).await?;
+    for (n, path) in objects(&dir.path().join("store"))?.into_iter().enumerate() {
+        let name = path.file_name().and_then(|name| name.to_str()).context("a name")?;
+        let (revisions, rest) = name.rsplit_once('-').context("no time")?;
+        let (time, suffix) = rest.split_once('.').context("no suffix")?;
+        let jumped = time.parse::<i64>()? + [0, 30 * DAY_MS, -2000 * DAY_MS, -DAY_MS][n % 4];
+        std::fs::rename(&path, path.with_file_name(format!("{revisions}-{jumped:013}.{suffix}")))?;
+    }
+    let policies: [&[&str]; 3] = [
+        &["--policy", "exponential", "--delta-retention", "7d", "--dry-run"],
+        &["--policy", "exponential"],
+        &["--policy", "limit-based", "--max-backups", "1"],
+    ];
+    for (n, policy) in policies.into_iter().enumerate() {
+        gc(&store, policy).await?;
+        store.command("verify").args(["--level", "decode"]).run().await?.expect(0)?;
+        state::same(&expected, &store.restore_and_read(&member).await?)?;
+        // A restore to a time answers with what was there, or that nothing was.
+        let target = dir.path().join("at-a-time");
+        let at = store.restore(&target).args(["--time", "2026-01-01T00:00:00Z"]).run().await?;
+        ensure!([0, 11].contains(&at.code), "{}", at.stderr);
+        if target.exists() {
+            std::fs::remove_dir_all(&target)?;
+        }
+        // The clock is right again, and the newest backup is from the future.
+        let mut etcd = member.start().await?;
+        let mut client = etcd.client().await?;
+        store.once("full", &member).run().await?.expect(0)?;
+        client.put("y", n.to_string(), None).await?;
+        store.once("delta", &member).run().await?.expect(0)?;
+        expected = state::read(&mut client).await?;
+        etcd.kill9()?;
+    }
+    state::same(&expected, &store.restore_and_read(&member).await?)
+}
