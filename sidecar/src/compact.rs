@@ -36,7 +36,7 @@ pub struct Settings {
     pub timeline: Option<Timeline>,
     /// Compact at the last revision: of each key only its newest value stays. Otherwise as far as etcd was compacted.
     pub discard_history: bool,
-    /// Where the scratch directory is made; it takes as much room as the database.
+    /// Where the scratch directory is made; it takes as much room as the database, and as the new full snapshot.
     pub work_dir: PathBuf,
 }
 

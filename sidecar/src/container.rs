@@ -44,7 +44,6 @@ const WINDOW_LOG_MAX: u32 = 24;
 pub struct Mark {
     output: usize,
     frames: usize,
-    chunk: usize,
     content_bytes: u64,
 }
 
@@ -219,29 +218,17 @@ impl Writer {
         Ok(())
     }
 
-    /// Remembers where the content ends now.
+    /// Remembers where the content ends now, between two frames.
     pub fn mark(&self) -> Mark {
-        Mark {
-            output: self.output.len(),
-            frames: self.frames.len(),
-            chunk: self.chunk.len(),
-            content_bytes: self.content_bytes,
-        }
+        Mark { output: self.output.len(), frames: self.frames.len(), content_bytes: self.content_bytes }
     }
 
     /// Takes back all content after a mark. Nothing may have been taken since.
-    pub fn rollback(&mut self, mark: Mark) -> Result<()> {
-        if let Some((compressed, decompressed)) = self.frames.get(mark.frames).copied() {
-            // The mark lies inside a frame that is closed by now: its beginning becomes the open chunk again.
-            let frame = self.output.get(mark.output..mark.output + compressed as usize).unwrap_or_default();
-            let capacity = decompressed as usize;
-            self.chunk = zstd::bulk::decompress(frame, capacity).map_err(Error::io("take back", "a frame"))?;
-            self.output.truncate(mark.output);
-            self.frames.truncate(mark.frames);
-        }
-        self.chunk.truncate(mark.chunk);
+    pub fn rollback(&mut self, mark: Mark) {
+        self.output.truncate(mark.output);
+        self.frames.truncate(mark.frames);
+        self.chunk.clear();
         self.content_bytes = mark.content_bytes;
-        Ok(())
     }
 
     /// Content bytes written so far.
@@ -750,12 +737,13 @@ mod tests {
         for (before, after) in
             [(10, 10), (10, FRAME_BYTES), (FRAME_BYTES, 1), (FRAME_BYTES - 1, 3 * FRAME_BYTES), (0, 5)]
         {
-            let mut writer = Writer::for_full().unwrap();
+            let mut writer = Writer::for_delta();
             let kept: Vec<u8> = (0..before).map(|n| n as u8).collect();
             writer.write(&kept).unwrap();
+            writer.end_frame().unwrap();
             let mark = writer.mark();
             writer.write(&vec![7; after]).unwrap();
-            writer.rollback(mark).unwrap();
+            writer.rollback(mark);
             writer.write(b"end").unwrap();
             let bytes = writer.finish().unwrap();
             assert_eq!(read(&bytes).unwrap(), [kept, b"end".to_vec()].concat());

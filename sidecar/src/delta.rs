@@ -19,8 +19,8 @@ use crate::container::{LAYOUT, Mark, Writer};
 use crate::{Error, Result};
 use batch::{BATCH_BYTES, Batch, Expanded};
 
-/// No record is larger than this; etcd's largest request is far below.
-const MOST_RECORD_BYTES: u64 = 1 << 30;
+/// No record is larger than this: a batch and a change as large as etcd's client takes one.
+const MOST_RECORD_BYTES: u64 = (512 << 20) + 2 * BATCH_BYTES as u64;
 
 /// Collects changes into one object, compressed as they come.
 #[derive(Debug)]
@@ -75,7 +75,7 @@ impl Builder {
 
     /// Bytes of content so far, before compression, about.
     pub fn content_bytes(&self) -> u64 {
-        self.writer.content_bytes() + (self.whole.size() + self.newest.size()) as u64
+        self.writer.content_bytes() + (self.whole.bytes() + self.newest.bytes()) as u64
     }
 
     /// Leases that the puts refer to.
@@ -88,6 +88,10 @@ impl Builder {
         if main != self.last.saturating_add(1) {
             let gap = etcd_format::Error::Gap { have: self.last, next: main };
             return Err(Error::format("events from etcd")(gap));
+        }
+        // Together they must not be more than a batch.
+        if self.whole.size() + self.newest.size() > BATCH_BYTES {
+            self.whole.write(&mut self.writer)?;
         }
         self.whole.append(&mut self.newest);
         if self.whole.is_due() {
@@ -106,7 +110,7 @@ impl Builder {
         if self.revisions > 0 {
             self.newest.clear();
             if let Some(mark) = self.newest_begins.take() {
-                self.writer.rollback(mark)?;
+                self.writer.rollback(mark);
             }
             self.events = self.events_before;
             self.revisions -= 1;
@@ -144,6 +148,9 @@ impl Builder {
     pub fn finish(mut self, end: DeltaEnd, meta: ObjectMeta) -> Result<Vec<Bytes>> {
         let compact_revision = end.compact_revision;
         let end = DeltaEnd { revisions: self.revisions, events: self.events, ..end };
+        if self.whole.size() + self.newest.size() > BATCH_BYTES {
+            self.whole.write(&mut self.writer)?;
+        }
         self.whole.append(&mut self.newest);
         self.whole.write(&mut self.writer)?;
         let end = end.encode_to_vec();
@@ -344,6 +351,7 @@ mod tests {
     use std::io::BufReader;
 
     use super::*;
+    use etcd_format::{put_bytes_field, put_varint_field};
     use proptest::prelude::*;
 
     fn sample() -> Vec<u8> {
@@ -438,6 +446,45 @@ mod tests {
         }
     }
 
+    /// An object with one record, of this content.
+    fn object_of(kind: u64, content: &[u8]) -> Vec<u8> {
+        let mut record = Vec::new();
+        put_varint(&mut record, kind << 3 | 2);
+        put_varint(&mut record, content.len() as u64);
+        record.extend_from_slice(content);
+        let mut framed = Vec::new();
+        put_varint(&mut framed, record.len() as u64);
+        framed.extend_from_slice(&record);
+        let mut writer = Writer::for_delta();
+        writer.write(&framed).unwrap();
+        writer.finish_with_leading_meta(&ObjectMeta { layout: LAYOUT, ..ObjectMeta::default() }).unwrap().concat()
+    }
+
+    fn batch_of(lists: [&[u8]; 4]) -> Vec<u8> {
+        let mut content = Vec::new();
+        put_varint_field(&mut content, 1, 5);
+        for (number, list) in lists.into_iter().enumerate() {
+            put_bytes_field(&mut content, number as u32 + 2, list);
+        }
+        content
+    }
+
+    /// Lists that compress to nothing must not become gigabytes.
+    #[test]
+    fn lists_of_more_changes_than_any_batch_has_are_refused() {
+        let zeros = vec![0; 10 << 20];
+        let ones = [[0x80, 0x80, 0x80, 0x80, 0x08].as_slice(), &zeros].concat();
+        for (lists, said) in [
+            ([&[0][..], &[], &zeros, &[]], "key without changes"),
+            ([&[0], &zeros, &ones, &[]], "more changes than any"),
+            ([&zeros, &[], &[], &[]], "more revisions than any"),
+            ([&[0], &zeros, &[1, 0], &[]], "names more changes than it has"),
+        ] {
+            let refused = read(&object_of(5, &batch_of(lists))).map_err(|error| error.to_string());
+            assert!(refused.as_ref().is_err_and(|text| text.contains(said)), "{said}: {refused:?}");
+        }
+    }
+
     /// Values that follow others of their key, in several batches.
     #[test]
     fn many_versions_of_many_keys_round_trip() {
@@ -525,6 +572,14 @@ mod tests {
             content[at] ^= 1 << bit;
             let mut reader = Reader::new(content.as_slice(), "test");
             while let Ok(Some(_)) = reader.next() {}
+        }
+
+        #[test]
+        fn arbitrary_batches_never_panic(
+            heads in prop::collection::vec(0..4u8, 0..12), order in prop::collection::vec(0..4u8, 0..12),
+            keys in prop::collection::vec(prop_oneof![0..12u8, Just(0xff)], 0..24), changes: Vec<u8>,
+        ) {
+            let _ = read(&object_of(5, &batch_of([&heads, &order, &keys, &changes])));
         }
 
         #[test]

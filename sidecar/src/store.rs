@@ -131,31 +131,41 @@ impl Store {
     /// Applies what only the provider itself tells of the predecessor's objects.
     async fn mark(&self, objects: &mut BTreeMap<String, u64>) -> object_store::Result<()> {
         let Some(marks) = &self.marks else { return Ok(()) };
+        self.versions.lock().unwrap_or_else(PoisonError::into_inner).clear();
         let is_theirs = |name: &str| matches!(ObjectName::parse(name), Some(ObjectName::Gardener(_)));
         let any = objects.keys().any(|name| is_theirs(name));
         if !any && !marks.may_list_more() {
             return Ok(());
         }
+        let name_of = |path: &str| {
+            let name = Path::parse(path).ok().map(|path| self.relative(&path));
+            name.filter(|name| is_theirs(name))
+        };
         // Both of their trees begin with it.
-        let Some(marked) = marks.look(self.path("v").as_ref()).await? else {
-            if any {
-                tracing::warn!(
-                    "the store does not tell tags and versions of the predecessor's backups; those it excludes are not left out"
-                );
+        let marked = match marks.look(self.path("v").as_ref(), &|path| name_of(path).is_some()).await {
+            Ok(Some(marked)) => marked,
+            Ok(None) if any => {
+                let what = "those that are marked x-etcd-snapshot-exclude are not left out (on S3 it takes s3:ListBucketVersions and s3:GetObjectVersionTagging, on Azure reading tags)";
+                tracing::warn!("the store does not tell tags and versions of the predecessor's backups: {what}");
+                return Ok(());
             }
-            return Ok(());
+            Ok(None) => return Ok(()),
+            // Who has none of theirs must not fail for their sake.
+            Err(error) if !any => {
+                tracing::debug!(%error, "whether there are deleted objects of the predecessor's is not known");
+                return Ok(());
+            }
+            Err(error) => return Err(error),
         };
         let mut versions = BTreeMap::new();
         for (path, version) in marked.versions {
-            let name = self.relative(&Path::parse(path)?);
-            if is_theirs(&name) {
+            if let Some(name) = name_of(&path) {
                 objects.insert(name.clone(), version.size);
                 versions.insert(name, version.id);
             }
         }
-        for path in marked.excluded {
-            let name = self.relative(&Path::parse(path)?);
-            if is_theirs(&name) && objects.remove(&name).is_some() {
+        for name in marked.excluded.iter().filter_map(|path| name_of(path)) {
+            if objects.remove(&name).is_some() {
                 tracing::info!(name, "left out: it has the mark x-etcd-snapshot-exclude");
             }
         }

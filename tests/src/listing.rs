@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::proxy::{Fault, Message, Proxy, forward};
 
@@ -68,6 +68,7 @@ fn pages(answer: &Message) -> Result<Vec<Message>> {
     let Some((head, rest)) = text.split_once("<Contents>") else { return Ok(vec![answer.clone()]) };
     let (contents, tail) = rest.rsplit_once("</Contents>").context("no end of contents")?;
     let mut objects: Vec<&str> = contents.split("</Contents><Contents>").collect();
+    ensure!(objects.len() == text.matches("<Contents>").count(), "the answer is written otherwise: {text}");
     objects.reverse();
     let twice = objects.iter().flat_map(|object| [Some(*object), None, Some(*object)]);
     let objects: Vec<Option<&str>> = twice.collect();

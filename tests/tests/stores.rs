@@ -336,6 +336,7 @@ async fn one_request_of_upkeep_goes_wrong(fault: Fault, requests: impl Iterator<
         let listed = healthy.list().await?;
         let timeline = &listed["timelines"][0];
         ensure!(timeline["deltas"].as_array().is_some_and(Vec::is_empty), "request {n}: not collected: {listed}");
+        ensure!(proxy.seen() > 20, "only {} requests went through the proxy", proxy.seen());
         if proxy.seen() <= n {
             return Ok(());
         }
@@ -466,7 +467,15 @@ async fn listings_lag_behind() -> Result<()> {
             ensure!(found, "write {n} was acknowledged and is not restored: {}", run.stderr);
         }
         if n % 4 == 3 {
-            store.command("gc").args(["--policy", "limit-based", "--max-backups", "1"]).run().await?;
+            let gc = store.command("gc").args(["--policy", "limit-based", "--max-backups", "1"]).run().await?;
+            ensure!([0, 11].contains(&gc.code), "{}", gc.stderr);
+            let target = dir.path().join("restored");
+            healthy.restore(&target).run().await?.expect(0)?;
+            let (_, keys, _) = state::of_directory(&target)?;
+            std::fs::remove_dir_all(&target)?;
+            let last = acknowledged.to_string();
+            let found = keys.get(b"x".as_slice()).is_some_and(|entry| entry.value == last.as_bytes());
+            ensure!(found, "write {last} was acknowledged and gc lost it: {}", gc.stderr);
         }
     }
     ensure!(acknowledged >= 8, "no backup succeeded after write {acknowledged}");

@@ -1,7 +1,8 @@
 //! Changes in an order that compresses: all of one key next to each other.
 //!
 //! Most changes of a Kubernetes cluster differ little from the value that the key had before, which lies far back in the
-//! order of revisions; and of a put that follows another of its key, all but the value is known from that. The encoding is that of `DeltaBatch` in `proto/backup/backup.proto`.
+//! order of revisions; and of a put that follows another of its key, all but the value is known from that. The encoding is
+//! that of `DeltaBatch` in `proto/backup/backup.proto`.
 
 use etcd_format::mvcc::KeyValue;
 use etcd_format::wire::{Field, Fields};
@@ -21,6 +22,9 @@ const SLOW_BYTES_PER_MS: u64 = 2000;
 const SLOW_MS: u64 = 500;
 /// What a change takes beside its bytes, in memory.
 const CHANGE_OVERHEAD: usize = size_of::<Change>();
+/// Revisions and changes of a batch, together; a writer is far below.
+const MOST_ITEMS: usize = 1 << 18;
+const _: () = assert!(BATCH_BYTES / CHANGE_OVERHEAD < MOST_ITEMS);
 
 /// How a change is stored, by the low bits of its entry in the list of keys.
 const WHOLE: u64 = 0;
@@ -94,7 +98,12 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    /// Bytes that it takes, about.
+    /// Bytes of its changes.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Bytes that it takes in memory, about.
     pub(super) fn size(&self) -> usize {
         self.bytes.len() + (self.changes.len() + self.heads.len()) * CHANGE_OVERHEAD
     }
@@ -160,7 +169,7 @@ impl Batch {
         self.bytes.clear();
         self.changes.clear();
         self.heads.clear();
-        // One large revision must not stay allocated for the rest of the run.
+        // One large revision must not stay allocated for the rest of the delta.
         self.bytes.shrink_to(FAST_BATCH_BYTES);
     }
 
@@ -296,15 +305,14 @@ impl Expanded {
                 _ => return Err("batch has a field that is not known"),
             }
         }
-        // Each of these has more overhead than a byte.
-        if [heads, order, groups].iter().any(|list| list.len() > 2 * BATCH_BYTES) {
-            return Err("batch has more changes than any");
-        }
         let (placed, group_ends) = Self::place(groups, changes.len())?;
         let mut group_at: Vec<usize> = std::iter::once(0).chain(group_ends.iter().copied()).collect();
         let mut in_order = Vec::with_capacity(placed.len());
         let mut numbers = Varints(order);
         while !numbers.0.is_empty() {
+            if in_order.len() == placed.len() {
+                return Err("batch names more changes than it has");
+            }
             let group = numbers.next_or("order of a batch is cut short")? as usize;
             let end = *group_ends.get(group).ok_or("batch names a key that it does not have")?;
             let at = group_at.get_mut(group).filter(|at| **at < end).ok_or("batch names a key too often")?;
@@ -327,6 +335,9 @@ impl Expanded {
         let mut received_unix_ms = 0i64;
         while !numbers.0.is_empty() {
             let later = numbers.next_or("revisions of a batch are cut short")?;
+            if items.len() >= MOST_ITEMS {
+                return Err("batch has more revisions than any");
+            }
             received_unix_ms = received_unix_ms.wrapping_add((later >> 1) as i64 ^ -((later & 1) as i64));
             items.push(Item::Revision { main, received_unix_ms });
             main = main.wrapping_add(1);
@@ -348,7 +359,14 @@ impl Expanded {
         let (mut placed, mut ends, mut start) = (Vec::new(), Vec::new(), 0usize);
         let mut numbers = Varints(groups);
         while !numbers.0.is_empty() {
-            for _ in 0..numbers.next_or("keys of a batch are cut short")? {
+            let count = numbers.next_or("keys of a batch are cut short")?;
+            if count == 0 {
+                return Err("batch has a key without changes");
+            }
+            for _ in 0..count {
+                if placed.len() >= MOST_ITEMS {
+                    return Err("batch has more changes than any");
+                }
                 let number = numbers.next_or("keys of a batch are cut short")?;
                 let (length, kind) = ((number >> 2) as usize, (number & 3) as u8);
                 let end = start.checked_add(length).filter(|end| *end <= bytes && u32::try_from(*end).is_ok());
@@ -387,10 +405,13 @@ impl Expanded {
                 Ok(Some(Record::Delete(bytes)))
             }
             WHOLE => {
-                *newest = KeyValue::decode(bytes).ok().map(|kv| {
-                    let key_start = start + 1 + varint_bytes(kv.key.len() as u64);
-                    (key_start..key_start + kv.key.len(), Numbers::of(&kv))
-                });
+                let kv = KeyValue::decode(bytes).map_err(|_| "batch has a put that cannot be decoded")?;
+                let key_start = start + 1 + varint_bytes(kv.key.len() as u64);
+                let key = key_start..key_start + kv.key.len();
+                if record.get(key.clone()) != Some(kv.key) {
+                    return Err("batch has a put that is not encoded as etcd does");
+                }
+                *newest = Some((key, Numbers::of(&kv)));
                 Ok(Some(Record::Put(bytes)))
             }
             FOLLOWS if self.main > 0 => {

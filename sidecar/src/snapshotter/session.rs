@@ -378,7 +378,7 @@ impl<'s> Session<'s> {
         }
         let mut watch = self.etcd.watch(tip.saturating_add(1)).await?;
         loop {
-            self.pending.absorb()?;
+            tokio::task::block_in_place(|| self.pending.absorb())?;
             let done = self.pending.has(target);
             if self.pending.is_closable() && (done || self.pending.is_full()) {
                 if done {
@@ -454,7 +454,7 @@ impl<'s> Session<'s> {
         let mut rotation_wanted = false;
         loop {
             self.start_full_if_due(tasks).await;
-            if let Err(error) = self.pending.absorb() {
+            if let Err(error) = tokio::task::block_in_place(|| self.pending.absorb()) {
                 if error.class() != Class::Missing {
                     return Err(error);
                 }
@@ -543,7 +543,7 @@ impl<'s> Session<'s> {
             }
         };
         loop {
-            self.pending.absorb()?;
+            tokio::task::block_in_place(|| self.pending.absorb())?;
             if self.pending.has(target) {
                 return Ok(());
             }
@@ -659,7 +659,7 @@ impl<'s> Session<'s> {
         }
         loop {
             // A gap ends what can be taken in; what is before it is whole.
-            let absorbed = self.pending.absorb().is_ok();
+            let absorbed = tokio::task::block_in_place(|| self.pending.absorb()).is_ok();
             self.pending.cut_unfinished()?;
             if !self.pending.is_closable() {
                 return Ok(());

@@ -31,8 +31,10 @@ enum Fault {
     FailsLate,
     /// It takes long.
     Slow,
-    /// Of what is read a half is missing.
+    /// Of what is read a half is missing, and that is an error.
     Short,
+    /// Of what is read a half is missing, and nothing says so.
+    Truncated,
 }
 
 /// A store whose n-th operation goes wrong.
@@ -73,7 +75,7 @@ async fn run<T>(fault: Option<Fault>, operation: impl Future<Output = StoreResul
             tokio::time::sleep(Duration::from_millis(50)).await;
             operation.await
         }
-        Some(Fault::Short) | None => operation.await,
+        Some(Fault::Short | Fault::Truncated) | None => operation.await,
     }
 }
 
@@ -95,12 +97,13 @@ impl ObjectStore for Faulty {
     async fn get_opts(&self, path: &Path, options: GetOptions) -> StoreResult<GetResult> {
         let fault = self.next();
         let mut got = run(fault, self.inner.get_opts(path, options)).await?;
-        if fault == Some(Fault::Short) {
+        if matches!(fault, Some(Fault::Short | Fault::Truncated)) {
             let (meta, range, attributes, extensions) =
                 (got.meta.clone(), got.range.clone(), got.attributes.clone(), got.extensions.clone());
             let bytes = got.bytes().await?;
             let half = bytes.slice(..bytes.len() / 2);
-            let payload = GetResultPayload::Stream(futures::stream::iter([Ok(half), Err(broken())]).boxed());
+            let end = (fault == Some(Fault::Short)).then(|| Err(broken()));
+            let payload = GetResultPayload::Stream(futures::stream::iter(std::iter::once(Ok(half)).chain(end)).boxed());
             got = GetResult { payload, meta, range, attributes, extensions };
         }
         Ok(got)
@@ -119,7 +122,7 @@ impl ObjectStore for Faulty {
             Some(Fault::Fails | Fault::FailsLate) => futures::stream::iter([Err(broken())]).boxed(),
             // A page, and no more.
             Some(Fault::Short) => listed.take(1).chain(futures::stream::iter([Err(broken())])).boxed(),
-            Some(Fault::Slow) | None => listed,
+            Some(Fault::Slow | Fault::Truncated) | None => listed,
         }
     }
 
@@ -194,7 +197,9 @@ async fn keeps(inner: Arc<dyn ObjectStore>, fault: Fault, at: usize) -> Result<u
         ($operation:expr) => {
             match $operation.await {
                 Err(error) => {
-                    assert_eq!(error.class(), Class::Transient, "{fault:?} at {at}: {error}");
+                    // What nothing says is missing looks damaged.
+                    let expected = if fault == Fault::Truncated { Class::Corrupt } else { Class::Transient };
+                    assert_eq!(error.class(), expected, "{fault:?} at {at}: {error}");
                     failed += 1;
                     $operation.await?
                 }
@@ -264,4 +269,5 @@ conformance! {
     memory_that_fails_late, a_directory_that_fails_late: Fault::FailsLate;
     memory_that_is_slow, a_directory_that_is_slow: Fault::Slow;
     memory_that_is_cut_short, a_directory_that_is_cut_short: Fault::Short;
+    memory_that_is_truncated, a_directory_that_is_truncated: Fault::Truncated;
 }

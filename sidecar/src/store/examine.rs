@@ -161,8 +161,11 @@ impl Store {
         let staging = ObjectName::Uploading { timeline: 0, unix_ms: name.unix_ms(), random: rand::random() };
         let uploaded = async {
             let mut upload = self.upload(staging);
-            upload.write(content.clone()).await?;
-            let finished = upload.finish(name).await;
+            let finished = async {
+                upload.write(content.clone()).await?;
+                upload.finish(name).await
+            };
+            let finished = finished.await;
             if finished.is_err() {
                 upload.abort().await;
             }

@@ -3,7 +3,7 @@
 //! a service account.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -14,6 +14,7 @@ use object_store::client::{HttpClient, HttpRequestBody};
 use object_store::gcp::GcpCredential;
 use serde::Deserialize;
 use serde_json::json;
+use tokio::sync::Mutex;
 
 use super::environment::unusable;
 use crate::{Error, Result};
@@ -22,8 +23,11 @@ use crate::{Error, Result};
 const TOKEN_URL: &str = "https://sts.googleapis.com/v1/token";
 const IMPERSONATION_URL: &str = "https://iamcredentials.googleapis.com/v1/";
 const SCOPE: &str = "https://www.googleapis.com/auth/devstorage.read_write";
-/// One that ends soon is not used for a request that may take a minute.
+/// One that ends sooner is renewed; while that fails it is used as long as a request may take.
 const LEAST_LIFE: TimeDelta = TimeDelta::minutes(5);
+const LAST_USE: TimeDelta = TimeDelta::minutes(1);
+/// Where the service does not say, as its standard lets it.
+const USUAL_LIFE_SECONDS: i64 = 3600;
 const ATTEMPTS: u32 = 3;
 
 #[derive(Debug, Deserialize)]
@@ -105,8 +109,7 @@ impl Source {
 #[derive(Deserialize)]
 struct Exchanged {
     access_token: String,
-    #[serde(default)]
-    expires_in: i64,
+    expires_in: Option<i64>,
 }
 
 #[derive(Deserialize)]
@@ -121,6 +124,7 @@ struct Current {
     /// The file that it was made by.
     account: Vec<u8>,
     credential: Arc<GcpCredential>,
+    renew_at: DateTime<Utc>,
     until: DateTime<Utc>,
 }
 
@@ -146,10 +150,6 @@ impl Federation {
         Ok(Self { path, http, current: Mutex::default() })
     }
 
-    fn current(&self) -> std::sync::MutexGuard<'_, Option<Current>> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     async fn renew(&self, text: &[u8]) -> Result<Current> {
         let account = Account::parse(text, &self.path)?;
         let file = &account.credential_source.file;
@@ -159,7 +159,10 @@ impl Federation {
         let body = self.post(&account.token_url, form, None, account.exchange(&subject)).await?;
         let exchanged: Exchanged = understood(&account.token_url, &body)?;
         let (token, until) = match &account.service_account_impersonation_url {
-            None => (exchanged.access_token, Utc::now() + TimeDelta::seconds(exchanged.expires_in.clamp(0, 86_400))),
+            None => {
+                let seconds = exchanged.expires_in.unwrap_or(USUAL_LIFE_SECONDS).clamp(0, 86_400);
+                (exchanged.access_token, Utc::now() + TimeDelta::seconds(seconds))
+            }
             Some(url) => {
                 let ask = json!({"scope": [SCOPE], "lifetime": "3600s"}).to_string();
                 let body = self.post(url, "application/json", Some(&exchanged.access_token), ask).await?;
@@ -167,7 +170,10 @@ impl Federation {
                 (impersonated.access_token, impersonated.expire_time)
             }
         };
-        Ok(Current { account: text.to_owned(), credential: Arc::new(GcpCredential { bearer: token }), until })
+        // One that is given for less is used for half of that: not each request must ask for another.
+        let renew_at = (until - LEAST_LIFE).max(Utc::now() + (until - Utc::now()) / 2);
+        let credential = Arc::new(GcpCredential { bearer: token });
+        Ok(Current { account: text.to_owned(), credential, renew_at, until })
     }
 
     async fn post(&self, url: &str, kind: &str, bearer: Option<&str>, body: String) -> Result<Bytes> {
@@ -222,14 +228,22 @@ impl CredentialProvider for Federation {
     async fn get_credential(&self) -> object_store::Result<Arc<GcpCredential>> {
         let read = std::fs::read(&self.path).map_err(Error::io("read the secret", self.path.display()));
         let text = read.map_err(unusable)?;
-        let usable = |current: &&Current| current.account == text && current.until - Utc::now() > LEAST_LIFE;
-        if let Some(credential) = self.current().as_ref().filter(usable).map(|current| current.credential.clone()) {
-            return Ok(credential);
+        // Held over the exchange: requests that meet the same end ask once.
+        let mut current = self.current.lock().await;
+        let ours = current.as_ref().filter(|current| current.account == text);
+        if let Some(fresh) = ours.filter(|current| Utc::now() < current.renew_at) {
+            return Ok(fresh.credential.clone());
         }
-        let renewed = self.renew(&text).await.map_err(unusable)?;
-        let credential = renewed.credential.clone();
-        *self.current() = Some(renewed);
-        Ok(credential)
+        match self.renew(&text).await {
+            Ok(renewed) => Ok(current.insert(renewed).credential.clone()),
+            Err(error) => match ours.filter(|current| current.until - Utc::now() > LAST_USE) {
+                Some(last) => {
+                    tracing::warn!(%error, "the token cannot be renewed; the one at hand is good for a while");
+                    Ok(last.credential.clone())
+                }
+                None => Err(unusable(error)),
+            },
+        }
     }
 }
 

@@ -70,10 +70,14 @@ impl Marks {
         matches!(self.place, Place::S3 { .. })
     }
 
-    /// Looks at what begins with `prefix`. `None` when the provider does not tell, or not us.
-    pub(super) async fn look(&self, prefix: &str) -> object_store::Result<Option<Marked>> {
+    /// Looks at what begins with `prefix` and is `relevant`. `None` when the provider does not tell, or not us.
+    pub(super) async fn look(
+        &self,
+        prefix: &str,
+        relevant: &(dyn Fn(&str) -> bool + Sync),
+    ) -> object_store::Result<Option<Marked>> {
         match &self.place {
-            Place::S3 { .. } => self.look_at_versions(prefix).await,
+            Place::S3 { .. } => self.look_at_versions(prefix, relevant).await,
             Place::Azure { container, .. } => {
                 let fixed = [("restype", "container"), ("comp", "list"), ("include", "tags"), ("prefix", prefix)];
                 self.look_at_pages(container, &fixed, "marker", AzurePage::parse).await
@@ -117,18 +121,27 @@ impl Marks {
             if let Some(at) = &at {
                 url.query_pairs_mut().append_pair(next, at);
             }
-            let Answer::Told(body) = self.ask(Method::GET, &url).await? else { return Ok(None) };
+            let body = match self.ask(Method::GET, &url).await? {
+                Answer::Told(body) => body,
+                Answer::Refused(_) if at.is_none() => return Ok(None),
+                Answer::Refused(status) => return Err(broken_off(status)),
+            };
             let page = parse(&body)?;
             marked.excluded.extend(page.excluded);
             match page.next.filter(|next| !next.is_empty()) {
-                // A server that always answers the same would be asked for ever.
-                Some(next) if at.as_ref() != Some(&next) => at = Some(next),
-                _ => return Ok(Some(marked)),
+                None => return Ok(Some(marked)),
+                // It would be asked for ever.
+                Some(next) if at.as_ref() == Some(&next) => return Err(broken_off("the same page again")),
+                Some(next) => at = Some(next),
             }
         }
     }
 
-    async fn look_at_versions(&self, prefix: &str) -> object_store::Result<Option<Marked>> {
+    async fn look_at_versions(
+        &self,
+        prefix: &str,
+        relevant: &(dyn Fn(&str) -> bool + Sync),
+    ) -> object_store::Result<Option<Marked>> {
         let Place::S3 { store, .. } = &self.place else { return Ok(None) };
         let mut bucket = address(store, &Path::from("x")).await?;
         if let Ok(mut segments) = bucket.path_segments_mut() {
@@ -139,23 +152,32 @@ impl Marks {
             let mut url = bucket.clone();
             url.query_pairs_mut().append_pair("versions", "").append_pair("prefix", prefix);
             if let Some((key, version)) = &at {
-                url.query_pairs_mut().append_pair("key-marker", key).append_pair("version-id-marker", version);
+                url.query_pairs_mut().append_pair("key-marker", key);
+                if !version.is_empty() {
+                    url.query_pairs_mut().append_pair("version-id-marker", version);
+                }
             }
-            let Answer::Told(body) = self.ask(Method::GET, &url).await? else { return Ok(None) };
+            let body = match self.ask(Method::GET, &url).await? {
+                Answer::Told(body) => body,
+                Answer::Refused(_) if at.is_none() => return Ok(None),
+                Answer::Refused(status) => return Err(broken_off(status)),
+            };
             let page: VersionsPage = from_xml(&body)?;
-            page.add_to(&mut keys);
-            let next = (page.next_key, page.next_version);
-            if !page.is_truncated || next.0.is_empty() || at.as_ref() == Some(&next) {
+            page.add_to(&mut keys, relevant);
+            if !page.is_truncated {
                 break;
+            }
+            let next = (page.next_key, page.next_version);
+            if next.0.is_empty() || at.as_ref() == Some(&next) {
+                return Err(broken_off("no next page"));
             }
             at = Some(next);
         }
-        let deleted: Vec<_> = keys.iter().filter(|(_, key)| key.is_deleted && !key.oldest.id.is_empty()).collect();
+        let is_deleted = |key: &Versions| key.is_deleted && !key.oldest.id.is_empty();
+        let deleted = keys.iter().filter(|(_, key)| is_deleted(key));
+        let deleted: Vec<_> = deleted.map(|(name, key)| (name.clone(), key.oldest.id.clone())).collect();
         let tagged: Vec<Option<String>> = futures::stream::iter(deleted)
-            .map(|(name, key)| async move {
-                let excluded = self.is_excluded(store, name, &key.oldest.id).await?;
-                Ok::<_, object_store::Error>(excluded.then(|| name.clone()))
-            })
+            .map(|(name, version)| self.excluded(store, name, version))
             .buffer_unordered(AT_ONCE)
             .try_collect()
             .await?;
@@ -163,12 +185,13 @@ impl Marks {
         Ok(Some(Marked { excluded: tagged.into_iter().flatten().collect(), versions }))
     }
 
-    async fn is_excluded(&self, store: &AmazonS3, name: &str, version: &str) -> object_store::Result<bool> {
-        let mut url = address(store, &Path::parse(name)?).await?;
-        url.query_pairs_mut().append_pair("tagging", "").append_pair("versionId", version);
+    /// The name, when its version is tagged to be left out.
+    async fn excluded(&self, store: &AmazonS3, name: String, version: String) -> object_store::Result<Option<String>> {
+        let mut url = address(store, &Path::parse(&name)?).await?;
+        url.query_pairs_mut().append_pair("tagging", "").append_pair("versionId", &version);
         match self.ask(Method::GET, &url).await? {
-            Answer::Told(body) => Ok(from_xml::<Tagging>(&body)?.set.excludes()),
-            Answer::Refused(StatusCode::NOT_FOUND) => Ok(false),
+            Answer::Told(body) => Ok(from_xml::<Tagging>(&body)?.set.excludes().then_some(name)),
+            Answer::Refused(StatusCode::NOT_FOUND) => Ok(None),
             Answer::Refused(status) => Err(failed(format!("{status} to the tags of {name}").into())),
         }
     }
@@ -229,6 +252,11 @@ async fn address(store: &AmazonS3, path: &Path) -> object_store::Result<Url> {
     let mut url = store.signed_url(Method::GET, path, Duration::from_secs(60)).await?;
     url.set_query(None);
     Ok(url)
+}
+
+/// A listing that ends in the middle would hide what is excluded.
+fn broken_off(why: impl std::fmt::Display) -> object_store::Error {
+    failed(format!("the listing of versions and tags breaks off: {why}").into())
 }
 
 fn failed(source: Box<dyn std::error::Error + Send + Sync>) -> object_store::Error {
@@ -362,14 +390,14 @@ impl Versions {
 
 impl VersionsPage {
     /// The versions of a key are listed with the newest first, over pages too.
-    fn add_to(&self, keys: &mut BTreeMap<String, Versions>) {
+    fn add_to(&self, keys: &mut BTreeMap<String, Versions>, relevant: &(dyn Fn(&str) -> bool + Sync)) {
         let none = || Versions { oldest: Version { id: String::new(), size: 0 }, count: 0, is_deleted: false };
-        for entry in &self.version {
+        for entry in self.version.iter().filter(|entry| relevant(&entry.key)) {
             let key = keys.entry(entry.key.clone()).or_insert_with(none);
             key.oldest = Version { id: entry.version_id.clone(), size: entry.size };
             key.count += 1;
         }
-        for entry in &self.delete_marker {
+        for entry in self.delete_marker.iter().filter(|entry| relevant(&entry.key)) {
             keys.entry(entry.key.clone()).or_insert_with(none).is_deleted = true;
         }
     }
@@ -391,13 +419,15 @@ mod tests {
         let marker = "<DeleteMarker><Key>b</Key><VersionId>m</VersionId></DeleteMarker>";
         let page =
             |content: String| format!("<?xml version=\"1.0\"?><ListVersionsResult>{content}</ListVersionsResult>");
-        let first = entry("a", "new", 9) + marker + &entry("b", "only", 3) + &entry("c", "null", 1);
+        let first =
+            entry("a", "new", 9) + marker + &entry("b", "only", 3) + &entry("c", "null", 1) + &entry("foreign", "x", 1);
         let first = page(first + "<IsTruncated>true</IsTruncated><NextKeyMarker>c</NextKeyMarker>");
         let second = page(entry("a", "old", 7) + "<IsTruncated>false</IsTruncated>");
         let mut keys = BTreeMap::new();
         for body in [&first, &second] {
-            from_xml::<VersionsPage>(body.as_bytes())?.add_to(&mut keys);
+            from_xml::<VersionsPage>(body.as_bytes())?.add_to(&mut keys, &|key| key != "foreign");
         }
+        assert!(!keys.contains_key("foreign"));
         assert_eq!(keys["a"].oldest, Version { id: "old".into(), size: 7 });
         assert!(keys["a"].counts() && keys["b"].counts() && keys["b"].is_deleted && !keys["c"].counts());
         assert!(from_xml::<VersionsPage>(b"<ListVersionsResult><Ver").is_err());

@@ -144,7 +144,7 @@ impl Place<'_> {
         if let Some(endpoint) = endpoint {
             builder = builder.with_endpoint(endpoint);
         }
-        let is_signed = builder.get_config_value(&AmazonS3ConfigKey::SkipSignature).as_deref() != Some("true");
+        let is_signed = !is_on(builder.get_config_value(&AmazonS3ConfigKey::SkipSignature));
         let region = builder.get_config_value(&AmazonS3ConfigKey::Region).unwrap_or_else(|| "us-east-1".to_owned());
         let store = builder.build().map_err(self.fail())?;
         let marks = is_signed.then(|| marks::Place::S3 { store: store.clone(), region });
@@ -185,10 +185,11 @@ impl Place<'_> {
         if let Some(url) = &emulator {
             builder = builder.with_base_url(url).with_bearer_token("none");
         }
-        let is_signed = builder.get_config_value(&GoogleConfigKey::SkipSignature).as_deref() != Some("true");
+        let is_signed = !is_on(builder.get_config_value(&GoogleConfigKey::SkipSignature));
+        let base = builder.get_config_value(&GoogleConfigKey::BaseUrl);
         let store = builder.build().map_err(self.fail())?;
-        let base = emulator.as_deref().unwrap_or("https://storage.googleapis.com").trim_end_matches('/');
-        let bucket = Url::parse(&format!("{base}/storage/v1/b/{}/o", self.bucket()?)).ok();
+        let base = base.unwrap_or_else(|| "https://storage.googleapis.com".to_owned());
+        let bucket = Url::parse(&format!("{}/storage/v1/b/{}/o", base.trim_end_matches('/'), self.bucket()?)).ok();
         let marks = bucket.filter(|_| is_signed).map(|bucket| marks::Place::Google { store: store.clone(), bucket });
         self.with_marks(store, marks, &options)
     }
@@ -219,7 +220,10 @@ impl Place<'_> {
         if let Some(endpoint) = endpoint {
             builder = builder.with_endpoint(endpoint);
         }
-        let is_signed = builder.get_config_value(&AzureConfigKey::SkipSignature).as_deref() != Some("true");
+        // Of these two the library makes addresses of its own.
+        let elsewhere = [AzureConfigKey::UseEmulator, AzureConfigKey::UseFabricEndpoint];
+        let is_elsewhere = elsewhere.iter().any(|key| is_on(builder.get_config_value(key)));
+        let is_signed = !is_on(builder.get_config_value(&AzureConfigKey::SkipSignature)) && !is_elsewhere;
         let account = builder.get_config_value(&AzureConfigKey::AccountName).unwrap_or_default();
         let endpoint = builder.get_config_value(&AzureConfigKey::Endpoint);
         let endpoint = endpoint.unwrap_or_else(|| format!("https://{account}.blob.core.windows.net"));
@@ -292,6 +296,11 @@ impl Place<'_> {
         }
         Ok(options)
     }
+}
+
+/// A switch, as the library reads them.
+fn is_on(value: Option<String>) -> bool {
+    value.is_some_and(|value| ["1", "true", "on", "yes", "y"].contains(&value.to_ascii_lowercase().as_str()))
 }
 
 /// What kind of account a credentials file of Google's is of.
