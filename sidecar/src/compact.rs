@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use chrono::Utc;
 use etcd_format::bolt::Db;
-use etcd_format::datadir::{Finding, Rewrite, Scratch, Severity, Staged, Summary, Verify, WantHash, verify_and_see};
+use etcd_format::datadir::{self, Finding, Rewrite, Severity, Staged, Summary, Verify, WantHash, verify_and_see};
 use etcd_format::mvcc::{HashRequest, HashRules};
 use proto::backup::ObjectMeta;
 use serde::Serialize;
@@ -25,6 +25,7 @@ use crate::container::LAYOUT;
 use crate::object::FullWriter;
 use crate::restore::{Aside, Pieces, Recorded, fetch, from_store, recorded_hash};
 use crate::retention::ABANDONED_AFTER;
+use crate::scratch::Scratch;
 use crate::store::{self, Store, Upload};
 use crate::{Error, Result};
 use spool::Spool;
@@ -208,10 +209,10 @@ struct Merge {
 
 impl Merge {
     fn run(self, mut received: Pieces, work_dir: &Path, out: &mpsc::Sender<Bytes>) -> Result<Compacted> {
-        let dir = tempfile::Builder::new().prefix("sidecar-compact-").tempdir_in(work_dir);
-        let dir = dir.map_err(Error::io("make a directory in", work_dir.display()))?;
+        let dir = Scratch::new(work_dir, "sidecar-compact-")?;
         let place = dir.path().display().to_string();
-        let staged = Staged::create(Scratch, &dir.path().join("data"), false).map_err(Error::format(&place))?;
+        let staged =
+            Staged::create(datadir::Scratch, &dir.path().join("data"), false).map_err(Error::format(&place))?;
         let (cluster_id, recorded) = (self.full.cluster_id, recorded_hash(&self.full));
         let mut aside = Aside { cluster_id, recorded, ..Aside::default() };
         let tail = from_store(&staged, &self.named, &mut received, None, &mut aside, &self.stop, &|_| {})?;
@@ -246,6 +247,12 @@ impl Merge {
             rewrite.finish().map_err(Error::format(&name))
         })?;
         let summary = checked.ok_or_else(|| Error::Bug { what: "a database was not checked".into() })?;
+        if summary.revision != revision {
+            return Err(Error::corrupt(format!(
+                "the backup is named up to revision {revision}, what it holds ends at {}",
+                summary.revision
+            )));
+        }
         if let (Some(found), Some(recorded)) = (summary.hash, aside.recorded)
             && !found.may_be(recorded.hash.hash)
         {

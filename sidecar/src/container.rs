@@ -274,6 +274,17 @@ fn encode_meta(meta: &ObjectMeta) -> Vec<u8> {
     bytes
 }
 
+/// A hash is of a revision that was not compacted away.
+fn check_hash(name: &str, meta: &ObjectMeta) -> Result<()> {
+    match meta.hash_kv {
+        Some(hash) if hash.compact_revision > hash.revision || hash.revision < 0 => Err(Error::corrupt(format!(
+            "{name}: metadata is damaged: it has a hash at revision {} and compaction {}",
+            hash.revision, hash.compact_revision
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Checks the checksum of encoded metadata.
 fn check_meta(name: &str, content: &[u8]) -> Result<()> {
     let whole = content.len().checked_sub(CHECKSUM_TAG.len() + 4).and_then(|at| content.split_at_checked(at));
@@ -375,7 +386,7 @@ pub fn meta_from_tail(name: &str, size: u64, head: &[u8], tail: &[u8]) -> Result
 
 fn check_layout(name: &str, meta: &ObjectMeta) -> Result<()> {
     if meta.layout <= LAYOUT {
-        return Ok(());
+        return check_hash(name, meta);
     }
     let layout = meta.layout;
     Err(Error::precondition(format!(

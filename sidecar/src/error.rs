@@ -120,7 +120,7 @@ pub enum Error {
     },
     /// etcd compacted revisions that were not backed up yet.
     #[error(
-        "etcd compacted its history up to revision {compacted}; the backup has it up to {have}: revisions between are in no delta"
+        "etcd compacted its history up to revision {compacted}; the backup has it up to {have}: revisions between are in no delta; take a full snapshot"
     )]
     Compacted {
         /// Last revision backed up.

@@ -25,6 +25,7 @@ pub mod gc;
 pub mod object;
 pub mod restore;
 pub mod retention;
+mod scratch;
 pub mod snapshotter;
 pub mod store;
 pub mod verify;

@@ -35,6 +35,7 @@ use crate::catalog::{Chain, ObjectName, Timeline};
 use crate::container::{self, FromTail};
 use crate::delta::Record;
 use crate::object::{Content, Records, check_full_revision};
+use crate::scratch::Scratch;
 use crate::store::Store;
 use crate::{Error, Result};
 
@@ -320,8 +321,7 @@ pub(crate) async fn replay(
         // Rows that the snapshot no longer has cannot be hashed as they were.
         recorded.extend(recorded_hash(&meta).filter(|recorded| recorded.hash.compact_revision.max(0) >= compacted));
     }
-    let dir = tempfile::Builder::new().prefix("sidecar-verify-").tempdir_in(work_dir);
-    let dir = dir.map_err(Error::io("make a directory in", work_dir.display()))?;
+    let dir = Scratch::new(work_dir, "sidecar-verify-")?;
     let cluster = NewCluster::parse("default=http://localhost:2380", "verify").map_err(Error::format("a cluster"))?;
     let data_dir = dir.path().join("data");
     let targets = vec![Target { name: "default".to_owned(), data_dir: data_dir.clone() }];

@@ -372,7 +372,7 @@ impl Store {
     pub async fn delete(&self, name: &ObjectName) -> Result<()> {
         let path = self.path(&name.to_string());
         let deleted = match (self.version(name), &self.marks) {
-            (Some(version), Some(marks)) => marks.delete(&path, &version).await,
+            (Some(_), Some(marks)) => marks.delete(&path).await,
             _ => self.inner.delete(&path).await,
         };
         match deleted {

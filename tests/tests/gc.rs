@@ -70,6 +70,8 @@ async fn what_newer_backups_replaced_goes_and_the_rest_restores() -> Result<()> 
         going(&gc(&store, &["--policy", "limit-based", "--max-backups", "1", "--delta-retention", "1h"]).await?)? == 0
     );
     store.command("gc").args(["--policy", "best"]).run().await?.expect(2)?;
+    store.command("gc").args(["--max-backups", "3"]).run().await?.expect(2)?.says("limit-based")?;
+    store.command("gc").args(["--policy", "limit-based", "--max-backups", "0"]).run().await?.expect(2)?;
     store.command("gc").args(["--delta-retention", "1 year"]).run().await?.expect(2)?;
     Ok(())
 }

@@ -9,7 +9,7 @@ use super::{Output, StoreFlag, bytes, columns, parse_period, print};
 use crate::gc::{Collected, collect};
 use crate::retention::{Policy, Retention};
 use crate::store::{Open, Store};
-use crate::{Class, Result};
+use crate::{Class, Error, Result};
 
 /// Delete backups that newer ones have replaced.
 ///
@@ -24,9 +24,9 @@ pub struct Args {
     /// days, and for each of four weeks.
     #[arg(long, value_enum, default_value_t = PolicyFlag::Exponential)]
     policy: PolicyFlag,
-    /// Full snapshots that stay with the policy limit-based.
-    #[arg(long, default_value_t = 7, value_name = "N")]
-    max_backups: usize,
+    /// Full snapshots that stay with the policy limit-based; 7 when not given.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    max_backups: Option<u32>,
     /// Deltas younger than this stay, with what they build upon, so that any point in time since can be restored; such as 0s,
     /// 12h, 7d. Those after the newest full snapshot always stay.
     #[arg(long, default_value = "0s", value_parser = parse_period, value_name = "DURATION")]
@@ -47,8 +47,11 @@ enum PolicyFlag {
 pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> Result<u8> {
     let store = Store::open(&args.store.store, Open::Existing)?;
     let policy = match args.policy {
+        PolicyFlag::Exponential if args.max_backups.is_some() => {
+            return Err(Error::invalid("--max-backups goes with --policy limit-based"));
+        }
         PolicyFlag::Exponential => Policy::Exponential,
-        PolicyFlag::LimitBased => Policy::LimitBased { max_backups: args.max_backups },
+        PolicyFlag::LimitBased => Policy::LimitBased { max_backups: args.max_backups.unwrap_or(7) as usize },
     };
     let retention = Retention { policy, deltas: args.delta_retention };
     let collected = collect(&store, retention, args.dry_run, &stop).await?;

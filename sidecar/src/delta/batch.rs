@@ -341,7 +341,10 @@ impl Expanded {
             received_unix_ms = received_unix_ms.wrapping_add((later >> 1) as i64 ^ -((later & 1) as i64));
             items.push(Item::Revision { main, received_unix_ms });
             main = main.wrapping_add(1);
-            take(numbers.next_or("revisions of a batch are cut short")?, &mut items)?;
+            match numbers.next_or("revisions of a batch are cut short")? {
+                0 => return Err("batch has a revision without changes"),
+                count => take(count, &mut items)?,
+            }
         }
         if rest.next().is_some() {
             return Err("batch has changes of no revision");

@@ -156,7 +156,8 @@ async fn choose_timeline<'c>(store: &Store, catalog: &'c Catalog, choice: &Choic
                 catalog.timelines.iter().rev().find(|(_, history)| began(history).is_some_and(|at| at <= unix_ms));
             found.map(|(timeline, history)| (*timeline, history)).ok_or_else(|| {
                 let oldest = catalog.timelines.values().filter_map(began).min().unwrap_or_default();
-                Error::missing(format!("the oldest full snapshot in store {url} is of {}", crate::cli::time(oldest)))
+                let (asked, oldest) = (crate::cli::time(unix_ms), crate::cli::time(oldest));
+                Error::missing(format!("nothing is of {asked}: the oldest full snapshot in store {url} is of {oldest}"))
             })
         }
         Upto::Revision(revision) => {
@@ -185,8 +186,10 @@ async fn choose_timeline<'c>(store: &Store, catalog: &'c Catalog, choice: &Choic
 }
 
 fn nothing_to_restore(catalog: &Catalog, url: &str) -> Error {
-    let what = if !catalog.timelines.is_empty() {
+    let what = if catalog.timelines.values().any(|history| !history.deltas.is_empty()) {
         "has deltas but no full snapshot".to_owned()
+    } else if !catalog.timelines.is_empty() {
+        "has no full snapshot yet".to_owned()
     } else if catalog.foreign.is_empty() {
         "is empty; check bucket and prefix".to_owned()
     } else {
@@ -204,7 +207,12 @@ async fn at_time(store: &Store, timeline: Timeline, history: &History, unix_ms: 
         return Ok(AtTime { revision: last, received_unix_ms: None, next_unix_ms: None });
     };
     let mut times = revision_times(store, timeline, delta).await?;
-    let next_unix_ms = times.iter().map(|(_, received)| *received).find(|received| *received > unix_ms);
+    let mut next_unix_ms = times.iter().map(|(_, received)| *received).find(|received| *received > unix_ms);
+    if next_unix_ms.is_none()
+        && let Some(after) = history.deltas.iter().find(|after| after.last > delta.last)
+    {
+        next_unix_ms = revision_times(store, timeline, after).await?.first().map(|(_, received)| *received);
+    }
     times.retain(|(_, received)| *received <= unix_ms);
     if times.is_empty()
         && let Some(before) = history.deltas.iter().rev().find(|before| before.last.saturating_add(1) == delta.first)

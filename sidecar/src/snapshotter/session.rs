@@ -703,7 +703,7 @@ fn unproven(have: i64, compacted: i64) -> Error {
             "the backup ends with a full snapshot, of revision {have}, that has no hash: nothing proves that etcd continues it"
         )
     };
-    tracing::warn!("{what}; a full snapshot is taken");
+    tracing::warn!("{what}; a full snapshot is due");
     Error::precondition(format!("{what}; take a full snapshot with --once full"))
 }
 
@@ -711,6 +711,6 @@ fn warn_of_hole(have: i64, compacted: i64) {
     tracing::error!(
         backed_up_to = have,
         compacted,
-        "etcd compacted revisions that are in no delta yet; a full snapshot is taken, and no point in time between can be restored"
+        "etcd compacted revisions that are in no delta yet; a full snapshot is due, and no point in time between can be restored"
     );
 }

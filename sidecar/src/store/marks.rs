@@ -89,22 +89,32 @@ impl Marks {
         }
     }
 
-    /// Deletes one version of an object.
-    pub(super) async fn delete(&self, path: &Path, version: &str) -> object_store::Result<()> {
+    /// Deletes an object with all its versions, the newest first: what was put over the one that counts never does.
+    pub(super) async fn delete(&self, path: &Path) -> object_store::Result<()> {
         let Place::S3 { store, .. } = &self.place else { return Ok(()) };
-        let mut url = address(store, path).await?;
-        url.query_pairs_mut().append_pair("versionId", version);
-        match self.ask(Method::DELETE, &url).await? {
-            Answer::Told(_) | Answer::Refused(StatusCode::NOT_FOUND) => Ok(()),
-            Answer::Refused(status) => {
-                let source = format!("{status} to deleting version {version}").into();
-                Err(if status == StatusCode::FORBIDDEN {
-                    object_store::Error::PermissionDenied { path: path.to_string(), source }
-                } else {
-                    failed(source)
-                })
+        let mut found = Vec::new();
+        let mut see = |page: VersionsPage| {
+            let all = page.delete_marker.into_iter().chain(page.version);
+            found.extend(all.filter(|entry| entry.key == path.as_ref()).map(|entry| entry.version_id));
+        };
+        if !self.each_page(store, path.as_ref(), &mut see).await? {
+            return Err(failed("the versions of the object are not told".into()));
+        }
+        for version in found {
+            let mut url = address(store, path).await?;
+            url.query_pairs_mut().append_pair("versionId", &version);
+            match self.ask(Method::DELETE, &url).await? {
+                Answer::Told(_) | Answer::Refused(StatusCode::NOT_FOUND) => {}
+                Answer::Refused(StatusCode::FORBIDDEN) => {
+                    let source = format!("version {version} must not be deleted").into();
+                    return Err(object_store::Error::PermissionDenied { path: path.to_string(), source });
+                }
+                Answer::Refused(status) => {
+                    return Err(failed(format!("{status} to deleting version {version}").into()));
+                }
             }
         }
+        Ok(())
     }
 
     async fn look_at_pages(
@@ -143,35 +153,9 @@ impl Marks {
         relevant: &(dyn Fn(&str) -> bool + Sync),
     ) -> object_store::Result<Option<Marked>> {
         let Place::S3 { store, .. } = &self.place else { return Ok(None) };
-        let mut bucket = address(store, &Path::from("x")).await?;
-        if let Ok(mut segments) = bucket.path_segments_mut() {
-            segments.pop();
-        }
-        let (mut keys, mut at) = (BTreeMap::new(), None::<(String, String)>);
-        loop {
-            let mut url = bucket.clone();
-            url.query_pairs_mut().append_pair("versions", "").append_pair("prefix", prefix);
-            if let Some((key, version)) = &at {
-                url.query_pairs_mut().append_pair("key-marker", key);
-                if !version.is_empty() {
-                    url.query_pairs_mut().append_pair("version-id-marker", version);
-                }
-            }
-            let body = match self.ask(Method::GET, &url).await? {
-                Answer::Told(body) => body,
-                Answer::Refused(_) if at.is_none() => return Ok(None),
-                Answer::Refused(status) => return Err(broken_off(status)),
-            };
-            let page: VersionsPage = from_xml(&body)?;
-            page.add_to(&mut keys, relevant);
-            if !page.is_truncated {
-                break;
-            }
-            let next = (page.next_key, page.next_version);
-            if next.0.is_empty() || at.as_ref() == Some(&next) {
-                return Err(broken_off("no next page"));
-            }
-            at = Some(next);
+        let mut keys = BTreeMap::new();
+        if !self.each_page(store, prefix, &mut |page| page.add_to(&mut keys, relevant)).await? {
+            return Ok(None);
         }
         let is_deleted = |key: &Versions| key.is_deleted && !key.oldest.id.is_empty();
         let deleted = keys.iter().filter(|(_, key)| is_deleted(key));
@@ -183,6 +167,52 @@ impl Marks {
             .await?;
         let versions = keys.into_iter().filter(|(_, key)| key.counts()).map(|(name, key)| (name, key.oldest)).collect();
         Ok(Some(Marked { excluded: tagged.into_iter().flatten().collect(), versions }))
+    }
+
+    /// Lists the versions of all that begins with `prefix`; `false` when the provider does not tell, or not us.
+    async fn each_page(
+        &self,
+        store: &AmazonS3,
+        prefix: &str,
+        see: &mut (dyn FnMut(VersionsPage) + Send),
+    ) -> object_store::Result<bool> {
+        let mut bucket = address(store, &Path::from("x")).await?;
+        if let Ok(mut segments) = bucket.path_segments_mut() {
+            segments.pop();
+        }
+        let mut at = None::<(String, String)>;
+        loop {
+            let mut url = bucket.clone();
+            url.query_pairs_mut().append_pair("versions", "").append_pair("prefix", prefix);
+            if let Some((key, version)) = &at {
+                url.query_pairs_mut().append_pair("key-marker", key);
+                if !version.is_empty() {
+                    url.query_pairs_mut().append_pair("version-id-marker", version);
+                }
+            }
+            let body = match self.ask(Method::GET, &url).await? {
+                Answer::Told(body) => body,
+                Answer::Refused(_) if at.is_none() => return Ok(false),
+                Answer::Refused(status) => return Err(broken_off(status)),
+            };
+            // A server that does not know the question may answer another.
+            if !String::from_utf8_lossy(&body).contains("<ListVersionsResult") {
+                return if at.is_none() { Ok(false) } else { Err(broken_off("another answer")) };
+            }
+            let mut page: VersionsPage = from_xml(&body)?;
+            let (is_truncated, key, version) =
+                (page.is_truncated, std::mem::take(&mut page.next_key), std::mem::take(&mut page.next_version));
+            see(page);
+            if !is_truncated {
+                return Ok(true);
+            }
+            // Keys are listed in order: one that goes back would be followed for ever.
+            let goes_on = at.as_ref().is_none_or(|(before, of)| *before < key || *before == key && *of != version);
+            if key.is_empty() || !goes_on {
+                return Err(broken_off("no next page"));
+            }
+            at = Some((key, version));
+        }
     }
 
     /// The name, when its version is tagged to be left out.
@@ -390,7 +420,7 @@ impl Versions {
 
 impl VersionsPage {
     /// The versions of a key are listed with the newest first, over pages too.
-    fn add_to(&self, keys: &mut BTreeMap<String, Versions>, relevant: &(dyn Fn(&str) -> bool + Sync)) {
+    fn add_to(self, keys: &mut BTreeMap<String, Versions>, relevant: &(dyn Fn(&str) -> bool + Sync)) {
         let none = || Versions { oldest: Version { id: String::new(), size: 0 }, count: 0, is_deleted: false };
         for entry in self.version.iter().filter(|entry| relevant(&entry.key)) {
             let key = keys.entry(entry.key.clone()).or_insert_with(none);

@@ -21,9 +21,22 @@ pub struct Journal {
 impl Journal {
     /// Reads what there is, and goes on after it.
     pub fn open(path: &Path) -> Result<Self> {
+        let is_other = |path: &Path| Error::invalid(format!("{} is there and is no journal of ours", path.display()));
+        if path.metadata().is_ok_and(|there| !there.is_file()) {
+            return Err(is_other(path));
+        }
         let file = File::options().create(true).read(true).append(true).open(path);
         let mut file = file.map_err(Error::io("open the journal", path.display()))?;
-        let mut text = String::new();
+        let mut head = Vec::new();
+        Read::by_ref(&mut file)
+            .take(8)
+            .read_to_end(&mut head)
+            .map_err(Error::io("read the journal", path.display()))?;
+        let is_ours = |kind: &str| head.starts_with(kind.as_bytes()) || kind.as_bytes().starts_with(&head);
+        if !["bytes ", "decode ", "replay "].into_iter().any(is_ours) {
+            return Err(is_other(path));
+        }
+        let mut text = String::from_utf8(head).map_err(|_| is_other(path))?;
         file.read_to_string(&mut text).map_err(Error::io("read the journal", path.display()))?;
         if !text.is_empty() && !text.ends_with('\n') {
             // What a kill cut must not become the beginning of the next line.
@@ -86,6 +99,16 @@ mod tests {
         assert!(again.has_object(Level::Bytes, "s3://a/c", 6) && again.has_object(Level::Decode, "s3://a/c", 6));
         assert!(!again.has_object(Level::Bytes, "s3://a/b", 6));
         assert!(again.has_chain("s3://a/c", 9) && !again.has_chain("s3://a/c", 10));
+        let other = dir.path().join("passwd");
+        std::fs::write(&other, "root:x:0:0").map_err(Error::io("write", "it"))?;
+        for path in [other.as_path(), dir.path(), Path::new("/dev/zero")] {
+            assert!(
+                Journal::open(path).is_err_and(|error| error.class() == crate::Class::Invalid),
+                "{}",
+                path.display()
+            );
+        }
+        assert_eq!(std::fs::read(&other).map_err(Error::io("read", "it"))?, b"root:x:0:0");
         Ok(())
     }
 }
