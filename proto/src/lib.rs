@@ -1,7 +1,10 @@
-//! The messages this project reads and writes: those etcd keeps on disk, and those of our own backup objects.
+//! What this project says and reads: its API and configuration, the messages of its backup objects, and those etcd keeps on
+//! disk.
 //!
-//! Only shapes live here, generated from the .proto files beside this crate; what they mean and how they are checked is
-//! `etcd-format`'s (disk) and `sidecar`'s (backups). Nothing here does I/O.
+//! Only shapes live here, most of them generated from the .proto files beside this crate; what they mean and how they are
+//! checked is `etcd-format`'s (disk) and `sidecar`'s (backups, API). Nothing here does I/O.
+
+pub mod config;
 
 /// What etcd writes to `member/wal`, `member/snap` and the small buckets of its database.
 ///
@@ -16,6 +19,15 @@ pub mod disk {
 #[expect(clippy::pedantic, reason = "generated code")]
 pub mod backup {
     include!(concat!(env!("OUT_DIR"), "/steward.backup.v1.rs"));
+}
+
+/// The API of the sidecar, version 1.
+#[allow(clippy::pedantic, clippy::or_fun_call, missing_docs, unused_qualifications, reason = "generated code")]
+pub mod sidecar {
+    tonic::include_proto!("steward.sidecar.v1");
+
+    /// Describes it, for reflection.
+    pub const DESCRIPTOR: &[u8] = tonic::include_file_descriptor_set!("sidecar");
 }
 
 pub use prost::{DecodeError, Message};

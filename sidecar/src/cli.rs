@@ -5,9 +5,11 @@ mod compact;
 mod copy;
 mod doctor;
 mod gc;
+mod launch;
 mod list;
 mod manual;
 mod restore;
+mod serve;
 mod snapshot;
 mod verify;
 
@@ -72,6 +74,8 @@ enum Command {
     Copy(copy::Args),
     Gc(gc::Args),
     Doctor(doctor::Args),
+    Serve(serve::Args),
+    Launch(launch::Args),
     Completions(manual::CompletionsArgs),
     Man(manual::ManArgs),
 }
@@ -113,6 +117,8 @@ impl Cli {
             Command::Copy(args) => copy::run(args, self.output, stop).await,
             Command::Gc(args) => gc::run(args, self.output, stop).await,
             Command::Doctor(args) => until(&stop, doctor::run(args, self.output)).await,
+            Command::Serve(args) => serve::run(args, stop).await,
+            Command::Launch(args) => launch::run(args, stop).await,
             Command::Completions(args) => manual::completions(&args),
             Command::Man(args) => manual::man(&args),
             Command::Check(args) => until(&stop, check::run(args, self.output)).await,

@@ -203,9 +203,22 @@ impl std::fmt::Debug for Etcd {
     }
 }
 
+/// What a member is in its cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// It leads.
+    Leader,
+    /// It votes.
+    Follower,
+    /// It does not vote yet.
+    Learner,
+}
+
 /// What a member says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Status {
+    /// What it is.
+    pub role: Role,
     /// The cluster it belongs to.
     pub cluster_id: u64,
     /// Its id.
@@ -320,9 +333,16 @@ impl Etcd {
     pub async fn status(&mut self) -> Result<Status> {
         let response = deadline(self.timeout, self.client.status()).await.map_err(self.fail("ask for the status"))?;
         let header = response.header();
+        let member_id = header.map_or(0, etcd_client::ResponseHeader::member_id);
+        let role = match response.is_learner() {
+            true => Role::Learner,
+            false if response.leader() == member_id => Role::Leader,
+            false => Role::Follower,
+        };
         Ok(Status {
+            role,
             cluster_id: header.map_or(0, etcd_client::ResponseHeader::cluster_id),
-            member_id: header.map_or(0, etcd_client::ResponseHeader::member_id),
+            member_id,
             revision: header.map_or(0, etcd_client::ResponseHeader::revision),
             version: response.version().to_owned(),
             raft_term: response.raft_term(),

@@ -5,7 +5,9 @@
 //! predecessor wrote; [`object`] opens either. [`etcd`] and [`store`] reach the two worlds outside. [`snapshotter`] moves
 //! data from the first to the second, [`restore`] from the second to a data directory; [`verify`] proves that it could.
 //! [`compact`], [`copy`] and [`gc`] keep a store in shape without any etcd; what goes is decided by [`retention`], which is
-//! pure. [`cli`] is what a person types.
+//! pure. [`initialize`] decides, before etcd starts, what becomes of its data; [`supervise`] does that when it is asked to, and
+//! has the member backed up while it leads; [`server`] is how both are asked, [`launch`] who asks and then starts etcd.
+//! [`cli`] is what a person types.
 //!
 //! # Invariants
 //! - An object is put once and never overwritten; its name says which revisions it holds. Only [`gc`] deletes.
@@ -22,12 +24,16 @@ pub mod error;
 pub mod etcd;
 pub mod gardener;
 pub mod gc;
+pub mod initialize;
+pub mod launch;
 pub mod object;
 pub mod restore;
 pub mod retention;
 mod scratch;
+pub mod server;
 pub mod snapshotter;
 pub mod store;
+pub mod supervise;
 pub mod verify;
 
 pub use error::{Class, Error, Result};

@@ -78,7 +78,7 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
 }
 
 /// `None` for no schedule.
-fn parse_schedule(text: &str) -> Result<Option<Cron>> {
+pub(super) fn parse_schedule(text: &str) -> Result<Option<Cron>> {
     let text = text.trim();
     if text.is_empty() {
         return Ok(None);

@@ -157,31 +157,38 @@ async fn check_auth(store: &Store, timeline: Timeline, history: &History, facts:
     Ok(())
 }
 
-/// Entries of the log that the database lacks are taken to be in the deltas. They are not when the log is of a restore
-/// since: its index is then nearer to the revision than it was when that was backed up, as `timeline::decide` has it.
+/// Entries of the log that the database lacks are taken to be in the deltas. They are not when the log is of a restore since.
 async fn check_log(store: &Store, timeline: Timeline, history: &History, facts: &Facts) -> Result<()> {
-    if facts.unapplied == 0 {
-        return Ok(());
-    }
-    let (applied, term) = facts.applied;
-    let fulls = history.fulls.iter().map(|full| (full.revision, full.name(timeline), full.size));
-    let deltas = history.deltas.iter().map(|delta| (delta.last, delta.name(timeline), delta.size));
-    let before = fulls.chain(deltas).filter(|(last, ..)| *last <= facts.revision).max_by_key(|(last, ..)| *last);
-    let meta = match before {
-        Some((_, name, size)) => store.meta(&name, size).await?,
-        None => None,
-    };
-    let distance = |index: u64, revision: i64| i128::from(index) - i128::from(revision);
-    let is_its_log = meta.is_some_and(|meta| {
-        distance(applied, facts.revision) >= distance(meta.raft_index, meta.last_revision) && term >= meta.raft_term
-    });
-    if is_its_log {
+    if facts.unapplied == 0
+        || is_of_its_log(store, timeline, history, facts.revision, facts.applied).await? == Some(true)
+    {
         return Ok(());
     }
     Err(Error::precondition(format!(
         "the member's log has {} entries that its database lacks, and nothing shows that the backup has them: start etcd on it, or restore it whole",
         facts.unapplied
     )))
+}
+
+/// Whether a member at a revision, whose database has applied (index, term) of its log, has the log that was backed up. It has
+/// not when it was restored since: its index is then nearer to the revision than it was when that was backed up, as
+/// `timeline::decide` has it. `None` when no backup up to the revision tells.
+pub async fn is_of_its_log(
+    store: &Store,
+    timeline: Timeline,
+    history: &History,
+    revision: i64,
+    (applied, term): (u64, u64),
+) -> Result<Option<bool>> {
+    let fulls = history.fulls.iter().map(|full| (full.revision, full.name(timeline), full.size));
+    let deltas = history.deltas.iter().map(|delta| (delta.last, delta.name(timeline), delta.size));
+    let before = fulls.chain(deltas).filter(|(last, ..)| *last <= revision).max_by_key(|(last, ..)| *last);
+    let Some((_, name, size)) = before else { return Ok(None) };
+    let distance = |index: u64, revision: i64| i128::from(index) - i128::from(revision);
+    let meta = store.meta(&name, size).await?;
+    Ok(meta.map(|meta| {
+        distance(applied, revision) >= distance(meta.raft_index, meta.last_revision) && term >= meta.raft_term
+    }))
 }
 
 /// Compares the last revisions of the member with what the backup has under the same numbers.

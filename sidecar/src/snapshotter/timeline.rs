@@ -280,6 +280,7 @@ mod tests {
 
     fn live(cluster_id: u64, revision: i64, raft_index: u64) -> Status {
         Status {
+            role: crate::etcd::Role::Leader,
             cluster_id,
             member_id: 1,
             revision,

@@ -1,0 +1,217 @@
+//! Before etcd starts: looks at the data directory and the store, decides what the one needs of the other, and does it.
+//!
+//! # Invariants
+//! - Always the full check, and never under a running etcd.
+//! - What is there is deleted by nobody: what is replaced moves aside.
+//! - Nothing begins anew where a store cannot be asked whether there is a backup.
+
+mod decision;
+mod member;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use chrono::Utc;
+use etcd_format::datadir::{self, Severity, Verdict, Verify};
+use tokio_util::sync::CancellationToken;
+
+pub use decision::{Backups, Data, Decision, Facts, Sound, decide};
+pub use member::Member;
+
+use crate::catalog::{Catalog, PREDECESSOR};
+use crate::restore::{self, Choice, Plan, Progress, Target};
+use crate::store::Store;
+use crate::{Class, Error, Result};
+
+/// What an initialization goes by.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Whose data it is.
+    pub member: Member,
+    /// Where backups are; none for only the check.
+    pub store: Option<Store>,
+    /// See [`Facts::may_start_empty`].
+    pub may_start_empty: bool,
+}
+
+/// How it ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// What was done.
+    pub done: Decision,
+    /// Why.
+    pub reason: String,
+    /// Revision of the data; 0 when there is none.
+    pub revision: i64,
+    /// Where what was there lies now.
+    pub moved_to: Option<PathBuf>,
+}
+
+/// Told to whoever watches.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// The data is being checked.
+    Check,
+    /// Why it is, and what is done.
+    Decided(Decision, String),
+    /// What is being restored or appended.
+    Restore(Progress),
+}
+
+/// Looks, decides and acts.
+pub async fn initialize(
+    settings: &Settings,
+    stop: &CancellationToken,
+    see: Arc<dyn Fn(Step) + Send + Sync>,
+) -> Result<Outcome> {
+    let dir = &settings.member.data_dir;
+    see(Step::Check);
+    let verdict = match check(dir).await {
+        Err(error) if error.class() == Class::Precondition && dir.is_dir() => {
+            let (done, reason) = (Decision::Keep, format!("nothing is touched: {error}"));
+            return Ok(Outcome { done, reason, revision: 0, moved_to: None });
+        }
+        verdict => verdict?,
+    };
+    let facts = observe(settings, verdict.as_ref()).await;
+    let revision = if let Data::Sound(sound) = &facts.data { sound.revision } else { 0 };
+    let (decision, reason) = decide(&facts);
+    tracing::info!(?decision, reason, "decided what becomes of the data");
+    see(Step::Decided(decision, reason.clone()));
+    let outcome = Outcome { done: decision, reason, revision, moved_to: None };
+    match (decision, &settings.store) {
+        (Decision::Append, Some(store)) => append(settings, store, stop, see, outcome).await,
+        (Decision::Restore, Some(store)) => restore_whole(settings, store, stop, see, outcome).await,
+        (Decision::Append | Decision::Restore, None) => Err(Error::Bug { what: "a restore without a store".into() }),
+        (Decision::Bootstrap, _) => Ok(Outcome { moved_to: move_aside(dir)?, ..outcome }),
+        (Decision::Keep | Decision::Refuse { .. }, _) => Ok(outcome),
+    }
+}
+
+async fn check(dir: &Path) -> Result<Option<Verdict>> {
+    if !dir.exists() {
+        return Ok(None);
+    }
+    let (checked, place) = (dir.to_owned(), dir.display().to_string());
+    let verdict = tokio::task::spawn_blocking(move || datadir::verify(&checked, &Verify::default()));
+    verdict.await.map_err(|error| Error::task(&error))?.map_err(Error::format(format!("check {place}")))
+}
+
+async fn observe(settings: &Settings, verdict: Option<&Verdict>) -> Facts {
+    let mut data = verdict.map_or(Data::Absent, data_of);
+    let backups = match &settings.store {
+        None => Backups::NotConfigured,
+        Some(store) => match look_at(store, &mut data, verdict).await {
+            Ok(backups) => backups,
+            Err(error) => Backups::Unknown { why: error.to_string() },
+        },
+    };
+    let replicas = settings.member.cluster.members().len();
+    Facts { data, backups, replicas, may_start_empty: settings.may_start_empty }
+}
+
+/// What a check found, in the terms of the decision.
+fn data_of(verdict: &Verdict) -> Data {
+    let of = |wanted| verdict.findings.iter().filter(move |finding| finding.severity == wanted);
+    let evidence = |wanted| {
+        let texts: Vec<_> =
+            of(wanted).take(3).map(|finding| format!("{} in {}", finding.what, finding.path.display())).collect();
+        texts.join("; ")
+    };
+    match (&verdict.summary, verdict.severity()) {
+        (_, Some(Severity::Corrupt)) => Data::Damaged { evidence: evidence(Severity::Corrupt) },
+        (None, _) => Data::Damaged { evidence: "its database could not be read".into() },
+        (Some(summary), severity) => {
+            let commit = verdict.raft.map_or(0, |(_, commit)| commit);
+            Data::Sound(Sound {
+                cluster_id: verdict.member.map_or(0, |(_, cluster)| cluster.0),
+                revision: summary.revision,
+                unapplied: commit.saturating_sub(summary.consistent_index),
+                torn: severity == Some(Severity::Repairable),
+                restored_since: false,
+            })
+        }
+    }
+}
+
+async fn look_at(store: &Store, data: &mut Data, verdict: Option<&Verdict>) -> Result<Backups> {
+    let catalog = store.catalog().await?;
+    let Some((timeline, history)) = catalog.newest_restorable() else { return Ok(Backups::Empty) };
+    let Some(chain) = history.newest_chain() else { return Ok(Backups::Empty) };
+    if let (Data::Sound(sound), Some((term, _))) = (data, verdict.and_then(|verdict| verdict.raft))
+        && sound.revision < chain.last
+    {
+        let index = verdict.and_then(|verdict| verdict.summary.as_ref()).map_or(0, |summary| summary.consistent_index);
+        let is_its_log = restore::is_of_its_log(store, timeline, history, sound.revision, (index, term)).await?;
+        sound.restored_since = is_its_log == Some(false);
+    }
+    Ok(Backups::Upto { last: chain.last, cluster_ids: cluster_ids(store, &catalog).await? })
+}
+
+/// Ids of the clusters that a store's timelines were begun with; empty when one does not say.
+async fn cluster_ids(store: &Store, catalog: &Catalog) -> Result<Vec<u64>> {
+    let mut ids = Vec::new();
+    for timeline in catalog.timelines.keys() {
+        let described = if *timeline == PREDECESSOR { None } else { store.description(*timeline).await? };
+        let id = described.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok());
+        let Some(id) = id else { return Ok(Vec::new()) };
+        ids.push(id);
+    }
+    Ok(ids)
+}
+
+async fn append(
+    settings: &Settings,
+    store: &Store,
+    stop: &CancellationToken,
+    see: Arc<dyn Fn(Step) + Send + Sync>,
+    outcome: Outcome,
+) -> Result<Outcome> {
+    let watched = see.clone();
+    let dir = &settings.member.data_dir;
+    let appended = restore::append(store, dir, None, stop, move |progress| watched(Step::Restore(progress))).await;
+    match appended {
+        Ok(appended) => Ok(Outcome { revision: appended.revision, ..outcome }),
+        Err(error) if matches!(error.class(), Class::Precondition | Class::Missing | Class::Corrupt) => {
+            let reason = format!("{}; it cannot be appended to: {error}", outcome.reason);
+            see(Step::Decided(Decision::Restore, reason.clone()));
+            let outcome = Outcome { done: Decision::Restore, reason, ..outcome };
+            restore_whole(settings, store, stop, see, outcome).await
+        }
+        Err(error) => Err(error),
+    }
+}
+
+async fn restore_whole(
+    settings: &Settings,
+    store: &Store,
+    stop: &CancellationToken,
+    see: Arc<dyn Fn(Step) + Send + Sync>,
+    outcome: Outcome,
+) -> Result<Outcome> {
+    let catalog = store.catalog().await?;
+    let source = restore::choose(store, &catalog, &Choice::default()).await?;
+    let member = &settings.member;
+    let plan = Plan {
+        source,
+        targets: vec![Target { name: member.name.clone(), data_dir: member.data_dir.clone() }],
+        cluster: member.cluster.clone(),
+        minor: None,
+        bump_revision: 0,
+        replace: true,
+    };
+    let watch = move |progress| see(Step::Restore(progress));
+    let restored = restore::execute(plan, Some(store.clone()), stop.clone(), watch).await?;
+    Ok(Outcome { revision: restored.revision, moved_to: restored.replaced.into_iter().next(), ..outcome })
+}
+
+/// Moves a member aside, in its data directory.
+fn move_aside(dir: &Path) -> Result<Option<PathBuf>> {
+    let member = dir.join("member");
+    if !member.exists() {
+        return Ok(None);
+    }
+    let aside = dir.join(format!("member.replaced-{}", Utc::now().format("%Y%m%dT%H%M%S%.3fZ")));
+    std::fs::rename(&member, &aside).map_err(Error::io("move aside", member.display()))?;
+    Ok(Some(aside))
+}

@@ -1,0 +1,128 @@
+//! The configuration of a member's etcd: what we go by, and what etcd gets.
+
+use std::path::{Path, PathBuf};
+
+use etcd_format::membership::NewCluster;
+use serde_json::{Map, Value};
+
+use crate::{Error, Result};
+
+/// Whom etcd's own default makes a cluster of.
+const DEFAULT_TOKEN: &str = "etcd-cluster";
+
+/// A member, as the configuration of its etcd has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Member {
+    /// Its name.
+    pub name: String,
+    /// Where its data is.
+    pub data_dir: PathBuf,
+    /// The cluster that it begins or is restored into.
+    pub cluster: NewCluster,
+    /// What its etcd is started with.
+    config: Map<String, Value>,
+}
+
+impl Member {
+    /// Reads a file as `etcd --config-file` takes it. One file may serve all members of a cluster, as the predecessor has it:
+    /// `initial-advertise-peer-urls` and `advertise-client-urls` are then lists by member, and `pod` says which we are.
+    pub fn read(path: &Path, pod: Option<&str>) -> Result<Self> {
+        let place = path.display().to_string();
+        let text = std::fs::read_to_string(path).map_err(Error::io("read the configuration of etcd in", &place))?;
+        Self::parse(&text, pod).map_err(|what| Error::invalid(format!("the configuration of etcd in {place}: {what}")))
+    }
+
+    fn parse(text: &str, pod: Option<&str>) -> Result<Self, String> {
+        let mut config: Map<String, Value> = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
+        let name = match (pod, text_of(&config, "member-name-prefix")?) {
+            (Some(pod), Some(prefix)) => format!("{prefix}-{pod}"),
+            (Some(pod), None) if is_by_member(&config) => pod.to_owned(),
+            (_, _) => text_of(&config, "name")?.unwrap_or("default").to_owned(),
+        };
+        config.insert("name".into(), name.clone().into());
+        for key in ["initial-advertise-peer-urls", "advertise-client-urls"] {
+            if let Some(Value::Object(by_member)) = config.get(key) {
+                let urls = by_member.get(&name).and_then(Value::as_array);
+                let urls = urls.ok_or_else(|| format!("{key} has no list for member {name}"))?;
+                let urls: Vec<_> = urls.iter().filter_map(Value::as_str).collect();
+                let joined = urls.join(",");
+                config.insert(key.into(), joined.into());
+            }
+        }
+        if config.get("wal-dir").is_some_and(|dir| dir.as_str() != Some("")) {
+            return Err("wal-dir is not supported: keep the log in the data directory".into());
+        }
+        let peer_urls = text_of(&config, "initial-advertise-peer-urls")?.unwrap_or("http://localhost:2380");
+        let listed = text_of(&config, "initial-cluster")?.map_or_else(
+            || peer_urls.split(',').map(|url| format!("{name}={url}")).collect::<Vec<_>>().join(","),
+            str::to_owned,
+        );
+        let token = text_of(&config, "initial-cluster-token")?.filter(|token| !token.is_empty());
+        let cluster = NewCluster::parse(&listed, token.unwrap_or(DEFAULT_TOKEN)).map_err(|error| error.to_string())?;
+        cluster.member(&name).map_err(|error| error.to_string())?;
+        let data_dir = match text_of(&config, "data-dir")?.filter(|dir| !dir.is_empty()) {
+            Some(dir) => PathBuf::from(dir),
+            None => return Err("data-dir is missing".into()),
+        };
+        Ok(Self { name, data_dir, cluster, config })
+    }
+
+    /// What its etcd is started with: the file as it was, for this member. JSON, which is YAML.
+    pub fn etcd_config(&self) -> String {
+        Value::Object(self.config.clone()).to_string()
+    }
+}
+
+fn is_by_member(config: &Map<String, Value>) -> bool {
+    ["initial-advertise-peer-urls", "advertise-client-urls"]
+        .iter()
+        .any(|key| config.get(*key).is_some_and(Value::is_object))
+}
+
+fn text_of<'c>(config: &'c Map<String, Value>, key: &str) -> Result<Option<&'c str>, String> {
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text)),
+        Some(other) => Err(format!("{key} is {other}, which is not a text")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plain_configuration_passes_through() {
+        let text = "name: m1\ndata-dir: /d\nsnapshot-count: 75000\nmetrics: basic\ninitial-cluster: m1=http://127.0.0.1:2380\n";
+        let member = Member::parse(text, Some("pod-0")).unwrap();
+        assert_eq!((member.name.as_str(), member.data_dir.as_path()), ("m1", Path::new("/d")));
+        let config: Map<String, Value> = serde_json::from_str(&member.etcd_config()).unwrap();
+        assert_eq!((&config["snapshot-count"], &config["metrics"]), (&75_000.into(), &"basic".into()));
+    }
+
+    #[test]
+    fn one_file_serves_all_members() {
+        let text = "name: etcd-config\ndata-dir: /d\ninitial-cluster: e-0=https://e-0:2380,e-1=https://e-1:2380\ninitial-advertise-peer-urls:\n  e-0: [https://e-0:2380]\n  e-1: [https://e-1:2380, https://e-1b:2380]\nadvertise-client-urls:\n  e-0: [https://e-0:2379]\n  e-1: [https://e-1:2379]\n";
+        let member = Member::parse(text, Some("e-1")).unwrap();
+        let config: Map<String, Value> = serde_json::from_str(&member.etcd_config()).unwrap();
+        assert_eq!(config["name"], "e-1");
+        assert_eq!(config["initial-advertise-peer-urls"], "https://e-1:2380,https://e-1b:2380");
+        assert_eq!(config["advertise-client-urls"], "https://e-1:2379");
+        assert_eq!(member.cluster.members().len(), 2);
+        assert!(Member::parse(text, Some("e-7")).is_err_and(|what| what.contains("e-7")));
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        for (text, said) in [
+            ("name: m1\n", "data-dir"),
+            ("data-dir: 5\n", "data-dir"),
+            ("data-dir: /d\nwal-dir: /w\n", "wal-dir"),
+            ("data-dir: /d\nname: a\ninitial-cluster: b=http://127.0.0.1:2380\n", "not in the initial cluster"),
+            ("data-dir: [\n", "line"),
+        ] {
+            let refused = Member::parse(text, None);
+            assert!(refused.as_ref().is_err_and(|what| what.contains(said)), "{refused:?}");
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! Starts etcd, once its sidecar says that it may: the process of the etcd container.
+//!
+//! Without a sidecar nothing starts: etcd on data that nobody has checked may be the end of a cluster.
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use proto::sidecar as api;
+use proto::sidecar::sidecar_client::SidecarClient;
+use tokio::process::{Child, Command};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+use crate::{Error, Result};
+
+/// Between two attempts, at most.
+const MOST_DELAY: Duration = Duration::from_secs(10);
+/// How long etcd has to end when asked to. Kubernetes grants 30 s in all.
+const STOP_DEADLINE: Duration = Duration::from_secs(27);
+/// For calls that are answered at once.
+const CALL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How a launch is done.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// URL of the sidecar's API.
+    pub sidecar: String,
+    /// Whom its certificate must be signed by; the system's when not given.
+    pub cacert: Option<PathBuf>,
+    /// Our certificate and its key.
+    pub identity: Option<(PathBuf, PathBuf)>,
+    /// The program.
+    pub etcd: PathBuf,
+    /// Where its configuration is written.
+    pub config: PathBuf,
+}
+
+impl Settings {
+    fn endpoint(&self) -> Result<Endpoint> {
+        let bad = |error: tonic::transport::Error| {
+            Error::invalid(format!("the sidecar at {}: {}", self.sidecar, crate::error::chain(&error)))
+        };
+        let endpoint =
+            Endpoint::from_shared(self.sidecar.clone()).map_err(bad)?.connect_timeout(Duration::from_secs(5));
+        let endpoint = endpoint.http2_keep_alive_interval(Duration::from_secs(10)).keep_alive_while_idle(true);
+        if !self.sidecar.starts_with("https://") {
+            return Ok(endpoint);
+        }
+        let read = |path: &Path| std::fs::read(path).map_err(Error::io("read the certificate", path.display()));
+        let mut tls = match &self.cacert {
+            Some(path) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(path)?)),
+            None => ClientTlsConfig::new().with_native_roots(),
+        };
+        if let Some((cert, key)) = &self.identity {
+            tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
+        }
+        endpoint.tls_config(tls).map_err(bad)
+    }
+
+    /// Connects anew: files are read again, so rotated certificates are used.
+    async fn client(&self) -> Result<SidecarClient<Channel>> {
+        let channel = self.endpoint()?.connect().await.map_err(|error| Error::Unanswered {
+            what: format!("connect to the sidecar at {}: {}", self.sidecar, crate::error::chain(&error)),
+        })?;
+        Ok(SidecarClient::new(channel))
+    }
+}
+
+fn failed(what: &str) -> impl Fn(tonic::Status) -> Error + '_ {
+    move |status| {
+        let text = format!("{what}: the sidecar answers {:?}: {}", status.code(), status.message());
+        match status.code() {
+            tonic::Code::Unauthenticated | tonic::Code::PermissionDenied => Error::Denied { what: text },
+            tonic::Code::DataLoss => Error::corrupt(text),
+            tonic::Code::FailedPrecondition => Error::precondition(text),
+            _ => Error::Unanswered { what: text },
+        }
+    }
+}
+
+/// Initializes, runs etcd to its end, and returns its exit code.
+pub async fn launch(settings: &Settings, stop: &CancellationToken) -> Result<u8> {
+    let yaml = tokio::select! {
+        yaml = prepare(settings) => yaml?,
+        () = stop.cancelled() => return Err(Error::Cancelled),
+    };
+    write_config(&settings.config, &yaml)?;
+    let started = Instant::now();
+    let mut etcd = Command::new(&settings.etcd)
+        .arg("--config-file")
+        .arg(&settings.config)
+        .stdin(Stdio::null())
+        .spawn()
+        .map_err(Error::io("start", settings.etcd.display()))?;
+    tracing::info!(pid = etcd.id(), etcd = %settings.etcd.display(), "etcd is started");
+    let code = run_to_end(&mut etcd, stop).await?;
+    let ran_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    tracing::info!(code, ran_ms, "etcd has ended");
+    let report = async {
+        let ended = api::ReportExitRequest { code: code.into(), ran_ms };
+        settings.client().await?.report_exit(ended).await.map_err(failed("report how etcd ended"))
+    };
+    match tokio::time::timeout(Duration::from_secs(2), report).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "the sidecar does not know how etcd ended"),
+        Err(_) => tracing::warn!("the sidecar does not know how etcd ended: it does not answer"),
+    }
+    Ok(code)
+}
+
+/// Waits for the sidecar and for what it does, for as long as that takes; what etcd is to be started with.
+async fn prepare(settings: &Settings) -> Result<String> {
+    let mut delay = Duration::from_millis(200);
+    loop {
+        let error = match ask(settings).await {
+            Ok(yaml) => return Ok(yaml),
+            Err(error) if error.class().passes(false) => error,
+            Err(error) => return Err(error),
+        };
+        tracing::warn!(%error, retry_in = ?delay, "etcd cannot start yet");
+        tokio::time::sleep(delay).await;
+        delay = (delay * 2).min(MOST_DELAY);
+    }
+}
+
+async fn ask(settings: &Settings) -> Result<String> {
+    let mut client = settings.client().await?;
+    let mut told = client.initialize(api::InitializeRequest {}).await.map_err(failed("initialize"))?.into_inner();
+    let mut outcome = None;
+    while let Some(progress) = told.message().await.map_err(failed("initialize"))? {
+        if !progress.text.is_empty() {
+            tracing::info!(phase = progress.phase, done = progress.done, total = progress.total, "{}", progress.text);
+        }
+        outcome = progress.outcome.or(outcome);
+    }
+    let outcome = outcome.ok_or_else(|| Error::Unanswered { what: "the sidecar ended in the middle".into() })?;
+    if outcome.action() == api::Action::Refuse {
+        return Err(if outcome.may_pass {
+            Error::Unanswered { what: outcome.reason }
+        } else {
+            Error::precondition(format!("etcd must not start: {}", outcome.reason))
+        });
+    }
+    tracing::info!(action = ?outcome.action(), revision = outcome.revision, "{}", outcome.reason);
+    let mut request = tonic::Request::new(api::GetEtcdConfigRequest {});
+    request.set_timeout(CALL_DEADLINE);
+    Ok(client.get_etcd_config(request).await.map_err(failed("get etcd's configuration"))?.into_inner().yaml)
+}
+
+/// Beside it first: an etcd never sees half of it.
+fn write_config(path: &Path, yaml: &str) -> Result<()> {
+    let fail = |error| Error::io("write", path.display())(error);
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(dir).map_err(fail)?;
+    std::io::Write::write_all(&mut file, yaml.as_bytes()).map_err(fail)?;
+    file.persist(path).map_err(|error| fail(error.error)).map(drop)
+}
+
+/// Waits for etcd; asks it to end when we are, and insists when it does not.
+async fn run_to_end(etcd: &mut Child, stop: &CancellationToken) -> Result<u8> {
+    let fail = Error::io("wait for", "etcd");
+    let status = tokio::select! {
+        status = etcd.wait() => status.map_err(fail)?,
+        () = stop.cancelled() => {
+            if let Some(pid) = etcd.id().and_then(|id| rustix::process::Pid::from_raw(id as i32)) {
+                tracing::info!("ask etcd to end");
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+            }
+            if let Ok(status) = tokio::time::timeout(STOP_DEADLINE, etcd.wait()).await {
+                status.map_err(fail)?
+            } else {
+                tracing::warn!("etcd does not end in time and is killed");
+                etcd.start_kill().map_err(Error::io("kill", "etcd"))?;
+                etcd.wait().await.map_err(fail)?
+            }
+        }
+    };
+    // As a shell has it.
+    let killed = status.signal().map(|signal| 128 + signal);
+    let code = status.code().or(killed).unwrap_or(1);
+    Ok(u8::try_from(code).unwrap_or(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_configuration_replaces_another_as_a_whole() -> Result<()> {
+        let dir = tempfile::tempdir().map_err(Error::io("create", "a directory"))?;
+        let path = dir.path().join("etcd.yaml");
+        for text in ["name: a much longer one than the other", "name: b"] {
+            write_config(&path, text)?;
+            assert_eq!(std::fs::read_to_string(&path).map_err(Error::io("read", "it"))?, text);
+        }
+        assert!(
+            write_config(&dir.path().join("nowhere/etcd.yaml"), "")
+                .is_err_and(|error| error.to_string().contains("nowhere"))
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,116 @@
+//! The sidecar's API: gRPC, and `/healthz` and `/readyz` for probes, on one port.
+
+mod service;
+mod tls;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::Stream;
+use proto::sidecar::DESCRIPTOR;
+use proto::sidecar::sidecar_server::SidecarServer;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic::transport::Server;
+use tonic::transport::server::Connected;
+
+pub use tls::Files;
+
+use crate::supervise::Supervisor;
+use crate::{Error, Result};
+use service::Api;
+
+/// No request is larger.
+const MOST_REQUEST_BYTES: usize = 64 << 10;
+/// Calls of one connection at once.
+const MOST_CALLS: usize = 32;
+/// Connections that shake hands at once.
+const MOST_HANDSHAKES: usize = 64;
+
+/// How the API is reached.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Address and port.
+    pub listen: SocketAddr,
+    /// `None`: no TLS, and everybody may call everything.
+    pub tls: Option<Files>,
+}
+
+/// Serves until `stop` is cancelled.
+pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: CancellationToken) -> Result<()> {
+    let listen = settings.listen;
+    let listener = TcpListener::bind(listen).await.map_err(Error::io("listen on", listen))?;
+    let acceptor = settings.tls.map(tls::Acceptor::new).transpose()?.map(Arc::new);
+    let needs_certificate = acceptor.is_some();
+    if !needs_certificate {
+        tracing::warn!(%listen, "the API is served without TLS: everybody who reaches it may call everything");
+    }
+    let api = SidecarServer::new(Api { supervisor: supervisor.clone(), needs_certificate });
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<SidecarServer<Api>>().await;
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(DESCRIPTOR)
+        .build_v1()
+        .map_err(|error| Error::Bug { what: format!("describe the API: {error}") })?;
+    let mut routes = Routes::new(api.max_decoding_message_size(MOST_REQUEST_BYTES));
+    routes = routes.add_service(health_service).add_service(reflection);
+    let router = routes.into_axum_router().merge(service::probes(supervisor));
+    tracing::info!(listen = %listener.local_addr().map_err(Error::io("listen on", listen))?, "the API is served");
+    let server = Server::builder()
+        .accept_http1(true)
+        .concurrency_limit_per_connection(MOST_CALLS)
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .add_routes(Routes::from(router));
+    let served = if let Some(acceptor) = acceptor {
+        server.serve_with_incoming_shutdown(with_tls(listener, acceptor), stop.cancelled()).await
+    } else {
+        server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled()).await
+    };
+    served.map_err(|error| Error::Unanswered {
+        what: format!("serve the API on {listen}: {}", crate::error::chain(&error)),
+    })
+}
+
+/// Connections whose handshake is done. Each has its own task: one that stalls holds up none of the others.
+fn with_tls(
+    listener: TcpListener,
+    acceptor: Arc<tls::Acceptor>,
+) -> impl Stream<
+    Item = std::io::Result<
+        impl AsyncRead + AsyncWrite + Connected<ConnectInfo = impl Clone + Send + Sync> + Unpin + Send,
+    >,
+> {
+    let (ready, connections) = mpsc::channel(MOST_HANDSHAKES);
+    let handshakes = Arc::new(tokio::sync::Semaphore::new(MOST_HANDSHAKES));
+    tokio::spawn(async move {
+        loop {
+            let Ok(permit) = handshakes.clone().acquire_owned().await else { return };
+            let stream: TcpStream = tokio::select! {
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => stream,
+                    Err(error) => {
+                        tracing::warn!(%error, "accept a connection");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                        continue;
+                    }
+                },
+                () = ready.closed() => return,
+            };
+            let (acceptor, ready) = (acceptor.clone(), ready.clone());
+            tokio::spawn(async move {
+                let accepted = acceptor.accept(stream).await;
+                drop(permit);
+                match accepted {
+                    Ok(stream) => drop(ready.send(Ok(stream)).await),
+                    Err(error) => tracing::debug!(%error, "a client could not shake hands"),
+                }
+            });
+        }
+    });
+    ReceiverStream::new(connections)
+}

@@ -1,0 +1,301 @@
+//! What each call does.
+
+use std::pin::Pin;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::http::StatusCode;
+use axum::routing::get;
+use futures::{Stream, StreamExt};
+use proto::sidecar as api;
+use proto::sidecar::sidecar_server::Sidecar;
+use tokio::sync::watch;
+use tokio_stream::wrappers::WatchStream;
+use tonic::{Request, Response, Status};
+
+use crate::catalog::{Catalog, Delta, Full, ObjectName, Timeline};
+use crate::etcd::Role;
+use crate::initialize::{Decision, Outcome, Step};
+use crate::restore::Progress;
+use crate::snapshotter::{Kind, Taken};
+use crate::store::Store;
+use crate::supervise::{Phase, Supervisor};
+use crate::{Class, Error};
+
+/// Who answers.
+pub(super) struct Api {
+    pub(super) supervisor: Arc<Supervisor>,
+    /// Whether callers must show a certificate.
+    pub(super) needs_certificate: bool,
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+/// An error as gRPC has it.
+fn status(error: &Error) -> Status {
+    let text = error.to_string();
+    match error.class() {
+        Class::Transient => Status::unavailable(text),
+        Class::Precondition => Status::failed_precondition(text),
+        Class::Invalid => Status::invalid_argument(text),
+        Class::Denied => Status::permission_denied(text),
+        Class::Corrupt => Status::data_loss(text),
+        Class::Missing => Status::not_found(text),
+        Class::Cancelled => Status::cancelled(text),
+        Class::Machine | Class::Bug => Status::internal(text),
+    }
+}
+
+impl Api {
+    fn check<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        if self.needs_certificate && request.peer_certs().is_none_or(|certificates| certificates.is_empty()) {
+            return Err(Status::unauthenticated("this call needs a client certificate"));
+        }
+        Ok(())
+    }
+
+    fn store(&self) -> Result<&Store, Status> {
+        let store = self.supervisor.settings().initialize.store.as_ref();
+        store.ok_or_else(|| Status::failed_precondition("no store is configured: there are no backups"))
+    }
+
+    async fn catalog(&self) -> Result<Catalog, Status> {
+        self.store()?.catalog().await.map_err(|error| status(&error))
+    }
+}
+
+fn action(decision: Decision) -> api::Action {
+    match decision {
+        Decision::Keep => api::Action::Keep,
+        Decision::Append => api::Action::Append,
+        Decision::Restore => api::Action::Restore,
+        Decision::Bootstrap => api::Action::Bootstrap,
+        Decision::Refuse { .. } => api::Action::Refuse,
+    }
+}
+
+fn outcome(outcome: &Outcome) -> api::Outcome {
+    api::Outcome {
+        action: action(outcome.done).into(),
+        reason: outcome.reason.clone(),
+        revision: outcome.revision,
+        may_pass: outcome.done == Decision::Refuse { may_pass: true },
+        moved_to: outcome.moved_to.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
+    }
+}
+
+fn step(step: &Step) -> api::InitializeProgress {
+    let told = |phase: &str, text: String, done, total| {
+        let phase = phase.to_owned();
+        api::InitializeProgress { phase, text, done, total, outcome: None }
+    };
+    match step {
+        Step::Check => told("check", "the data is being checked".into(), 0, 0),
+        Step::Decided(decision, why) => told("decided", format!("{decision:?}: {why}"), 0, 0),
+        Step::Restore(Progress::Snapshot(total)) => told("snapshot", "read the snapshot".into(), 0, total.unwrap_or(0)),
+        Step::Restore(Progress::Bytes(bytes)) => told("snapshot", String::new(), *bytes, 0),
+        Step::Restore(Progress::Deltas(total)) => told("deltas", "append the changes after it".into(), 0, *total),
+        Step::Restore(Progress::Delta) => told("deltas", String::new(), 1, 0),
+        Step::Restore(Progress::Members(total)) => told("members", String::new(), 0, *total),
+        Step::Restore(Progress::Verify) => told("verify", "check what was restored".into(), 0, 0),
+    }
+}
+
+/// What a phase tells a caller of `Initialize`; `true` when nothing follows.
+fn progress(phase: &Phase) -> (Result<api::InitializeProgress, Status>, bool) {
+    let ended = |text: &str, ended: &Outcome| api::InitializeProgress {
+        phase: "end".into(),
+        text: text.to_owned(),
+        done: 0,
+        total: 0,
+        outcome: Some(outcome(ended)),
+    };
+    match phase {
+        Phase::New => (Ok(step(&Step::Check)), false),
+        Phase::Running(running) => (Ok(step(running)), false),
+        Phase::Ready(ready) => (Ok(ended("etcd may start", ready)), true),
+        Phase::Refused(refused) => (Ok(ended("etcd must not start", refused)), true),
+        Phase::Failed(error) => (Err(status(error)), true),
+    }
+}
+
+fn until_it_ended(phases: watch::Receiver<Phase>) -> Streamed<api::InitializeProgress> {
+    let told = futures::stream::unfold(Some(WatchStream::new(phases)), |phases| async {
+        let mut phases = phases?;
+        let (told, is_last) = progress(&phases.next().await?);
+        Some((told, (!is_last).then_some(phases)))
+    });
+    told.boxed()
+}
+
+fn full(timeline: Timeline, full: &Full) -> api::Snapshot {
+    snapshot(&full.name(timeline), timeline, full.size)
+}
+
+fn delta(timeline: Timeline, delta: &Delta) -> api::Snapshot {
+    snapshot(&delta.name(timeline), timeline, delta.size)
+}
+
+fn snapshot(name: &ObjectName, timeline: Timeline, bytes: u64) -> api::Snapshot {
+    let (first_revision, last_revision) = name.revisions().unwrap_or_default();
+    let kind = if name.is_full() { api::Kind::Full } else { api::Kind::Delta };
+    let (kind, unix_ms) = (kind.into(), name.unix_ms());
+    api::Snapshot { name: name.to_string(), kind, timeline, first_revision, last_revision, unix_ms, bytes }
+}
+
+fn timeline_of(name: &ObjectName) -> Timeline {
+    match name {
+        ObjectName::Full { timeline, .. } | ObjectName::Delta { timeline, .. } => *timeline,
+        _ => 0,
+    }
+}
+
+#[tonic::async_trait]
+impl Sidecar for Api {
+    type InitializeStream = Streamed<api::InitializeProgress>;
+    type ListSnapshotsStream = Streamed<api::Snapshot>;
+
+    async fn initialize(&self, request: Request<api::InitializeRequest>) -> Answer<Self::InitializeStream> {
+        self.check(&request)?;
+        Ok(Response::new(until_it_ended(self.supervisor.initialize())))
+    }
+
+    async fn get_etcd_config(&self, request: Request<api::GetEtcdConfigRequest>) -> Answer<api::EtcdConfig> {
+        self.check(&request)?;
+        if !matches!(&*self.supervisor.phase().borrow(), Phase::Ready(_)) {
+            return Err(Status::failed_precondition("etcd must not start: no initialization has succeeded"));
+        }
+        let yaml = self.supervisor.settings().initialize.member.etcd_config();
+        Ok(Response::new(api::EtcdConfig { yaml }))
+    }
+
+    async fn report_exit(&self, request: Request<api::ReportExitRequest>) -> Answer<api::ReportExitResponse> {
+        self.check(&request)?;
+        let api::ReportExitRequest { code, ran_ms } = request.into_inner();
+        tracing::info!(code, ran_ms, "etcd has ended");
+        Ok(Response::new(api::ReportExitResponse {}))
+    }
+
+    async fn status(&self, request: Request<api::StatusRequest>) -> Answer<api::StatusResponse> {
+        self.check(&request)?;
+        let phase = self.supervisor.phase().borrow().clone();
+        let (name, reason, initialized) = match &phase {
+            Phase::New => (api::Phase::New, String::new(), None),
+            Phase::Running(_) => (api::Phase::Initializing, String::new(), None),
+            Phase::Ready(ready) => (api::Phase::Ready, String::new(), Some(outcome(ready))),
+            Phase::Refused(refused) => (api::Phase::Failed, refused.reason.clone(), Some(outcome(refused))),
+            Phase::Failed(error) => (api::Phase::Failed, error.to_string(), None),
+        };
+        let observed = self.supervisor.observed();
+        let role = match observed.role {
+            None => api::Role::None,
+            Some(Role::Leader) => api::Role::Leader,
+            Some(Role::Follower) => api::Role::Follower,
+            Some(Role::Learner) => api::Role::Learner,
+        };
+        let member = observed.status.map(|status| api::MemberStatus {
+            cluster_id: format!("{:x}", status.cluster_id),
+            member_id: format!("{:x}", status.member_id),
+            etcd_version: status.version,
+            revision: status.revision,
+            db_size: status.db_size,
+        });
+        let store = self.supervisor.settings().initialize.store.as_ref();
+        let backup = api::BackupStatus {
+            store: store.map(|store| store.url().to_owned()).unwrap_or_default(),
+            active: observed.backing_up,
+            error: observed.error.unwrap_or_default(),
+        };
+        Ok(Response::new(api::StatusResponse {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            phase: name.into(),
+            reason,
+            initialized,
+            role: role.into(),
+            member,
+            backup: Some(backup),
+        }))
+    }
+
+    async fn take_snapshot(&self, request: Request<api::TakeSnapshotRequest>) -> Answer<api::TakeSnapshotResponse> {
+        self.check(&request)?;
+        let kind = match request.get_ref().kind() {
+            api::Kind::Full => Kind::Full,
+            api::Kind::Delta => Kind::Delta,
+            api::Kind::Unspecified => return Err(Status::invalid_argument("say which kind: full or delta")),
+        };
+        let taken = self.supervisor.take(kind).await.map_err(|error| status(&error))?;
+        let snapshots = match taken {
+            Taken::Full(full) => vec![snapshot(&full.name, timeline_of(&full.name), full.size)],
+            Taken::Deltas(deltas) => {
+                deltas.iter().map(|delta| snapshot(&delta.name, timeline_of(&delta.name), delta.size)).collect()
+            }
+            Taken::Nothing(_) => Vec::new(),
+        };
+        Ok(Response::new(api::TakeSnapshotResponse { snapshots }))
+    }
+
+    async fn list_snapshots(&self, request: Request<api::ListSnapshotsRequest>) -> Answer<Self::ListSnapshotsStream> {
+        self.check(&request)?;
+        let mut all = Vec::new();
+        for (timeline, history) in self.catalog().await?.timelines {
+            all.extend(history.fulls.iter().map(|found| full(timeline, found)));
+            all.extend(history.deltas.iter().map(|found| delta(timeline, found)));
+        }
+        all.sort_by_key(|snapshot| (snapshot.timeline, snapshot.last_revision, snapshot.unix_ms));
+        Ok(Response::new(futures::stream::iter(all.into_iter().map(Ok)).boxed()))
+    }
+
+    async fn get_latest(&self, request: Request<api::GetLatestRequest>) -> Answer<api::GetLatestResponse> {
+        self.check(&request)?;
+        let catalog = self.catalog().await?;
+        let newest =
+            catalog.newest_restorable().and_then(|(timeline, history)| Some((timeline, history.newest_chain()?)));
+        let (timeline, chain) = newest.ok_or_else(|| Status::not_found("the store has no full snapshot"))?;
+        let deltas = chain.deltas.iter().map(|found| delta(timeline, found)).collect();
+        Ok(Response::new(api::GetLatestResponse { full: Some(full(timeline, &chain.full)), deltas }))
+    }
+}
+
+/// For probes, which have no certificate.
+pub(super) fn probes(supervisor: Arc<Supervisor>) -> Router {
+    let ready = move || {
+        let is_ready = matches!(&*supervisor.phase().borrow(), Phase::Ready(_));
+        std::future::ready(if is_ready {
+            (StatusCode::OK, "{\"health\":true}\n")
+        } else {
+            (StatusCode::SERVICE_UNAVAILABLE, "{\"health\":false}\n")
+        })
+    };
+    Router::new().route("/healthz", get(|| std::future::ready("{\"health\":true}\n"))).route("/readyz", get(ready))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_caller_hears_the_end_and_nothing_after_it() {
+        let ended = Outcome { done: Decision::Keep, reason: "sound".into(), revision: 3, moved_to: None };
+        let (phase, phases) = watch::channel(Phase::Running(Step::Check));
+        let mut told = until_it_ended(phases);
+        assert!(told.next().await.is_some_and(|told| told.is_ok_and(|told| told.phase == "check")));
+        phase.send_replace(Phase::Ready(ended));
+        let last = told.next().await.unwrap().unwrap().outcome.unwrap();
+        assert_eq!((last.action(), last.revision), (api::Action::Keep, 3));
+        assert!(told.next().await.is_none());
+    }
+
+    #[test]
+    fn classes_have_codes() {
+        for (error, code) in [
+            (Error::missing("x"), tonic::Code::NotFound),
+            (Error::corrupt("x"), tonic::Code::DataLoss),
+            (Error::precondition("x"), tonic::Code::FailedPrecondition),
+            (Error::invalid("x"), tonic::Code::InvalidArgument),
+        ] {
+            assert_eq!(status(&error).code(), code);
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! An etcd pod without Kubernetes: `sidecar serve` and `sidecar launch` beside each other.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use etcd_client::Client;
+use proto::sidecar::sidecar_client::SidecarClient;
+use rustix::process::{Pid, Signal, kill_process};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+use crate::certificates::Certificates;
+use crate::etcd::Member;
+use crate::program::{Ended, Running, Sidecar};
+use crate::store::Store;
+use crate::{eventually, free_port, program};
+
+const LONG: Duration = Duration::from_secs(60);
+
+/// What a pod has.
+#[derive(Debug, Clone)]
+pub struct Pod {
+    dir: PathBuf,
+    /// The member whose etcd runs in it.
+    pub member: Member,
+    /// Where its backups go.
+    pub store: Option<Store>,
+    /// Certificates of the API; none for plain text.
+    pub tls: Option<Certificates>,
+    /// More lines for the sidecar's configuration.
+    pub more: String,
+    port: u16,
+}
+
+impl Pod {
+    /// A cluster of one, of a minor.
+    pub fn new(dir: &Path, minor: &str, store: Option<Store>) -> Result<Self> {
+        std::fs::create_dir_all(dir)?;
+        let member = Member::single(minor, &dir.join("data"))?;
+        Ok(Self { dir: dir.to_owned(), member, store, tls: None, more: String::new(), port: free_port()? })
+    }
+
+    /// The URL of its API.
+    pub fn url(&self) -> String {
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://127.0.0.1:{}", self.port)
+    }
+
+    fn write_configs(&self) -> Result<PathBuf> {
+        let member = &self.member;
+        let etcd = self.dir.join("etcd.yaml");
+        let (name, client, peer) = (&member.name, member.client_url(), member.peer_url());
+        std::fs::write(
+            &etcd,
+            format!(
+                "name: {name}\ndata-dir: {}\nlisten-client-urls: {client}\nadvertise-client-urls: {client}\nlisten-peer-urls: {peer}\ninitial-advertise-peer-urls: {peer}\ninitial-cluster: {}\n",
+                member.data_dir.display(),
+                member.initial_cluster
+            ),
+        )?;
+        let server = match &self.tls {
+            None => "  insecure: true\n".to_owned(),
+            Some(tls) => {
+                let (cert, key) = tls.server();
+                let (cert, key, ca) = (cert.display(), key.display(), tls.ca());
+                format!("  tls:\n    cert: {cert}\n    key: {key}\n    clientCa: {}\n", ca.display())
+            }
+        };
+        let store = self.store.as_ref().map(|store| format!("store:\n  url: {}\n", store.url)).unwrap_or_default();
+        let config = self.dir.join("sidecar.yaml");
+        std::fs::write(
+            &config,
+            format!(
+                "apiVersion: sidecar.etcd-steward.io/v1\nmember:\n  etcdConfig: {}\netcd:\n  endpoints: [{client}]\nserver:\n  listen: 127.0.0.1:{}\n{server}{store}{}",
+                etcd.display(),
+                self.port,
+                self.more
+            ),
+        )?;
+        Ok(config)
+    }
+
+    /// The program `sidecar serve`.
+    pub fn serve(&self) -> Result<Sidecar> {
+        let config = self.write_configs()?.display().to_string();
+        let serve = Sidecar::new(["serve", "--config", &config]);
+        let environment = self.store.iter().flat_map(|store| &store.environment);
+        Ok(environment.fold(serve, |serve, (name, value)| serve.env(name, value)))
+    }
+
+    /// Starts `sidecar serve` and waits until it serves.
+    pub async fn start_serve(&self) -> Result<Running> {
+        let mut serving = self.serve()?.spawn()?;
+        serving.logs("the API is served", LONG).await?;
+        Ok(serving)
+    }
+
+    /// The program `sidecar launch`.
+    pub fn launch(&self) -> Result<Sidecar> {
+        let etcd = program(&format!("etcd-{}", self.member.minor), "etcd")?;
+        let launch = Sidecar::new(["launch", "--sidecar", &self.url()]).arg("--etcd").arg(etcd);
+        let launch = launch.arg("--config").arg(self.dir.join("etcd.conf.yaml"));
+        Ok(match &self.tls {
+            None => launch,
+            Some(tls) => {
+                let (cert, key) = tls.client();
+                launch.arg("--cacert").arg(tls.ca()).arg("--cert").arg(cert).arg("--key").arg(key)
+            }
+        })
+    }
+
+    /// Starts `sidecar launch`.
+    pub fn start_launch(&self) -> Result<Launched> {
+        Ok(Launched { running: Some(self.launch()?.spawn()?) })
+    }
+
+    /// Starts `sidecar launch`, waits for etcd and connects to it.
+    pub async fn start_etcd(&self) -> Result<(Launched, Client)> {
+        let launched = self.start_launch()?;
+        let url = self.member.client_url();
+        let connect = || async {
+            let mut client = Client::connect([url.clone()], None).await?;
+            client.get("ready", None).await?;
+            anyhow::Ok(client)
+        };
+        let client = eventually(LONG, connect).await.with_context(|| launched.log())?;
+        Ok((launched, client))
+    }
+
+    /// A client of its API, with a certificate or without.
+    pub async fn client(&self, with_certificate: bool) -> Result<SidecarClient<Channel>> {
+        let endpoint = Endpoint::from_shared(self.url())?.connect_timeout(Duration::from_secs(5));
+        let endpoint = match &self.tls {
+            None => endpoint,
+            Some(certificates) => {
+                let mut tls = ClientTlsConfig::new();
+                tls = tls.ca_certificate(Certificate::from_pem(std::fs::read(certificates.ca())?));
+                if with_certificate {
+                    let (cert, key) = certificates.client();
+                    tls = tls.identity(Identity::from_pem(std::fs::read(cert)?, std::fs::read(key)?));
+                }
+                endpoint.tls_config(tls)?
+            }
+        };
+        Ok(SidecarClient::new(endpoint.connect().await?))
+    }
+}
+
+/// A running `sidecar launch`. It is asked to end when dropped, for its etcd would outlive it.
+#[derive(Debug)]
+pub struct Launched {
+    running: Option<Running>,
+}
+
+impl Launched {
+    /// What it logged so far.
+    pub fn log(&self) -> String {
+        self.running.as_ref().map(Running::log).unwrap_or_default()
+    }
+
+    /// The process.
+    pub fn running(&mut self) -> Result<&mut Running> {
+        self.running.as_mut().context("it has ended")
+    }
+
+    /// SIGTERM, and waits for its end.
+    pub async fn terminate(mut self) -> Result<Ended> {
+        self.running.take().context("it has ended")?.terminate().await
+    }
+
+    /// Waits for its end.
+    pub async fn wait(mut self) -> Result<Ended> {
+        self.running.take().context("it has ended")?.wait().await
+    }
+}
+
+impl Drop for Launched {
+    fn drop(&mut self) {
+        let Some(pid) = self.running.as_ref().and_then(Running::pid).and_then(|id| Pid::from_raw(id.cast_signed()))
+        else {
+            return;
+        };
+        let _ = kill_process(pid, Signal::TERM);
+        // The runtime that would reap it may be at its end: a zombie has ended too.
+        for _ in 0..100 {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+            if stat.is_empty() || stat.contains(") Z ") {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! A member under its sidecar's care: what becomes of its data before etcd starts, and its backups while it runs.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use proto::sidecar as api;
+use tests::certificates::Certificates;
+use tests::etcd::Member;
+use tests::eventually;
+use tests::pod::Pod;
+use tests::program::Sidecar;
+use tests::state;
+use tests::store::Store;
+use tests::workload::Workload;
+
+const LONG: Duration = Duration::from_secs(60);
+/// As which etcd ends when it was asked to: by the signal.
+const STOPPED: i32 = 128 + 15;
+
+fn workload(seed: u64) -> Workload {
+    Workload { seed, rounds: 6, compact: false, large: false, defragment: false }
+}
+
+async fn status(pod: &Pod) -> Result<api::StatusResponse> {
+    Ok(pod.client(true).await?.status(api::StatusRequest {}).await?.into_inner())
+}
+
+/// Takes a delta through the API, with everything there is.
+async fn take_delta(pod: &Pod) -> Result<()> {
+    let request = api::TakeSnapshotRequest { kind: api::Kind::Delta.into(), request_id: "1".into() };
+    pod.client(true).await?.take_snapshot(request).await?;
+    Ok(())
+}
+
+async fn backed_up(pod: &Pod) -> Result<()> {
+    eventually(LONG, || async {
+        let latest = pod.client(true).await?.get_latest(api::GetLatestRequest {}).await?.into_inner();
+        latest.full.map(drop).context("no full snapshot yet")
+    })
+    .await
+}
+
+/// Flips a byte of each page of the tree: bbolt would read other rows.
+fn damage(data_dir: &Path) -> Result<()> {
+    let path = data_dir.join("member/snap/db");
+    let mut bytes = std::fs::read(&path)?;
+    for at in (4096 * 2..bytes.len()).step_by(4096) {
+        bytes[at] ^= 0xff;
+    }
+    Ok(std::fs::write(path, bytes)?)
+}
+
+fn aside(data_dir: &Path) -> Result<usize> {
+    let names = std::fs::read_dir(data_dir)?.filter_map(Result::ok);
+    Ok(names.filter(|entry| entry.file_name().to_string_lossy().starts_with("member.replaced-")).count())
+}
+
+/// Begun anew, backed up, damaged, lost and behind: each time etcd has everything again, and nothing that was there is deleted.
+async fn a_member_is_looked_after(minor: &str) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut pod = Pod::new(&dir.path().join("pod"), minor, Some(store))?;
+    pod.more = "snapshots:\n  deltaPeriod: 1s\n".into();
+    let serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    ensure!(launched.log().contains("there is no data, and there are no backups"), "{}", launched.log());
+    workload(1).run(&mut client).await?;
+    backed_up(&pod).await?;
+    workload(2).run(&mut client).await?;
+    tests::workload::expire(&mut client).await?;
+    take_delta(&pod).await?;
+    let before = state::read(&mut client).await?;
+    let told = status(&pod).await?;
+    ensure!(told.phase() == api::Phase::Ready && told.role() == api::Role::Leader, "{told:?}");
+    ensure!(told.backup.as_ref().is_some_and(|backup| backup.active && backup.error.is_empty()), "{told:?}");
+    launched.terminate().await?.expect(STOPPED)?.says("etcd has ended")?;
+    let data = pod.member.data_dir.clone();
+
+    damage(&data)?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    ensure!(launched.log().contains("the data is damaged"), "{}", launched.log());
+    state::same(&before, &state::read(&mut client).await?)?;
+    ensure!(aside(&data)? == 1);
+    launched.terminate().await?.expect(STOPPED)?;
+
+    std::fs::remove_dir_all(data.join("member"))?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    ensure!(launched.log().contains("there is no data; the backups reach"), "{}", launched.log());
+    state::same(&before, &state::read(&mut client).await?)?;
+    // Restored, it is another history: that has to be in the store before a volume can be behind it.
+    let timelines = || async {
+        let listed = pod.store.as_ref().context("no store")?.list().await?;
+        let count = listed["timelines"].as_array().map_or(0, Vec::len);
+        ensure!(count >= 2, "{listed}");
+        anyhow::Ok(count)
+    };
+    eventually(LONG, timelines).await?;
+    workload(3).run(&mut client).await?;
+    take_delta(&pod).await?;
+    launched.terminate().await?.expect(STOPPED)?;
+
+    let old = dir.path().join("old");
+    tests::succeed(tokio::process::Command::new("cp").arg("-r").arg(&data).arg(&old)).await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    ensure!(launched.log().contains("the data is sound"), "{}", launched.log());
+    workload(4).run(&mut client).await?;
+    tests::workload::expire(&mut client).await?;
+    take_delta(&pod).await?;
+    let newest = state::read(&mut client).await?;
+    launched.terminate().await?.expect(STOPPED)?;
+    std::fs::rename(&data, dir.path().join("newer"))?;
+    std::fs::rename(&old, &data)?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    ensure!(launched.log().contains("behind the backups"), "{}", launched.log());
+    state::same(&newest, &state::read(&mut client).await?)?;
+    // A second caller touches nothing while etcd runs.
+    let again = pod.launch()?.run().await?;
+    ensure!(again.stderr.contains("nothing is touched") && again.code != 0, "{}", again.stderr);
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+tests::on_every_minor! {
+    a_member_is_looked_after_3_4: a_member_is_looked_after("3.4");
+    a_member_is_looked_after_3_5: a_member_is_looked_after("3.5");
+    a_member_is_looked_after_3_6: a_member_is_looked_after("3.6");
+    a_member_is_looked_after_3_7: a_member_is_looked_after("3.7");
+}
+
+/// Restored by hand to an older revision, it stays there: that is what somebody wants.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_restored_by_hand_stays() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store.clone()))?;
+    let serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    for n in 0..20u32 {
+        client.put("x", n.to_string(), None).await?;
+    }
+    backed_up(&pod).await?;
+    for n in 20..40u32 {
+        client.put("x", n.to_string(), None).await?;
+    }
+    take_delta(&pod).await?;
+    launched.terminate().await?.expect(STOPPED)?;
+    std::fs::remove_dir_all(pod.member.data_dir.join("member"))?;
+    store.restore_member(&pod.member).args(["--revision", "25"]).run().await?.expect(0)?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    ensure!(launched.log().contains("restored since the backups"), "{}", launched.log());
+    let kv = client.get("x", None).await?;
+    ensure!(kv.header().is_some_and(|header| header.revision() == 25), "{kv:?}");
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// Where nobody can know what is right, nothing is touched and etcd does not start.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_decided_is_refused() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
+    let serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    client.put("x", "1", None).await?;
+    let told = status(&pod).await?;
+    ensure!(told.backup.is_some_and(|backup| backup.store.is_empty() && !backup.active));
+    launched.terminate().await?.expect(STOPPED)?;
+    // Without a store only the check happens.
+    let (launched, _) = pod.start_etcd().await?;
+    ensure!(launched.log().contains("no store to compare it with"), "{}", launched.log());
+    launched.terminate().await?.expect(STOPPED)?;
+    damage(&pod.member.data_dir)?;
+    pod.launch()?.run().await?.expect(12)?.says("etcd must not start: the data is damaged")?;
+    ensure!(pod.member.data_dir.join("member").exists() && aside(&pod.member.data_dir)? == 0);
+    serving.terminate().await?.expect(0)?;
+    // Unless it is allowed to begin anew; what was there moves aside.
+    pod.more = "safety:\n  mayStartEmpty: true\n".into();
+    let serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    ensure!(client.get("x", None).await?.kvs().is_empty() && aside(&pod.member.data_dir)? == 1);
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+
+    // Data of one cluster, backups of another.
+    let store = Store::directory(&dir.path().join("store"));
+    let other = Member::single("3.6", &dir.path().join("other"))?;
+    let _etcd = other.start().await?;
+    store.once("full", &other).run().await?.expect(0)?;
+    pod.store = Some(store);
+    pod.more = String::new();
+    let serving = pod.start_serve().await?;
+    pod.launch()?.run().await?.expect(12)?.says("the volume or the store is another's")?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// No data, and a store that does not answer: nothing begins anew, and nothing ends; it goes on when the store is back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_away_is_waited_for() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let port = tests::free_port()?;
+    let place = dir.path().join("minio");
+    let mut minio = tests::minio::Minio::start_on(&place, "backups", port, None).await?;
+    let pod = Pod::new(&dir.path().join("pod"), "3.6", Some(minio.store("backups/a")))?;
+    let serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    client.put("x", "1", None).await?;
+    backed_up(&pod).await?;
+    take_delta(&pod).await?;
+    launched.terminate().await?.expect(STOPPED)?;
+    minio.kill9();
+    std::fs::remove_dir_all(pod.member.data_dir.join("member"))?;
+    let mut launched = pod.start_launch()?;
+    launched.running()?.logs("whether there are backups cannot be told", Duration::from_secs(180)).await?;
+    ensure!(!pod.member.data_dir.join("member").exists());
+    let _minio = tests::minio::Minio::start_on(&place, "backups", port, None).await?;
+    launched.running()?.logs("etcd is started", Duration::from_secs(180)).await?;
+    let url = pod.member.client_url();
+    let value = || async {
+        let mut client = etcd_client::Client::connect([url.clone()], None).await?;
+        let got = client.get("x", None).await?;
+        got.kvs().first().map(|kv| kv.value().to_vec()).context("x is not there")
+    };
+    ensure!(eventually(LONG, value).await? == b"1");
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// Without its sidecar etcd does not start, and whoever waits can be asked to end.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_sidecar_nothing_starts() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
+    let mut launched = pod.start_launch()?;
+    launched.running()?.logs_times("etcd cannot start yet", 3, LONG).await?;
+    ensure!(!pod.member.data_dir.exists());
+    launched.terminate().await?.expect(1)?.says("stopped on request")?;
+    let mut launched = pod.start_launch()?;
+    launched.running()?.logs("etcd cannot start yet", LONG).await?;
+    let serving = pod.start_serve().await?;
+    launched.running()?.logs("etcd is started", LONG).await?;
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// etcd's own end is the launcher's end, with its code.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_etcd_that_ends_ends_the_launcher() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
+    let serving = pod.start_serve().await?;
+    // Somebody else has its port.
+    let taken = std::net::TcpListener::bind(("127.0.0.1", pod.member.client_port))?;
+    let ended = pod.launch()?.run().await?;
+    ensure!(ended.code == 1 && ended.stderr.contains("etcd has ended"), "{}: {}", ended.code, ended.stderr);
+    drop(taken);
+    ensure!(serving.log().contains("etcd has ended"), "{}", serving.log());
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// With TLS nobody calls without a certificate of the CA, but for probes; new certificates are used at once.
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_show_a_certificate() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
+    let place = dir.path().join("certificates");
+    pod.tls = Some(Certificates::issue(&place)?);
+    let serving = pod.start_serve().await?;
+    let refused = |answer: Result<tonic::Response<api::StatusResponse>, tonic::Status>| {
+        answer.map_or_else(|status| status.code(), |_| tonic::Code::Ok)
+    };
+    let mut nobody = pod.client(false).await?;
+    ensure!(refused(nobody.status(api::StatusRequest {}).await) == tonic::Code::Unauthenticated);
+    let initialize = nobody.initialize(api::InitializeRequest {}).await.map(drop);
+    ensure!(initialize.is_err_and(|status| status.code() == tonic::Code::Unauthenticated));
+    let mut somebody = pod.client(true).await?;
+    ensure!(refused(somebody.status(api::StatusRequest {}).await) == tonic::Code::Ok);
+    // Probes have none.
+    let ca = reqwest::Certificate::from_pem(&std::fs::read(place.join("ca.crt"))?)?;
+    let http = reqwest::Client::builder().tls_certs_only([ca]).build()?;
+    let get = |path: &'static str| {
+        let request = http.get(format!("{}{path}", pod.url()));
+        async move { anyhow::Ok(request.send().await?.status().as_u16()) }
+    };
+    ensure!(get("/healthz").await? == 200 && get("/readyz").await? == 503);
+    // Plain text to it, and a client that says nothing, harm nobody.
+    ensure!(reqwest::get(pod.url().replace("https", "http") + "/healthz").await.is_err());
+    let address = pod.url().trim_start_matches("https://").to_owned();
+    let silent = std::net::TcpStream::connect(&address)?;
+    let (launched, _) = pod.start_etcd().await?;
+    ensure!(get("/readyz").await? == 200);
+    // Another CA: who is of the old one is refused, connections that stand stay; what cannot be used changes nothing.
+    let old = std::fs::read(place.join("server.crt"))?;
+    std::fs::write(place.join("server.crt"), "not a certificate")?;
+    ensure!(refused(pod.client(true).await?.status(api::StatusRequest {}).await) == tonic::Code::Ok);
+    std::fs::write(place.join("server.crt"), &old)?;
+    let mut stranger = pod.clone();
+    stranger.tls = Some(Certificates::issue(&dir.path().join("others"))?);
+    ensure!(stranger.client(true).await.is_err(), "a client trusts a server of another CA");
+    Certificates::issue(&place)?;
+    ensure!(refused(pod.client(true).await?.status(api::StatusRequest {}).await) == tonic::Code::Ok);
+    ensure!(refused(somebody.status(api::StatusRequest {}).await) == tonic::Code::Ok);
+    ensure!(serving.log().contains("certificates have changed") && serving.log().contains("the old ones stay"));
+    drop(silent);
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// What is wrong in a configuration is said, with its place; nothing starts.
+#[tokio::test(flavor = "multi_thread")]
+async fn configurations_that_make_no_sense_are_refused() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
+    for (more, said) in [
+        ("snapshot: {}\n", "snapshot"),
+        ("snapshots:\n  deltaPeriod: 5 weeks\n", "duration"),
+        ("snapshots:\n  fullSchedule: often\n", "cron"),
+        ("store:\n  url: ftp://x/y\n", "ftp"),
+        ("store:\n  url: file:///nowhere\n  password: x\n", "password"),
+    ] {
+        pod.more = more.into();
+        let refused = pod.serve()?.run().await?;
+        ensure!(refused.code == 2 && refused.stderr.contains(said), "{more}: {}: {}", refused.code, refused.stderr);
+    }
+    pod.more = String::new();
+    let printed = pod.serve()?.arg("--print-config").run().await?.expect(0)?.json()?;
+    ensure!(printed["snapshots"]["fullSchedule"] == "0 * * * *", "{printed}");
+    // No TLS, and nobody said that this is meant.
+    let config = dir.path().join("pod/sidecar.yaml");
+    let text = std::fs::read_to_string(&config)?.replace("  insecure: true\n", "");
+    std::fs::write(&config, text)?;
+    let serve = Sidecar::new(["serve", "--config", &config.display().to_string()]);
+    serve.run().await?.expect(2)?.says("server.insecure")?;
+    // An address that somebody has.
+    let taken = pod.start_serve().await?;
+    pod.serve()?.run().await?.expect(1)?.says("listen on")?;
+    taken.terminate().await?.expect(0)?;
+    ensure!(!pod.member.data_dir.exists());
+    Ok(())
+}
