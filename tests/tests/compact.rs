@@ -5,7 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use etcd_client::Client;
+use etcd_format::mvcc::KeyValue;
+use proto::backup::{DeltaEnd, ObjectMeta};
 use serde_json::Value;
+use sidecar::catalog::ObjectName;
+use sidecar::container;
+use sidecar::delta::Builder;
 use tests::etcd::{Etcd, Member};
 use tests::gardener::Gardener;
 use tests::minio::Minio;
@@ -215,4 +220,40 @@ async fn a_raised_revision_hides_no_deleted_key() -> Result<()> {
     let after = store.restore_and_read(&member).await?;
     ensure!(!after.keys.contains_key(b"deleted".as_slice()), "a deleted key is back");
     state::same_keys(&before, &after)
+}
+
+/// Named up to a revision that it does not have: merged, it would be a full snapshot that nothing could restore.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delta_that_ends_before_its_name_is_not_merged() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let place = dir.path().join("store");
+    let store = Store::directory(&place);
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    client.put("x", "1", None).await?;
+    store.once("full", &member).run().await?.expect(0)?;
+    let revision = state::read(&mut client).await?.revision;
+    let (first, last) = (revision + 1, revision + 6);
+    let mut builder = Builder::new(revision)?;
+    builder.revision(first, 1)?;
+    let kv = KeyValue { key: b"y", create_revision: first, mod_revision: first, version: 1, value: b"1", lease: 0 };
+    builder.put(&kv)?;
+    let object = builder.finish(DeltaEnd::default(), ObjectMeta::default())?.concat();
+    let mut reader = container::Reader::new(object.as_slice(), "delta")?;
+    let cluster_id = client.status().await?.header().context("no header")?.cluster_id();
+    let meta = ObjectMeta { last_revision: last, cluster_id, ..reader.meta().cloned().context("no metadata")? };
+    let mut content = Vec::new();
+    std::io::Read::read_to_end(&mut reader, &mut content)?;
+    let mut writer = container::Writer::for_delta();
+    writer.write(&content)?;
+    let name = ObjectName::Delta { timeline: 1, first, last, unix_ms: 1_800_000_000_000 };
+    let path = place.join(name.to_string());
+    std::fs::create_dir_all(path.parent().context("no directory")?)?;
+    std::fs::write(path, writer.finish_with_leading_meta(&meta)?.concat())?;
+    store.command("verify").args(["--level", "decode"]).run().await?.expect(10)?;
+    store.command("compact").run().await?.expect(10)?.says("ends at")?;
+    ensure!(objects(&place)?.len() == 2, "something was uploaded");
+    store.restore(dir.path().join("restored")).run().await?.expect(10)?;
+    Ok(())
 }

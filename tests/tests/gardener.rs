@@ -532,8 +532,9 @@ async fn a_collection_does_not_take_its_newer_backups_for_old_ones() -> Result<(
     scene.write_to(30).await?;
     scene.gardener.delta(&scene.member, 21, 30, &[]).await?;
     let keys = state::keys_at(&mut scene.client, 30).await?;
-    for policy in ["exponential", "limit-based"] {
-        scene.store.command("gc").args(["--policy", policy, "--max-backups", "1"]).run().await?.expect(0)?;
+    let policies: [&[&str]; 2] = [&["--policy", "exponential"], &["--policy", "limit-based", "--max-backups", "1"]];
+    for policy in policies {
+        scene.store.command("gc").args(policy.iter().copied()).run().await?.expect(0)?;
         scene.store.restore(scene.target()).args(["--timeline", "0"]).run().await?.expect(0)?;
         let (found, there, _) = state::of_directory(&scene.target())?;
         ensure!(found == 30 && there == keys);
