@@ -122,11 +122,12 @@ fn data_of(verdict: &Verdict) -> Data {
         (_, Some(Severity::Corrupt)) => Data::Damaged { evidence: evidence(Severity::Corrupt) },
         (None, _) => Data::Damaged { evidence: "its database could not be read".into() },
         (Some(summary), severity) => {
-            let commit = verdict.raft.map_or(0, |(_, commit)| commit);
+            // Not only what is known to be committed: a cluster of one commits what it finds when it starts.
+            let log_end = verdict.log_end.unwrap_or(0);
             Data::Sound(Sound {
                 cluster_id: verdict.member.map_or(0, |(_, cluster)| cluster.0),
                 revision: summary.revision,
-                unapplied: commit.saturating_sub(summary.consistent_index),
+                unapplied: log_end.saturating_sub(summary.consistent_index),
                 torn: severity == Some(Severity::Repairable),
                 restored_since: false,
             })

@@ -1,5 +1,6 @@
-//! The sidecar's API: gRPC, and `/healthz` and `/readyz` for probes, on one port.
+//! The sidecar's API: gRPC, and over plain HTTP `/healthz` and `/readyz` for probes and what etcd-wrapper asks, on one port.
 
+mod gardener;
 mod service;
 mod tls;
 
@@ -29,6 +30,8 @@ use service::Api;
 const MOST_REQUEST_BYTES: usize = 64 << 10;
 /// Calls of one connection at once.
 const MOST_CALLS: usize = 32;
+/// How long calls that are under way may take when the sidecar ends.
+const LAST_CALLS: Duration = Duration::from_secs(3);
 /// Connections that shake hands at once.
 const MOST_HANDSHAKES: usize = 64;
 
@@ -59,17 +62,26 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
         .map_err(|error| Error::Bug { what: format!("describe the API: {error}") })?;
     let mut routes = Routes::new(api.max_decoding_message_size(MOST_REQUEST_BYTES));
     routes = routes.add_service(health_service).add_service(reflection);
-    let router = routes.into_axum_router().merge(service::probes(supervisor));
+    let router =
+        routes.into_axum_router().merge(gardener::routes(supervisor.clone())).merge(service::probes(supervisor));
     tracing::info!(listen = %listener.local_addr().map_err(Error::io("listen on", listen))?, "the API is served");
     let server = Server::builder()
         .accept_http1(true)
         .concurrency_limit_per_connection(MOST_CALLS)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .add_routes(Routes::from(router));
-    let served = if let Some(acceptor) = acceptor {
-        server.serve_with_incoming_shutdown(with_tls(listener, acceptor), stop.cancelled()).await
-    } else {
-        server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled()).await
+    let stopped = stop.clone();
+    let serving = async {
+        if let Some(acceptor) = acceptor {
+            server.serve_with_incoming_shutdown(with_tls(listener, acceptor), stop.cancelled()).await
+        } else {
+            server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled()).await
+        }
+    };
+    let served = tokio::select! {
+        served = serving => served,
+        // Who does not end a call must not hold up the end.
+        () = async { stopped.cancelled().await; tokio::time::sleep(LAST_CALLS).await } => Ok(()),
     };
     served.map_err(|error| Error::Unanswered {
         what: format!("serve the API on {listen}: {}", crate::error::chain(&error)),

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -58,6 +59,12 @@ pub struct Observed {
     pub backing_up: bool,
     /// Why backing up last ended, when that was trouble.
     pub error: Option<String>,
+}
+
+/// A backup that runs. Until it has ended no other begins: it may have a delta to bring home.
+struct Backup {
+    stop: CancellationToken,
+    task: JoinHandle<()>,
 }
 
 /// A serving sidecar.
@@ -153,7 +160,7 @@ impl Supervisor {
     /// Asks the member what it is, and has it backed up while it leads.
     async fn follow(self: Arc<Self>) {
         let mut etcd = None;
-        let mut backup: Option<CancellationToken> = None;
+        let mut backup: Option<Backup> = None;
         let mut tick = tokio::time::interval(ROLE_PERIOD);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -171,18 +178,15 @@ impl Supervisor {
                 observed.status = status.or_else(|| observed.status.take());
             });
             let leads = role == Some(Role::Leader);
+            backup = backup.filter(|backup| !backup.task.is_finished());
             match &backup {
                 None if leads => backup = self.begin_backup(),
                 // An etcd that cannot be reached for a while still leads, for all that is known; the backup waits for it.
-                Some(stop) if role.is_some() && !leads => {
+                Some(backup) if role.is_some() && !leads && !backup.stop.is_cancelled() => {
                     tracing::info!("the member no longer leads: its backup ends");
-                    stop.cancel();
-                    backup = None;
+                    backup.stop.cancel();
                 }
                 _ => {}
-            }
-            if backup.is_some() && !self.observed.borrow().backing_up {
-                backup = None;
             }
         }
     }
@@ -208,12 +212,12 @@ impl Supervisor {
         }
     }
 
-    fn begin_backup(self: &Arc<Self>) -> Option<CancellationToken> {
+    fn begin_backup(self: &Arc<Self>) -> Option<Backup> {
         let settings = self.settings.backup.clone()?;
         let stop = self.stop.child_token();
         self.observed.send_modify(|observed| observed.backing_up = true);
         let (this, stopped) = (self.clone(), stop.clone());
-        self.tasks.spawn(async move {
+        let task = self.tasks.spawn(async move {
             let ended = snapshotter::run(&settings, &stopped).await;
             if let Err(error) = &ended {
                 tracing::error!(%error, "backing up ended; it is tried again");
@@ -231,6 +235,6 @@ impl Supervisor {
                     ended.err().filter(|error| error.class() != Class::Cancelled).map(|error| error.to_string());
             });
         });
-        Some(stop)
+        Some(Backup { stop, task })
     }
 }

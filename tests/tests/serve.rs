@@ -26,11 +26,14 @@ async fn status(pod: &Pod) -> Result<api::StatusResponse> {
     Ok(pod.client(true).await?.status(api::StatusRequest {}).await?.into_inner())
 }
 
-/// Takes a delta through the API, with everything there is.
+/// Takes a delta through the API, with everything there is; after a restore that takes a full snapshot first.
 async fn take_delta(pod: &Pod) -> Result<()> {
-    let request = api::TakeSnapshotRequest { kind: api::Kind::Delta.into(), request_id: "1".into() };
-    pod.client(true).await?.take_snapshot(request).await?;
-    Ok(())
+    let take = || async {
+        let request = api::TakeSnapshotRequest { kind: api::Kind::Delta.into(), request_id: "1".into() };
+        pod.client(true).await?.take_snapshot(request).await?;
+        Ok(())
+    };
+    eventually(LONG, take).await
 }
 
 async fn backed_up(pod: &Pod) -> Result<()> {
@@ -127,6 +130,39 @@ tests::on_every_minor! {
     a_member_is_looked_after_3_5: a_member_is_looked_after("3.5");
     a_member_is_looked_after_3_6: a_member_is_looked_after("3.6");
     a_member_is_looked_after_3_7: a_member_is_looked_after("3.7");
+}
+
+/// Killed with writes that no backup has, and that its database does not have yet: its log has them.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_only_the_log_has_is_kept() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store))?;
+    pod.more = "snapshots:\n  deltaPeriod: 1h\n".into();
+    let serving = pod.start_serve().await?;
+    let mut written = 0u32;
+    for turn in 0..4 {
+        let (launched, mut client) = pod.start_etcd().await?;
+        ensure!(turn == 0 || launched.log().contains("the data is sound"), "{}", launched.log());
+        let value = client.get("x", None).await?.kvs().first().map(|kv| kv.value().to_vec());
+        ensure!(turn == 0 || value == Some(written.to_string().into_bytes()), "turn {turn}: {value:?} of {written}");
+        backed_up(&pod).await?;
+        for n in 0..200u32 {
+            written += 1;
+            client.put("x", written.to_string(), None).await?;
+            // In some turns the backup has all but the last, in some next to nothing.
+            if n == 50 * turn {
+                take_delta(&pod).await?;
+            }
+        }
+        let log = launched.log();
+        let pid = log.split("etcd is started pid=").nth(1).and_then(|rest| rest.split(' ').next());
+        let pid = rustix::process::Pid::from_raw(pid.context("no pid")?.parse()?).context("no pid")?;
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+        launched.wait().await?.expect(128 + 9)?;
+    }
+    serving.terminate().await?;
+    Ok(())
 }
 
 /// Restored by hand to an older revision, it stays there: that is what somebody wants.
@@ -309,6 +345,55 @@ async fn callers_show_a_certificate() -> Result<()> {
     ensure!(serving.log().contains("certificates have changed") && serving.log().contains("the old ones stay"));
     drop(silent);
     launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// The predecessor's etcd-wrapper, as it asks: status until it is `New`, start, status until `Successful`, configuration.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_asks_as_etcd_wrapper_gets_its_answers() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
+    let place = dir.path().join("certificates");
+    pod.tls = Some(Certificates::issue(&place)?);
+    let serving = pod.start_serve().await?;
+    // It has the CA and no certificate.
+    let ca = reqwest::Certificate::from_pem(&std::fs::read(place.join("ca.crt"))?)?;
+    let http = reqwest::Client::builder().tls_certs_only([ca]).build()?;
+    let ask = async |path: &str| {
+        let answer = http.get(format!("{}{path}", pod.url())).send().await?;
+        let (status, length) = (answer.status().as_u16(), answer.content_length());
+        let text = answer.text().await?;
+        // It gives up the request before it reads the body: that must have come in one piece, of a known length.
+        ensure!(length == Some(text.len() as u64), "{path}: {length:?}");
+        anyhow::Ok((status, text))
+    };
+    let told = |text: &str| (200, text.to_owned());
+    // Twice: its etcd is restarted.
+    for turn in 0..2 {
+        ensure!(ask("/config").await?.0 == if turn == 0 { 500 } else { 200 });
+        ensure!(ask("/initialization/status").await? == told("New"));
+        ensure!(ask("/initialization/start?mode=sanity").await? == told(""));
+        let successful = || async {
+            let status = ask("/initialization/status").await?;
+            ensure!(status == told("Successful"), "{status:?}");
+            Ok(())
+        };
+        eventually(LONG, successful).await?;
+        let (status, config) = ask("/config").await?;
+        ensure!(status == 200 && config.contains(&pod.member.initial_cluster), "{config}");
+    }
+    // What cannot be decided is `Failed`, once.
+    std::fs::create_dir_all(pod.member.data_dir.join("member/snap"))?;
+    std::fs::write(pod.member.data_dir.join("member/snap/db"), "not a database")?;
+    ask("/initialization/start").await?;
+    let failed = || async {
+        let status = ask("/initialization/status").await?;
+        ensure!(status == told("Failed"), "{status:?}");
+        Ok(())
+    };
+    eventually(LONG, failed).await?;
+    ensure!(ask("/initialization/status").await? == told("New") && ask("/config").await?.0 == 500);
     serving.terminate().await?.expect(0)?;
     Ok(())
 }

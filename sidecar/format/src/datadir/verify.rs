@@ -94,6 +94,8 @@ pub struct Verdict {
     pub member: Option<(MemberId, ClusterId)>,
     /// Raft term and commit index, as the log says.
     pub raft: Option<(u64, u64)>,
+    /// Index of the log's last entry, which may be beyond the commit index that was written last.
+    pub log_end: Option<u64>,
 }
 
 impl Verdict {
@@ -224,6 +226,7 @@ fn verify_log(layout: &Layout, verdict: &mut Verdict) -> Result<Option<Log>> {
     }
     verdict.member = Some((MemberId(log.metadata.node_id()), ClusterId(log.metadata.cluster_id())));
     verdict.raft = Some((log.state.term(), log.state.commit()));
+    verdict.log_end = Some(log.last_index());
     Ok(Some(log))
 }
 
