@@ -124,11 +124,13 @@ pub struct Server {
     pub tls: Option<ServerTls>,
     /// Serve without TLS and let everybody call everything. For trying things, and where only loopback reaches it.
     pub insecure: bool,
+    /// Answer gardener/etcd-wrapper over plain HTTP, without a client's certificate, which it has not.
+    pub etcd_wrapper: bool,
 }
 
 impl Default for Server {
     fn default() -> Self {
-        Self { listen: "127.0.0.1:8080".to_owned(), tls: None, insecure: false }
+        Self { listen: "127.0.0.1:8080".to_owned(), tls: None, insecure: false, etcd_wrapper: false }
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! # Invariants
 //! - Always the full check, and never under a running etcd.
-//! - What is there is deleted by nobody: what is replaced moves aside.
+//! - What is there is deleted by nobody: what is replaced moves aside. Sound data is never replaced.
 //! - Nothing begins anew where a store cannot be asked whether there is a backup.
 
 mod decision;
@@ -18,10 +18,14 @@ use tokio_util::sync::CancellationToken;
 pub use decision::{Backups, Data, Decision, Facts, Sound, decide};
 pub use member::Member;
 
-use crate::catalog::{Catalog, PREDECESSOR};
+use crate::catalog::PREDECESSOR;
 use crate::restore::{self, Choice, Plan, Progress, Target};
 use crate::store::Store;
 use crate::{Class, Error, Result};
+
+/// Entries without a revision, such as grants of leases, that etcd may have written between the last event of a delta and the
+/// moment that its position was asked for.
+const SLACK: i128 = 16;
 
 /// What an initialization goes by.
 #[derive(Debug, Clone)]
@@ -45,6 +49,8 @@ pub struct Outcome {
     pub revision: i64,
     /// Where what was there lies now.
     pub moved_to: Option<PathBuf>,
+    /// Whether nothing was looked at because an etcd runs on the data.
+    pub in_use: bool,
 }
 
 /// Told to whoever watches.
@@ -68,8 +74,8 @@ pub async fn initialize(
     see(Step::Check);
     let verdict = match check(dir).await {
         Err(error) if error.class() == Class::Precondition && dir.is_dir() => {
-            let (done, reason) = (Decision::Keep, format!("nothing is touched: {error}"));
-            return Ok(Outcome { done, reason, revision: 0, moved_to: None });
+            let (done, reason) = (Decision::Refuse { may_pass: true }, format!("nothing is touched: {error}"));
+            return Ok(Outcome { done, reason, revision: 0, moved_to: None, in_use: true });
         }
         verdict => verdict?,
     };
@@ -78,18 +84,20 @@ pub async fn initialize(
     let (decision, reason) = decide(&facts);
     tracing::info!(?decision, reason, "decided what becomes of the data");
     see(Step::Decided(decision, reason.clone()));
-    let outcome = Outcome { done: decision, reason, revision, moved_to: None };
+    let outcome = Outcome { done: decision, reason, revision, moved_to: None, in_use: false };
     match (decision, &settings.store) {
         (Decision::Append, Some(store)) => append(settings, store, stop, see, outcome).await,
         (Decision::Restore, Some(store)) => restore_whole(settings, store, stop, see, outcome).await,
         (Decision::Append | Decision::Restore, None) => Err(Error::Bug { what: "a restore without a store".into() }),
+        // Where nothing was, nothing is moved: what is there by now somebody else has made.
+        (Decision::Bootstrap, _) if facts.data == Data::Absent => Ok(outcome),
         (Decision::Bootstrap, _) => Ok(Outcome { moved_to: move_aside(dir)?, ..outcome }),
         (Decision::Keep | Decision::Refuse { .. }, _) => Ok(outcome),
     }
 }
 
 async fn check(dir: &Path) -> Result<Option<Verdict>> {
-    if !dir.exists() {
+    if !dir.try_exists().map_err(Error::io("look at", dir.display()))? {
         return Ok(None);
     }
     let (checked, place) = (dir.to_owned(), dir.display().to_string());
@@ -118,8 +126,11 @@ fn data_of(verdict: &Verdict) -> Data {
             of(wanted).take(3).map(|finding| format!("{} in {}", finding.what, finding.path.display())).collect();
         texts.join("; ")
     };
+    // A key whose lease has no record never expires, and etcd runs on it: that is no reason to put older data in its place.
+    let leases = verdict.summary.as_ref().map_or(0, |summary| summary.dangling_leases.len());
+    let is_damaged = of(Severity::Corrupt).count() > leases;
     match (&verdict.summary, verdict.severity()) {
-        (_, Some(Severity::Corrupt)) => Data::Damaged { evidence: evidence(Severity::Corrupt) },
+        (_, Some(Severity::Corrupt)) if is_damaged => Data::Damaged { evidence: evidence(Severity::Corrupt) },
         (None, _) => Data::Damaged { evidence: "its database could not be read".into() },
         (Some(summary), severity) => {
             // Not only what is known to be committed: a cluster of one commits what it finds when it starts.
@@ -130,6 +141,7 @@ fn data_of(verdict: &Verdict) -> Data {
                 unapplied: log_end.saturating_sub(summary.consistent_index),
                 torn: severity == Some(Severity::Repairable),
                 restored_since: false,
+                voters: verdict.voters.unwrap_or(1),
             })
         }
     }
@@ -137,28 +149,23 @@ fn data_of(verdict: &Verdict) -> Data {
 
 async fn look_at(store: &Store, data: &mut Data, verdict: Option<&Verdict>) -> Result<Backups> {
     let catalog = store.catalog().await?;
-    let Some((timeline, history)) = catalog.newest_restorable() else { return Ok(Backups::Empty) };
+    let Some((timeline, history)) = catalog.newest_restorable() else {
+        // Somebody backed something up here.
+        let has_deltas = catalog.timelines.values().any(|history| !history.deltas.is_empty());
+        let why = "the store has deltas and no full snapshot".to_owned();
+        return Ok(if has_deltas { Backups::Unknown { why } } else { Backups::Empty });
+    };
     let Some(chain) = history.newest_chain() else { return Ok(Backups::Empty) };
     if let (Data::Sound(sound), Some((term, _))) = (data, verdict.and_then(|verdict| verdict.raft))
         && sound.revision < chain.last
     {
         let index = verdict.and_then(|verdict| verdict.summary.as_ref()).map_or(0, |summary| summary.consistent_index);
-        let is_its_log = restore::is_of_its_log(store, timeline, history, sound.revision, (index, term)).await?;
+        let is_its_log = restore::is_of_its_log(store, timeline, history, sound.revision, (index, term), SLACK).await?;
         sound.restored_since = is_its_log == Some(false);
     }
-    Ok(Backups::Upto { last: chain.last, cluster_ids: cluster_ids(store, &catalog).await? })
-}
-
-/// Ids of the clusters that a store's timelines were begun with; empty when one does not say.
-async fn cluster_ids(store: &Store, catalog: &Catalog) -> Result<Vec<u64>> {
-    let mut ids = Vec::new();
-    for timeline in catalog.timelines.keys() {
-        let described = if *timeline == PREDECESSOR { None } else { store.description(*timeline).await? };
-        let id = described.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok());
-        let Some(id) = id else { return Ok(Vec::new()) };
-        ids.push(id);
-    }
-    Ok(ids)
+    let described = if timeline == PREDECESSOR { None } else { store.description(timeline).await? };
+    let cluster_id = described.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok());
+    Ok(Backups::Upto { last: chain.last, cluster_id })
 }
 
 async fn append(
@@ -173,11 +180,11 @@ async fn append(
     let appended = restore::append(store, dir, None, stop, move |progress| watched(Step::Restore(progress))).await;
     match appended {
         Ok(appended) => Ok(Outcome { revision: appended.revision, ..outcome }),
+        // What the backups do not show to be theirs may be all there is of it: a person decides which of the two counts.
         Err(error) if matches!(error.class(), Class::Precondition | Class::Missing | Class::Corrupt) => {
-            let reason = format!("{}; it cannot be appended to: {error}", outcome.reason);
-            see(Step::Decided(Decision::Restore, reason.clone()));
-            let outcome = Outcome { done: Decision::Restore, reason, ..outcome };
-            restore_whole(settings, store, stop, see, outcome).await
+            let advice = "move the member directory away to have it restored";
+            let reason = format!("{}; it cannot be appended to: {error}; {advice}", outcome.reason);
+            Ok(Outcome { done: Decision::Refuse { may_pass: false }, reason, ..outcome })
         }
         Err(error) => Err(error),
     }
@@ -208,10 +215,9 @@ async fn restore_whole(
 
 /// Moves a member aside, in its data directory.
 fn move_aside(dir: &Path) -> Result<Option<PathBuf>> {
+    // An etcd that has started since must not lose it.
+    datadir::check_target(dir, true).map_err(Error::format(dir.display().to_string()))?;
     let member = dir.join("member");
-    if !member.exists() {
-        return Ok(None);
-    }
     let aside = dir.join(format!("member.replaced-{}", Utc::now().format("%Y%m%dT%H%M%S%.3fZ")));
     std::fs::rename(&member, &aside).map_err(Error::io("move aside", member.display()))?;
     Ok(Some(aside))

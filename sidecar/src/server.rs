@@ -42,13 +42,15 @@ pub struct Settings {
     pub listen: SocketAddr,
     /// `None`: no TLS, and everybody may call everything.
     pub tls: Option<Files>,
+    /// Whether etcd-wrapper is answered, which shows no certificate.
+    pub etcd_wrapper: bool,
 }
 
 /// Serves until `stop` is cancelled.
 pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: CancellationToken) -> Result<()> {
     let listen = settings.listen;
     let listener = TcpListener::bind(listen).await.map_err(Error::io("listen on", listen))?;
-    let acceptor = settings.tls.map(tls::Acceptor::new).transpose()?.map(Arc::new);
+    let acceptor = settings.tls.clone().map(tls::Acceptor::new).transpose()?.map(Arc::new);
     let needs_certificate = acceptor.is_some();
     if !needs_certificate {
         tracing::warn!(%listen, "the API is served without TLS: everybody who reaches it may call everything");
@@ -62,8 +64,10 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
         .map_err(|error| Error::Bug { what: format!("describe the API: {error}") })?;
     let mut routes = Routes::new(api.max_decoding_message_size(MOST_REQUEST_BYTES));
     routes = routes.add_service(health_service).add_service(reflection);
-    let router =
-        routes.into_axum_router().merge(gardener::routes(supervisor.clone())).merge(service::probes(supervisor));
+    let mut router = routes.into_axum_router().merge(service::probes(supervisor.clone()));
+    if settings.etcd_wrapper {
+        router = router.merge(gardener::routes(supervisor));
+    }
     tracing::info!(listen = %listener.local_addr().map_err(Error::io("listen on", listen))?, "the API is served");
     let server = Server::builder()
         .accept_http1(true)

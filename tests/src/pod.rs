@@ -66,12 +66,15 @@ impl Pod {
                 format!("  tls:\n    cert: {cert}\n    key: {key}\n    clientCa: {}\n", ca.display())
             }
         };
+        if let Some(dir) = self.store.as_ref().and_then(|store| store.url.strip_prefix("file://")) {
+            std::fs::create_dir_all(dir)?;
+        }
         let store = self.store.as_ref().map(|store| format!("store:\n  url: {}\n", store.url)).unwrap_or_default();
         let config = self.dir.join("sidecar.yaml");
         std::fs::write(
             &config,
             format!(
-                "apiVersion: sidecar.etcd-steward.io/v1\nmember:\n  etcdConfig: {}\netcd:\n  endpoints: [{client}]\nserver:\n  listen: 127.0.0.1:{}\n{server}{store}{}",
+                "apiVersion: sidecar.etcd-steward.io/v1\nmember:\n  etcdConfig: {}\netcd:\n  endpoints: [{client}]\nserver:\n  listen: 127.0.0.1:{}\n  etcdWrapper: true\n{server}{store}{}",
                 etcd.display(),
                 self.port,
                 self.more

@@ -13,7 +13,7 @@ use tests::store::Store;
 use tests::workload::Workload;
 
 /// Which calls of a kind are hit; the others lie between two that are. With `FAULTS=every` in the environment all are, which
-/// takes half an hour.
+/// takes some minutes.
 const NTH: [usize; 7] = [1, 2, 3, 5, 8, 13, 30];
 
 fn nth() -> Box<dyn Iterator<Item = usize>> {

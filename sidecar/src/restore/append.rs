@@ -160,7 +160,7 @@ async fn check_auth(store: &Store, timeline: Timeline, history: &History, facts:
 /// Entries of the log that the database lacks are taken to be in the deltas. They are not when the log is of a restore since.
 async fn check_log(store: &Store, timeline: Timeline, history: &History, facts: &Facts) -> Result<()> {
     if facts.unapplied == 0
-        || is_of_its_log(store, timeline, history, facts.revision, facts.applied).await? == Some(true)
+        || is_of_its_log(store, timeline, history, facts.revision, facts.applied, 0).await? == Some(true)
     {
         return Ok(());
     }
@@ -172,13 +172,14 @@ async fn check_log(store: &Store, timeline: Timeline, history: &History, facts: 
 
 /// Whether a member at a revision, whose database has applied (index, term) of its log, has the log that was backed up. It has
 /// not when it was restored since: its index is then nearer to the revision than it was when that was backed up, as
-/// `timeline::decide` has it. `None` when no backup up to the revision tells.
+/// `timeline::decide` has it; by more than `slack`. `None` when no backup up to the revision tells.
 pub async fn is_of_its_log(
     store: &Store,
     timeline: Timeline,
     history: &History,
     revision: i64,
     (applied, term): (u64, u64),
+    slack: i128,
 ) -> Result<Option<bool>> {
     let fulls = history.fulls.iter().map(|full| (full.revision, full.name(timeline), full.size));
     let deltas = history.deltas.iter().map(|delta| (delta.last, delta.name(timeline), delta.size));
@@ -187,7 +188,8 @@ pub async fn is_of_its_log(
     let distance = |index: u64, revision: i64| i128::from(index) - i128::from(revision);
     let meta = store.meta(&name, size).await?;
     Ok(meta.map(|meta| {
-        distance(applied, revision) >= distance(meta.raft_index, meta.last_revision) && term >= meta.raft_term
+        let lacks = distance(meta.raft_index, meta.last_revision) - distance(applied, revision);
+        lacks <= slack && term >= meta.raft_term
     }))
 }
 

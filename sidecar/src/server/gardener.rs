@@ -4,8 +4,8 @@
 //! anything else has it wait. An end is told once: whoever asks again begins anew, as one whose etcd was restarted must. The
 //! check is always the full one, whatever `mode` is asked for.
 //!
-//! None of these needs a certificate, for etcd-wrapper has none: an initialization touches nothing while etcd runs, and the
-//! configuration has no secrets in it.
+//! None of these needs a certificate, for etcd-wrapper has none; they are served only where that is configured. An
+//! initialization touches nothing while etcd runs, and the configuration has no secrets in it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -261,7 +261,11 @@ impl Sidecar for Api {
 /// For probes, which have no certificate.
 pub(super) fn probes(supervisor: Arc<Supervisor>) -> Router {
     let ready = move || {
-        let is_ready = matches!(&*supervisor.phase().borrow(), Phase::Ready(_));
+        let is_ready = match &*supervisor.phase().borrow() {
+            Phase::Ready(_) => true,
+            Phase::Refused(refused) => refused.in_use,
+            Phase::New | Phase::Running(_) | Phase::Failed(_) => false,
+        };
         std::future::ready(if is_ready {
             (StatusCode::OK, "{\"health\":true}\n")
         } else {
@@ -277,7 +281,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_caller_hears_the_end_and_nothing_after_it() {
-        let ended = Outcome { done: Decision::Keep, reason: "sound".into(), revision: 3, moved_to: None };
+        let ended =
+            Outcome { done: Decision::Keep, reason: "sound".into(), revision: 3, moved_to: None, in_use: false };
         let (phase, phases) = watch::channel(Phase::Running(Step::Check));
         let mut told = until_it_ended(phases);
         assert!(told.next().await.is_some_and(|told| told.is_ok_and(|told| told.phase == "check")));

@@ -96,6 +96,8 @@ pub struct Verdict {
     pub raft: Option<(u64, u64)>,
     /// Index of the log's last entry, which may be beyond the commit index that was written last.
     pub log_end: Option<u64>,
+    /// Voting members of the cluster, as the log says.
+    pub voters: Option<usize>,
 }
 
 impl Verdict {
@@ -172,7 +174,7 @@ pub fn verify(data_dir: &Path, options: &Verify) -> Result<Option<Verdict>> {
     if !data_dir.is_dir() {
         return Err(Error::precondition(format!("{} is not a directory", data_dir.display())));
     }
-    if !layout.member().exists() {
+    if !layout.member().try_exists().map_err(Error::io("look at", layout.member()))? {
         return Ok(None);
     }
     check_not_in_use(&layout)?;
@@ -227,6 +229,7 @@ fn verify_log(layout: &Layout, verdict: &mut Verdict) -> Result<Option<Log>> {
     verdict.member = Some((MemberId(log.metadata.node_id()), ClusterId(log.metadata.cluster_id())));
     verdict.raft = Some((log.state.term(), log.state.commit()));
     verdict.log_end = Some(log.last_index());
+    verdict.voters = Some(log.voters().len());
     Ok(Some(log))
 }
 
