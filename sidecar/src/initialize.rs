@@ -85,9 +85,10 @@ pub async fn initialize(
     tracing::info!(?decision, reason, "decided what becomes of the data");
     see(Step::Decided(decision, reason.clone()));
     let outcome = Outcome { done: decision, reason, revision, moved_to: None, in_use: false };
-    match (decision, &settings.store) {
-        (Decision::Append, Some(store)) => append(settings, store, stop, see, outcome).await,
-        (Decision::Restore, Some(store)) => restore_whole(settings, store, stop, see, outcome).await,
+    let from = settings.store.as_ref().map(|store| Refill { member: &settings.member, store, stop, see });
+    match (decision, from) {
+        (Decision::Append, Some(from)) => from.append(outcome).await,
+        (Decision::Restore, Some(from)) => from.restore(outcome).await,
         (Decision::Append | Decision::Restore, None) => Err(Error::Bug { what: "a restore without a store".into() }),
         // Where nothing was, nothing is moved: what is there by now somebody else has made.
         (Decision::Bootstrap, _) if facts.data == Data::Absent => Ok(outcome),
@@ -168,49 +169,47 @@ async fn look_at(store: &Store, data: &mut Data, verdict: Option<&Verdict>) -> R
     Ok(Backups::Upto { last: chain.last, cluster_id })
 }
 
-async fn append(
-    settings: &Settings,
-    store: &Store,
-    stop: &CancellationToken,
+/// A member that gets from the store what it lacks.
+struct Refill<'s> {
+    member: &'s Member,
+    store: &'s Store,
+    stop: &'s CancellationToken,
     see: Arc<dyn Fn(Step) + Send + Sync>,
-    outcome: Outcome,
-) -> Result<Outcome> {
-    let watched = see.clone();
-    let dir = &settings.member.data_dir;
-    let appended = restore::append(store, dir, None, stop, move |progress| watched(Step::Restore(progress))).await;
-    match appended {
-        Ok(appended) => Ok(Outcome { revision: appended.revision, ..outcome }),
-        // What the backups do not show to be theirs may be all there is of it: a person decides which of the two counts.
-        Err(error) if matches!(error.class(), Class::Precondition | Class::Missing | Class::Corrupt) => {
-            let advice = "move the member directory away to have it restored";
-            let reason = format!("{}; it cannot be appended to: {error}; {advice}", outcome.reason);
-            Ok(Outcome { done: Decision::Refuse { may_pass: false }, reason, ..outcome })
-        }
-        Err(error) => Err(error),
-    }
 }
 
-async fn restore_whole(
-    settings: &Settings,
-    store: &Store,
-    stop: &CancellationToken,
-    see: Arc<dyn Fn(Step) + Send + Sync>,
-    outcome: Outcome,
-) -> Result<Outcome> {
-    let catalog = store.catalog().await?;
-    let source = restore::choose(store, &catalog, &Choice::default()).await?;
-    let member = &settings.member;
-    let plan = Plan {
-        source,
-        targets: vec![Target { name: member.name.clone(), data_dir: member.data_dir.clone() }],
-        cluster: member.cluster.clone(),
-        minor: None,
-        bump_revision: 0,
-        replace: true,
-    };
-    let watch = move |progress| see(Step::Restore(progress));
-    let restored = restore::execute(plan, Some(store.clone()), stop.clone(), watch).await?;
-    Ok(Outcome { revision: restored.revision, moved_to: restored.replaced.into_iter().next(), ..outcome })
+impl Refill<'_> {
+    fn watch(&self) -> impl Fn(Progress) + Send + Sync + 'static {
+        let see = self.see.clone();
+        move |progress| see(Step::Restore(progress))
+    }
+
+    async fn append(self, outcome: Outcome) -> Result<Outcome> {
+        match restore::append(self.store, &self.member.data_dir, None, self.stop, self.watch()).await {
+            Ok(appended) => Ok(Outcome { revision: appended.revision, ..outcome }),
+            // What the backups do not show to be theirs may be all there is of it: a person decides which of the two counts.
+            Err(error) if matches!(error.class(), Class::Precondition | Class::Missing | Class::Corrupt) => {
+                let advice = "move the member directory away to have it restored";
+                let reason = format!("{}; it cannot be appended to: {error}; {advice}", outcome.reason);
+                Ok(Outcome { done: Decision::Refuse { may_pass: false }, reason, ..outcome })
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn restore(self, outcome: Outcome) -> Result<Outcome> {
+        let source = restore::choose(self.store, &self.store.catalog().await?, &Choice::default()).await?;
+        let member = self.member;
+        let plan = Plan {
+            source,
+            targets: vec![Target { name: member.name.clone(), data_dir: member.data_dir.clone() }],
+            cluster: member.cluster.clone(),
+            minor: None,
+            bump_revision: 0,
+            replace: true,
+        };
+        let restored = restore::execute(plan, Some(self.store.clone()), self.stop.clone(), self.watch()).await?;
+        Ok(Outcome { revision: restored.revision, moved_to: restored.replaced.into_iter().next(), ..outcome })
+    }
 }
 
 /// Moves a member aside, in its data directory.

@@ -1,7 +1,7 @@
 //! What a serving sidecar is doing: initializations, one at a time, and backups while its member leads.
 //!
-//! One task follows the member's role. While it leads and the data was initialized, and there is a store, a second one backs
-//! up; it is told to end when the member no longer leads, and the next leader's goes on from what the store has.
+//! One task follows the member's role. While it leads, and there is a store, a second one backs up; it is told to end when the
+//! member no longer leads, and the next leader's goes on from what the store has.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
