@@ -29,7 +29,7 @@ async fn status(pod: &Pod) -> Result<api::StatusResponse> {
 /// Takes a delta through the API, with everything there is; after a restore that takes a full snapshot first.
 async fn take_delta(pod: &Pod) -> Result<()> {
     let take = || async {
-        let request = api::TakeSnapshotRequest { kind: api::Kind::Delta.into(), request_id: "1".into() };
+        let request = api::TakeSnapshotRequest { kind: api::Kind::Delta.into() };
         pod.client(true).await?.take_snapshot(request).await?;
         Ok(())
     };
