@@ -27,7 +27,7 @@ impl<R> std::fmt::Debug for CheckedReader<R> {
 }
 
 impl<R: Read> CheckedReader<R> {
-    /// `frames` are those of [`frames_in_tail`]; `name` is for messages.
+    /// `frames` are those of [`super::frames_in_tail`]; `name` is for messages.
     pub fn new(source: R, name: impl Into<String>, frames: Vec<(u32, u32)>) -> Result<Self> {
         let decompressor = zstd::bulk::Decompressor::new().map_err(Error::io("set up", "zstd"))?;
         let (compressed, content) = (Vec::new(), Vec::new());
