@@ -1,4 +1,4 @@
-//! What a sidecar goes by: a YAML file, version `v1`.
+//! What a sidecar goes by: defaults, over these a YAML file, version `v1`, over that the environment, over that flags.
 //!
 //! Unknown fields are refused, with their line: a misspelt one would otherwise be a default that nobody chose. Secrets are
 //! never in it; credentials of stores come from their own files or the environment.
@@ -20,23 +20,150 @@ pub enum Error {
     /// Another version is asked for.
     #[error("apiVersion is {0:?}; this program reads {API_VERSION}")]
     Version(String),
+    /// The environment or a flag has something that does not belong there.
+    #[error("{from}: {what}")]
+    Override {
+        /// Which variable or flag.
+        from: String,
+        /// What is wrong.
+        what: String,
+    },
+    /// What is needed is nowhere.
+    #[error("{0} is missing")]
+    Missing(&'static str),
+}
+
+/// Every field, as `--set` names it. The environment has each as `SIDECAR_` and its path in capitals, such as
+/// `SIDECAR_SNAPSHOTS_DELTA_PERIOD`.
+pub const FIELDS: [&str; 30] = [
+    "member.etcdConfig",
+    "etcd.endpoints",
+    "etcd.clusterEndpoints",
+    "etcd.cacert",
+    "etcd.cert",
+    "etcd.key",
+    "etcd.user",
+    "etcd.passwordFile",
+    "store.url",
+    "snapshots.fullSchedule",
+    "snapshots.deltaPeriod",
+    "snapshots.deltaMaxBytes",
+    "retention.policy",
+    "retention.maxBackups",
+    "retention.deltas",
+    "retention.period",
+    "compaction.deltas",
+    "compaction.workDir",
+    "verification.schedule",
+    "verification.workDir",
+    "defragmentation.schedule",
+    "defragmentation.leastFreeShare",
+    "defragmentation.resolveNoSpace",
+    "server.listen",
+    "server.tls.cert",
+    "server.tls.key",
+    "server.tls.clientCa",
+    "server.insecure",
+    "server.etcdWrapper",
+    "safety.mayStartEmpty",
+];
+
+/// The variable of a field.
+pub fn variable(field: &str) -> String {
+    let words = field.chars().flat_map(|letter| match letter {
+        '.' => vec!['_'],
+        letter if letter.is_ascii_uppercase() => vec!['_', letter],
+        letter => vec![letter.to_ascii_uppercase()],
+    });
+    std::iter::once("SIDECAR_").flat_map(str::chars).chain(words).collect()
 }
 
 impl SidecarConfig {
-    /// Reads it.
+    /// Reads a file's text.
     pub fn parse(yaml: &str) -> Result<Self, Error> {
-        let config: Self = serde_saphyr::from_str(yaml)?;
-        if config.api_version == API_VERSION { Ok(config) } else { Err(Error::Version(config.api_version)) }
+        Self::layered(Some(yaml), |_| None, &[])
+    }
+
+    /// Reads a file's text, if there is one, and puts over it what the environment has and what `sets` say, as
+    /// `field=value` each: the value is YAML, or a list with commas.
+    pub fn layered(
+        yaml: Option<&str>,
+        environment: impl Fn(&str) -> Option<String>,
+        sets: &[String],
+    ) -> Result<Self, Error> {
+        let file: Self = yaml.map_or_else(|| Ok(Self::default()), serde_saphyr::from_str)?;
+        if file.api_version != API_VERSION {
+            return Err(Error::Version(file.api_version));
+        }
+        let refused = |from: &str, what: String| Error::Override { from: from.to_owned(), what };
+        let mut tree = serde_json::to_value(&file).map_err(|error| refused("the file", error.to_string()))?;
+        let mut layers = Vec::new();
+        for field in FIELDS {
+            let variable = variable(field);
+            layers.extend(environment(&variable).map(|value| (variable, field.to_owned(), value)));
+        }
+        for set in sets {
+            let from = format!("--set {set}");
+            let (field, value) = set.split_once('=').ok_or_else(|| refused(&from, "it is not field=value".into()))?;
+            if !FIELDS.contains(&field) {
+                return Err(refused(&from, format!("there is no field {field}; there are {}", FIELDS.join(", "))));
+            }
+            layers.push((from, field.to_owned(), value.to_owned()));
+        }
+        // Some fields only make sense together: what the last layer leaves wrong, the first to make it so is blamed for.
+        let (mut config, mut wrong) = (file, None);
+        for (from, field, value) in layers {
+            put(&mut tree, &field, value_of(&field, &value));
+            match serde_json::from_value(tree.clone()) {
+                Ok(read) => (config, wrong) = (read, None),
+                Err(error) => wrong = wrong.or_else(|| Some(refused(&from, error.to_string()))),
+            }
+        }
+        if let Some(wrong) = wrong {
+            return Err(wrong);
+        }
+        if config.member.etcd_config.as_os_str().is_empty() {
+            return Err(Error::Missing("member.etcdConfig"));
+        }
+        Ok(config)
     }
 }
 
+/// A value as a person writes it: a list has commas, a number or a truth value is one where it reads as one.
+fn value_of(field: &str, text: &str) -> serde_json::Value {
+    let texts = [".schedule", ".fullSchedule", ".url", "Dir", ".listen"];
+    if field.ends_with("ndpoints") {
+        return text.split(',').map(str::trim).filter(|url| !url.is_empty()).collect();
+    }
+    match serde_json::from_str(text) {
+        Ok(value @ (serde_json::Value::Number(_) | serde_json::Value::Bool(_)))
+            if !texts.iter().any(|end| field.ends_with(end)) =>
+        {
+            value
+        }
+        _ => text.into(),
+    }
+}
+
+fn put(tree: &mut serde_json::Value, field: &str, value: serde_json::Value) {
+    let mut at = tree;
+    for part in field.split('.') {
+        if !at.is_object() {
+            *at = serde_json::Value::Object(serde_json::Map::new());
+        }
+        at = &mut at[part];
+    }
+    *at = value;
+}
+
 /// Everything.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct SidecarConfig {
     /// [`API_VERSION`].
     pub api_version: String,
     /// The member that it looks after.
+    #[serde(default)]
     pub member: Member,
     /// How the member is reached once it runs.
     #[serde(default)]
@@ -47,6 +174,18 @@ pub struct SidecarConfig {
     /// When backups are taken.
     #[serde(default)]
     pub snapshots: Snapshots,
+    /// Which backups go; without it all stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<Retention>,
+    /// When deltas are merged into a full snapshot; without it never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compaction: Option<Compaction>,
+    /// When the newest chain is restored to see that it can be; without it never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verification: Option<Verification>,
+    /// When etcd's database is defragmented; without it only on request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub defragmentation: Option<Defragmentation>,
     /// The API.
     #[serde(default)]
     pub server: Server,
@@ -55,8 +194,26 @@ pub struct SidecarConfig {
     pub safety: Safety,
 }
 
+impl Default for SidecarConfig {
+    fn default() -> Self {
+        Self {
+            api_version: API_VERSION.to_owned(),
+            member: Member::default(),
+            etcd: Etcd::default(),
+            store: None,
+            snapshots: Snapshots::default(),
+            retention: None,
+            compaction: None,
+            verification: None,
+            defragmentation: None,
+            server: Server::default(),
+            safety: Safety::default(),
+        }
+    }
+}
+
 /// The member.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Member {
     /// A file with the configuration of its etcd, as `etcd --config-file` takes it: name, data directory, cluster, listeners.
@@ -69,6 +226,9 @@ pub struct Member {
 pub struct Etcd {
     /// Client URLs of the member.
     pub endpoints: Vec<String>,
+    /// Client URLs of the other members, or of a service that leads to them. Not needed where the configuration of etcd has
+    /// `advertise-client-urls` by member.
+    pub cluster_endpoints: Vec<String>,
     /// Whom its certificate must be signed by.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cacert: Option<PathBuf>,
@@ -78,11 +238,19 @@ pub struct Etcd {
     /// Its key.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<PathBuf>,
+    /// Who we are where auth is on; needs the role `root`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// A file with that user's password.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub password_file: Option<PathBuf>,
 }
 
 impl Default for Etcd {
     fn default() -> Self {
-        Self { endpoints: vec!["http://127.0.0.1:2379".to_owned()], cacert: None, cert: None, key: None }
+        let endpoints = vec!["http://127.0.0.1:2379".to_owned()];
+        let (cluster_endpoints, user, password_file) = (Vec::new(), None, None);
+        Self { endpoints, cluster_endpoints, cacert: None, cert: None, key: None, user, password_file }
     }
 }
 
@@ -110,6 +278,92 @@ pub struct Snapshots {
 impl Default for Snapshots {
     fn default() -> Self {
         Self { full_schedule: "0 * * * *".to_owned(), delta_period: Duration::from_secs(20), delta_max_bytes: 10 << 20 }
+    }
+}
+
+/// Which full snapshots stay.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RetentionPolicy {
+    /// All of this hour, one for each hour of the day, for each of seven days, and for each of four weeks.
+    #[default]
+    #[serde(alias = "Exponential")]
+    Exponential,
+    /// The newest so many.
+    #[serde(alias = "LimitBased")]
+    LimitBased,
+}
+
+/// Which backups go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Retention {
+    /// Which full snapshots stay.
+    pub policy: RetentionPolicy,
+    /// With `limit-based`: so many.
+    pub max_backups: u32,
+    /// Deltas younger than this stay, with what they build upon.
+    #[serde(with = "duration")]
+    pub deltas: Duration,
+    /// How often it is looked what can go.
+    #[serde(with = "duration")]
+    pub period: Duration,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        let (deltas, period) = (Duration::ZERO, Duration::from_secs(12 * 3600));
+        Self { policy: RetentionPolicy::default(), max_backups: 7, deltas, period }
+    }
+}
+
+/// When deltas are merged into a full snapshot, so that a restore does not read ever more of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Compaction {
+    /// When so many follow the newest full snapshot.
+    pub deltas: u32,
+    /// Where it works; it takes as much room as the database, and as the new full snapshot.
+    pub work_dir: PathBuf,
+}
+
+impl Default for Compaction {
+    fn default() -> Self {
+        Self { deltas: 1000, work_dir: std::env::temp_dir() }
+    }
+}
+
+/// When the newest chain is restored to see that it can be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Verification {
+    /// Cron in UTC, five fields.
+    pub schedule: String,
+    /// Where it is restored to; it takes as much room as the database.
+    pub work_dir: PathBuf,
+}
+
+impl Default for Verification {
+    fn default() -> Self {
+        Self { schedule: "30 3 * * *".to_owned(), work_dir: std::env::temp_dir() }
+    }
+}
+
+/// When etcd's database is defragmented: member after member, the leader last.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Defragmentation {
+    /// Cron in UTC, five fields.
+    pub schedule: String,
+    /// Only where at least this share of the file is free.
+    pub least_free_share: f64,
+    /// Compact, defragment and clear the alarm when etcd has run out of space.
+    pub resolve_no_space: bool,
+}
+
+impl Default for Defragmentation {
+    fn default() -> Self {
+        Self { schedule: "0 */72 * * *".to_owned(), least_free_share: 0.3, resolve_no_space: false }
     }
 }
 
@@ -210,7 +464,123 @@ mod tests {
             let error = SidecarConfig::parse(&format!("{LEAST}{more}")).map_err(|error| error.to_string());
             assert!(error.as_ref().is_err_and(|error| said.iter().all(|word| error.contains(word))), "{error:?}");
         }
+        assert!(matches!(SidecarConfig::layered(None, |_| None, &[]), Err(Error::Missing("member.etcdConfig"))));
         let other = LEAST.replace("/v1", "/v9");
         assert!(SidecarConfig::parse(&other).is_err_and(|error| error.to_string().contains("/v9")));
+    }
+
+    /// Of each: what the file has, the environment, a flag, and what follows.
+    #[test]
+    fn flags_count_before_the_environment_before_the_file() -> Result<(), Error> {
+        type Read = fn(&SidecarConfig) -> String;
+        type Case = (&'static str, &'static str, Option<&'static str>, Option<&'static str>, Read, &'static str);
+        let cases: [Case; 9] = [
+            ("snapshots.deltaPeriod", "", None, None, |c| format!("{:?}", c.snapshots.delta_period), "20s"),
+            (
+                "snapshots.deltaPeriod",
+                "snapshots: {deltaPeriod: 5s}",
+                None,
+                None,
+                |c| format!("{:?}", c.snapshots.delta_period),
+                "5s",
+            ),
+            (
+                "snapshots.deltaPeriod",
+                "snapshots: {deltaPeriod: 5s}",
+                Some("7s"),
+                None,
+                |c| format!("{:?}", c.snapshots.delta_period),
+                "7s",
+            ),
+            (
+                "snapshots.deltaPeriod",
+                "snapshots: {deltaPeriod: 5s}",
+                Some("7s"),
+                Some("9s"),
+                |c| format!("{:?}", c.snapshots.delta_period),
+                "9s",
+            ),
+            (
+                "store.url",
+                "",
+                Some("s3://a/b"),
+                None,
+                |c| c.store.as_ref().map_or_else(String::new, |store| store.url.clone()),
+                "s3://a/b",
+            ),
+            (
+                "etcd.endpoints",
+                "",
+                Some("http://a:1, http://b:2"),
+                None,
+                |c| c.etcd.endpoints.join(" "),
+                "http://a:1 http://b:2",
+            ),
+            (
+                "server.insecure",
+                "server: {insecure: false}",
+                None,
+                Some("true"),
+                |c| c.server.insecure.to_string(),
+                "true",
+            ),
+            ("snapshots.fullSchedule", "", Some("5"), None, |c| c.snapshots.full_schedule.clone(), "5"),
+            ("retention.policy", "", None, Some("limit-based"), |c| format!("{:?}", c.retention), "LimitBased"),
+        ];
+        for (field, file, environment, flag, read, expected) in cases {
+            let sets: Vec<_> = flag.iter().map(|value| format!("{field}={value}")).collect();
+            let environment = |name: &str| environment.filter(|_| name == variable(field)).map(str::to_owned);
+            let config = SidecarConfig::layered(Some(&format!("{LEAST}{file}\n")), environment, &sets)?;
+            assert!(read(&config).contains(expected), "{field}: {}", read(&config));
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn every_field_can_be_set_and_no_other() {
+        for field in FIELDS {
+            let value = match field {
+                _ if field.ends_with("eriod") || field == "retention.deltas" => "3s",
+                _ if field.ends_with("policy") => "exponential",
+                _ if field.ends_with("Bytes") || field.ends_with("ackups") || field == "compaction.deltas" => "3",
+                _ if field.ends_with("Share") => "0.5",
+                _ if field.ends_with("nsecure")
+                    || field.ends_with("Empty")
+                    || field.ends_with("Wrapper")
+                    || field.ends_with("Space") =>
+                {
+                    "true"
+                }
+                _ => "text",
+            };
+            let tls = "server: {tls: {cert: a, key: b, clientCa: c}}\n";
+            let set = SidecarConfig::layered(Some(&format!("{LEAST}{tls}")), |_| None, &[format!("{field}={value}")]);
+            assert!(set.is_ok(), "{field}: {set:?}");
+        }
+        // Whatever is in a configuration with everything is in the table.
+        let all = SidecarConfig {
+            store: Some(Store { url: "a".into() }),
+            retention: Some(Retention::default()),
+            compaction: Some(Compaction::default()),
+            verification: Some(Verification::default()),
+            defragmentation: Some(Defragmentation::default()),
+            ..SidecarConfig::default()
+        };
+        let tree = serde_json::to_value(&all).unwrap();
+        for (section, fields) in tree.as_object().unwrap() {
+            for field in fields.as_object().into_iter().flat_map(|fields| fields.keys()) {
+                assert!(FIELDS.contains(&format!("{section}.{field}").as_str()), "{section}.{field}");
+            }
+        }
+        assert_eq!(variable("snapshots.deltaMaxBytes"), "SIDECAR_SNAPSHOTS_DELTA_MAX_BYTES");
+        for (set, said) in [
+            ("a.b=c", "there is no field"),
+            ("store.url", "field=value"),
+            ("retention.deltas=5 weeks", "duration"),
+            ("server.insecure=maybe", "server.insecure"),
+        ] {
+            let refused = SidecarConfig::layered(Some(LEAST), |_| None, &[set.to_owned()]);
+            assert!(refused.as_ref().is_err_and(|error| error.to_string().contains(said)), "{refused:?}");
+        }
     }
 }

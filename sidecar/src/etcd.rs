@@ -3,6 +3,8 @@
 //! Snapshot, watch and HashKV of one backup must come from the same member, so a connection is to one endpoint; with
 //! several endpoints the first that answers is taken. Certificates are read anew for every connection.
 
+mod members;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +16,8 @@ use tonic::codegen::http::uri::PathAndQuery;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
+pub use members::Listed;
+
 use crate::{Error, Result};
 
 /// More than etcd sends in one message: request limit 1.5 MiB by default, watch fragments about as much.
@@ -22,6 +26,9 @@ const MOST_MESSAGE_BYTES: usize = 512 << 20;
 const WINDOW_BYTES: u32 = 2 << 20;
 /// Of all streams together: a watch and a snapshot that wait for us must leave room for small requests.
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;
+
+/// What was attempted where nobody listens.
+pub const CONNECT: &str = "connect";
 
 /// Flags that say how to reach etcd, named as etcdctl names them.
 #[derive(Debug, Clone, clap::Args)]
@@ -65,6 +72,12 @@ pub struct Secret(String);
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Secret(…)")
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
     }
 }
 
@@ -263,7 +276,13 @@ impl Etcd {
     pub async fn connect(flags: &EtcdFlags) -> Result<(Self, Status)> {
         let mut last: Option<Error> = None;
         for text in &flags.endpoints {
-            match Self::connect_to(flags, text.trim()).await {
+            let connected = async {
+                // A member without a leader would let a watch sleep for ever.
+                let mut connected = Self::connect_to(flags, text.trim(), true).await?;
+                let status = connected.current_status().await?;
+                Ok((connected, status))
+            };
+            match connected.await {
                 Ok(connected) => return Ok(connected),
                 Err(error) => {
                     if let Some(before) = last.replace(error) {
@@ -275,15 +294,22 @@ impl Etcd {
         Err(last.unwrap_or_else(|| Error::invalid("--endpoints names no endpoint")))
     }
 
-    async fn connect_to(flags: &EtcdFlags, text: &str) -> Result<(Self, Status)> {
+    /// Connects to one endpoint, for what a learner and a member without a leader answer too.
+    pub async fn reach(flags: &EtcdFlags, endpoint: &str) -> Result<(Self, Status)> {
+        let mut connected = Self::connect_to(flags, endpoint, false).await?;
+        let status = connected.status().await?;
+        Ok((connected, status))
+    }
+
+    async fn connect_to(flags: &EtcdFlags, text: &str, require_leader: bool) -> Result<Self> {
         let endpoint = flags.endpoint(text)?;
         let credentials = flags.credentials()?;
         let fail = |op: &'static str| {
             move |source: etcd_client::Error| Error::Etcd { op, endpoint: text.to_owned(), source: Box::new(source) }
         };
-        let channel = endpoint.connect().await.map_err(|error| fail("connect")(error.into()))?;
-        // A member without a leader would let a watch sleep for ever.
-        let mut options = ConnectOptions::new().with_require_leader(true);
+        let channel = endpoint.connect().await.map_err(|error| fail(CONNECT)(error.into()))?;
+        let anonymous = || ConnectOptions::new().with_require_leader(require_leader);
+        let mut options = anonymous();
         if let Some((name, password)) = &credentials {
             options = options.with_user(name, &password.0).with_auto_token_refresh(true);
         }
@@ -293,16 +319,13 @@ impl Etcd {
             // As etcdctl does: a user is no obstacle where none is needed.
             Err(error) if auth_is_off(&error) => {
                 left_out_user = true;
-                let anonymous = ConnectOptions::new().with_require_leader(true);
-                deadline(flags.timeout(), connecting(anonymous)).await
+                deadline(flags.timeout(), connecting(anonymous())).await
             }
             connected => connected,
         };
         let client = client.map_err(fail("authenticate"))?;
         let (endpoint, timeout) = (text.to_owned(), flags.timeout());
-        let mut this = Self { client, channel, credentials, token: None, left_out_user, endpoint, timeout };
-        let status = this.current_status().await?;
-        Ok((this, status))
+        Ok(Self { client, channel, credentials, token: None, left_out_user, endpoint, timeout })
     }
 
     /// Whether a user was given and not used, because auth was off when we connected.

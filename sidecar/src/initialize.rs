@@ -5,8 +5,10 @@
 //! - What is there is deleted by nobody: what is replaced moves aside. Sound data is never replaced.
 //! - Nothing begins anew where a store cannot be asked whether there is a backup.
 
+mod cluster;
 mod decision;
 mod member;
+mod recovery;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,11 +17,15 @@ use chrono::Utc;
 use etcd_format::datadir::{self, Severity, Verdict, Verify};
 use tokio_util::sync::CancellationToken;
 
-pub use decision::{Backups, Data, Decision, Facts, Sound, decide};
+pub use decision::{Backups, Data, Decision, Facts, Live, Place, Sound, decide};
 pub use member::Member;
 
+use cluster::Serving;
+use recovery::Recovery;
+
 use crate::catalog::PREDECESSOR;
-use crate::restore::{self, Choice, Plan, Progress, Target};
+use crate::etcd::EtcdFlags;
+use crate::restore::{self, Choice, Origin, Plan, Progress, Source, Target};
 use crate::store::Store;
 use crate::{Class, Error, Result};
 
@@ -34,6 +40,8 @@ pub struct Settings {
     pub member: Member,
     /// Where backups are; none for only the check.
     pub store: Option<Store>,
+    /// How the other members are reached; none in a cluster of one.
+    pub others: Option<EtcdFlags>,
     /// See [`Facts::may_start_empty`].
     pub may_start_empty: bool,
 }
@@ -51,6 +59,8 @@ pub struct Outcome {
     pub moved_to: Option<PathBuf>,
     /// Whether nothing was looked at because an etcd runs on the data.
     pub in_use: bool,
+    /// The members of the cluster that it joins, as its etcd wants them.
+    pub joins: Option<String>,
 }
 
 /// Told to whoever watches.
@@ -60,6 +70,8 @@ pub enum Step {
     Check,
     /// Why it is, and what is done.
     Decided(Decision, String),
+    /// What is waited for.
+    Wait(String),
     /// What is being restored or appended.
     Restore(Progress),
 }
@@ -70,31 +82,111 @@ pub async fn initialize(
     stop: &CancellationToken,
     see: Arc<dyn Fn(Step) + Send + Sync>,
 ) -> Result<Outcome> {
-    let dir = &settings.member.data_dir;
-    see(Step::Check);
-    let verdict = match check(dir).await {
-        Err(error) if error.class() == Class::Precondition && dir.is_dir() => {
-            let (done, reason) = (Decision::Refuse { may_pass: true }, format!("nothing is touched: {error}"));
-            return Ok(Outcome { done, reason, revision: 0, moved_to: None, in_use: true });
-        }
-        verdict => verdict?,
-    };
-    let facts = observe(settings, verdict.as_ref()).await;
-    let revision = if let Data::Sound(sound) = &facts.data { sound.revision } else { 0 };
-    let (decision, reason) = decide(&facts);
-    tracing::info!(?decision, reason, "decided what becomes of the data");
-    see(Step::Decided(decision, reason.clone()));
-    let outcome = Outcome { done: decision, reason, revision, moved_to: None, in_use: false };
-    let from = settings.store.as_ref().map(|store| Refill { member: &settings.member, store, stop, see });
-    match (decision, from) {
-        (Decision::Append, Some(from)) => from.append(outcome).await,
-        (Decision::Restore, Some(from)) => from.restore(outcome).await,
-        (Decision::Append | Decision::Restore, None) => Err(Error::Bug { what: "a restore without a store".into() }),
-        // Where nothing was, nothing is moved: what is there by now somebody else has made.
-        (Decision::Bootstrap, _) if facts.data == Data::Absent => Ok(outcome),
-        (Decision::Bootstrap, _) => Ok(Outcome { moved_to: move_aside(dir)?, ..outcome }),
-        (Decision::Keep | Decision::Refuse { .. }, _) => Ok(outcome),
+    let names = settings.member.cluster.members().iter().map(|member| member.name.clone());
+    let mut recovery = Recovery::new(&settings.member.name, names);
+    let ended = until_decided(settings, stop, &see, &mut recovery).await;
+    if let Some(store) = &settings.store {
+        recovery.end(store).await;
     }
+    ended
+}
+
+async fn until_decided(
+    settings: &Settings,
+    stop: &CancellationToken,
+    see: &Arc<dyn Fn(Step) + Send + Sync>,
+    recovery: &mut Recovery,
+) -> Result<Outcome> {
+    let dir = &settings.member.data_dir;
+    let mut checked: Option<Option<Verdict>> = None;
+    let mut waits_for = String::new();
+    loop {
+        // Damage does not heal; but somebody may move it away, and nothing may become something.
+        let verdict = match checked.take() {
+            Some(Some(verdict)) if dir.join("member").exists() => Some(verdict),
+            _ => {
+                if waits_for.is_empty() {
+                    see(Step::Check);
+                }
+                match check(dir).await {
+                    Err(error) if error.class() == Class::Precondition && dir.is_dir() => {
+                        let (done, reason) =
+                            (Decision::Refuse { may_pass: true }, format!("nothing is touched: {error}"));
+                        return Ok(Outcome { done, reason, revision: 0, moved_to: None, in_use: true, joins: None });
+                    }
+                    verdict => verdict?,
+                }
+            }
+        };
+        let (facts, serving) = observe(settings, verdict.as_ref(), recovery).await;
+        let revision = if let Data::Sound(sound) = &facts.data { sound.revision } else { 0 };
+        let (decision, reason) = decide(&facts);
+        if reason != waits_for {
+            tracing::info!(?decision, reason, "decided what becomes of the data");
+            see(Step::Decided(decision, reason.clone()));
+        }
+        let outcome = Outcome { done: decision, reason, revision, moved_to: None, in_use: false, joins: None };
+        let wait = match act(settings, &facts, serving, recovery, outcome, stop, see).await? {
+            Acted::Done(outcome) => return Ok(outcome),
+            Acted::Wait(why) => why,
+        };
+        if wait != waits_for {
+            see(Step::Wait(wait.clone()));
+            waits_for = wait;
+        }
+        checked = Some(verdict);
+        tokio::select! {
+            () = tokio::time::sleep(recovery::PERIOD) => {}
+            () = stop.cancelled() => return Err(Error::Cancelled),
+        }
+    }
+}
+
+enum Acted {
+    Done(Outcome),
+    /// It cannot be done yet, and why.
+    Wait(String),
+}
+
+async fn act(
+    settings: &Settings,
+    facts: &Facts,
+    serving: Option<Serving>,
+    recovery: &Recovery,
+    outcome: Outcome,
+    stop: &CancellationToken,
+    see: &Arc<dyn Fn(Step) + Send + Sync>,
+) -> Result<Acted> {
+    let dir = &settings.member.data_dir;
+    let from = settings.store.as_ref().map(|store| Refill { member: &settings.member, store, stop, see: see.clone() });
+    // Where nothing was, nothing is moved: what is there by now somebody else has made.
+    let aside = || if facts.data == Data::Absent { Ok(None) } else { move_aside(dir).map(Some) };
+    let done = match (outcome.done, from) {
+        (Decision::Append, Some(from)) => from.append(outcome).await?,
+        (Decision::Restore, Some(from)) => match from.restore(facts.replicas, recovery, outcome).await? {
+            Ok(outcome) => outcome,
+            Err(restorer) => {
+                return Ok(Acted::Wait(format!(
+                    "member {restorer} restores the cluster; when it serves, this one joins it"
+                )));
+            }
+        },
+        (Decision::Append | Decision::Restore, None) => {
+            return Err(Error::Bug { what: "a restore without a store".into() });
+        }
+        (Decision::Join, _) => {
+            let serving = serving.ok_or_else(|| Error::Bug { what: "a cluster to join that does not serve".into() })?;
+            match serving.join(&settings.member).await {
+                // Such as when another learner is on its way, or too few members are up to change anything.
+                Err(error) => return Ok(Acted::Wait(format!("{}; not yet: {error}", outcome.reason))),
+                Ok(cluster) => Outcome { moved_to: aside()?, joins: Some(cluster), ..outcome },
+            }
+        }
+        (Decision::Bootstrap, _) => Outcome { moved_to: aside()?, ..outcome },
+        (Decision::Keep | Decision::Refuse { .. }, _) => outcome,
+        (Decision::Wait, _) => return Ok(Acted::Wait(outcome.reason)),
+    };
+    Ok(Acted::Done(done))
 }
 
 async fn check(dir: &Path) -> Result<Option<Verdict>> {
@@ -106,17 +198,34 @@ async fn check(dir: &Path) -> Result<Option<Verdict>> {
     verdict.await.map_err(|error| Error::task(&error))?.map_err(Error::format(format!("check {place}")))
 }
 
-async fn observe(settings: &Settings, verdict: Option<&Verdict>) -> Facts {
+async fn observe(settings: &Settings, verdict: Option<&Verdict>, recovery: &mut Recovery) -> (Facts, Option<Serving>) {
     let mut data = verdict.map_or(Data::Absent, data_of);
-    let backups = match &settings.store {
+    let member = &settings.member;
+    let replicas = member.cluster.members().len();
+    let (live, serving) = match &settings.others {
+        None => (Live::Nobody, None),
+        Some(others) => {
+            let is_sound = matches!(data, Data::Sound(_));
+            let data_id = verdict.filter(|_| is_sound).and_then(|verdict| verdict.member).map(|(id, _)| id.0);
+            cluster::look(others, member, data_id).await
+        }
+    };
+    let mut backups = match &settings.store {
         None => Backups::NotConfigured,
-        Some(store) => match look_at(store, &mut data, verdict).await {
+        Some(store) => match look_at(store, member, &mut data, verdict).await {
             Ok(backups) => backups,
             Err(error) => Backups::Unknown { why: error.to_string() },
         },
     };
-    let replicas = settings.member.cluster.members().len();
-    Facts { data, backups, replicas, may_start_empty: settings.may_start_empty }
+    let is_lost = !matches!(data, Data::Sound(_)) && live == Live::Nobody && replicas > 1;
+    let mut lost = 0;
+    if let (Some(store), true, Backups::Upto { .. }) = (&settings.store, is_lost, &backups) {
+        match recovery.report(store).await {
+            Ok(members) => lost = members,
+            Err(error) => backups = Backups::Unknown { why: error.to_string() },
+        }
+    }
+    (Facts { data, backups, replicas, live, lost, may_start_empty: settings.may_start_empty }, serving)
 }
 
 /// What a check found, in the terms of the decision.
@@ -148,7 +257,7 @@ fn data_of(verdict: &Verdict) -> Data {
     }
 }
 
-async fn look_at(store: &Store, data: &mut Data, verdict: Option<&Verdict>) -> Result<Backups> {
+async fn look_at(store: &Store, member: &Member, data: &mut Data, verdict: Option<&Verdict>) -> Result<Backups> {
     let catalog = store.catalog().await?;
     let Some((timeline, history)) = catalog.newest_restorable() else {
         // Somebody backed something up here.
@@ -157,15 +266,26 @@ async fn look_at(store: &Store, data: &mut Data, verdict: Option<&Verdict>) -> R
         return Ok(if has_deltas { Backups::Unknown { why } } else { Backups::Empty });
     };
     let Some(chain) = history.newest_chain() else { return Ok(Backups::Empty) };
-    if let (Data::Sound(sound), Some((term, _))) = (data, verdict.and_then(|verdict| verdict.raft))
-        && sound.revision < chain.last
-    {
-        let index = verdict.and_then(|verdict| verdict.summary.as_ref()).map_or(0, |summary| summary.consistent_index);
-        let is_its_log = restore::is_of_its_log(store, timeline, history, sound.revision, (index, term), SLACK).await?;
-        sound.restored_since = is_its_log == Some(false);
-    }
     let described = if timeline == PREDECESSOR { None } else { store.description(timeline).await? };
     let cluster_id = described.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok());
+    if let Data::Sound(sound) = data {
+        // Its own backups have not begun: those that there are it comes from, or somebody put it in their place.
+        let is_of_theirs = cluster_id.is_none_or(|theirs| theirs == sound.cluster_id);
+        let comes_from_here = Origin::of(&member.data_dir)
+            .is_some_and(|origin| origin.timeline.map_or(!is_of_theirs, |from| from == timeline));
+        sound.restored_since = comes_from_here;
+        if let Some((term, _)) = verdict.and_then(|verdict| verdict.raft)
+            && !comes_from_here
+            && is_of_theirs
+            && sound.revision < chain.last
+        {
+            let applied =
+                verdict.and_then(|verdict| verdict.summary.as_ref()).map_or(0, |summary| summary.consistent_index);
+            let applied = (applied, term);
+            let is_its_log = restore::is_of_its_log(store, timeline, history, sound.revision, applied, SLACK).await?;
+            sound.restored_since = is_its_log == Some(false);
+        }
+    }
     Ok(Backups::Upto { last: chain.last, cluster_id })
 }
 
@@ -196,28 +316,40 @@ impl Refill<'_> {
         }
     }
 
-    async fn restore(self, outcome: Outcome) -> Result<Outcome> {
+    /// Restores the member as a cluster of its own, which those of several join; or says which of them does.
+    async fn restore(
+        self,
+        replicas: usize,
+        recovery: &Recovery,
+        outcome: Outcome,
+    ) -> Result<std::result::Result<Outcome, String>> {
         let source = restore::choose(self.store, &self.store.catalog().await?, &Choice::default()).await?;
+        if let Source::Chain { timeline, .. } = &source
+            && replicas > 1
+            && let Some(restorer) = recovery.begin(self.store, *timeline).await?
+        {
+            return Ok(Err(restorer));
+        }
         let member = self.member;
         let plan = Plan {
             source,
             targets: vec![Target { name: member.name.clone(), data_dir: member.data_dir.clone() }],
-            cluster: member.cluster.clone(),
+            cluster: member.restored_cluster(Utc::now().timestamp_micros())?,
             minor: None,
             bump_revision: 0,
             replace: true,
         };
         let restored = restore::execute(plan, Some(self.store.clone()), self.stop.clone(), self.watch()).await?;
-        Ok(Outcome { revision: restored.revision, moved_to: restored.replaced.into_iter().next(), ..outcome })
+        Ok(Ok(Outcome { revision: restored.revision, moved_to: restored.replaced.into_iter().next(), ..outcome }))
     }
 }
 
 /// Moves a member aside, in its data directory.
-fn move_aside(dir: &Path) -> Result<Option<PathBuf>> {
+fn move_aside(dir: &Path) -> Result<PathBuf> {
     // An etcd that has started since must not lose it.
     datadir::check_target(dir, true).map_err(Error::format(dir.display().to_string()))?;
     let member = dir.join("member");
     let aside = dir.join(format!("member.replaced-{}", Utc::now().format("%Y%m%dT%H%M%S%.3fZ")));
     std::fs::rename(&member, &aside).map_err(Error::io("move aside", member.display()))?;
-    Ok(Some(aside))
+    Ok(aside)
 }

@@ -19,6 +19,8 @@ use crate::{Error, Result};
 const MOST_DELAY: Duration = Duration::from_secs(10);
 /// How long etcd has to end when asked to. Kubernetes grants 30 s in all.
 const STOP_DEADLINE: Duration = Duration::from_secs(27);
+/// How long the sidecar is told how etcd ended, so that the container ends in time.
+const REPORT_DEADLINE: Duration = Duration::from_secs(2);
 /// For calls that are answered at once.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -102,7 +104,7 @@ pub async fn launch(settings: &Settings, stop: &CancellationToken) -> Result<u8>
         let ended = api::ReportExitRequest { code: code.into(), ran_ms };
         settings.client().await?.report_exit(ended).await.map_err(failed("report how etcd ended"))
     };
-    match tokio::time::timeout(Duration::from_secs(2), report).await {
+    match tokio::time::timeout(REPORT_DEADLINE, report).await {
         Ok(Ok(_)) => {}
         Ok(Err(error)) => tracing::warn!(%error, "the sidecar does not know how etcd ended"),
         Err(_) => tracing::warn!("the sidecar does not know how etcd ended: it does not answer"),

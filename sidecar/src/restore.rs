@@ -17,12 +17,13 @@ use std::time::Instant;
 use etcd_format::ReadAt;
 use etcd_format::bolt::Db;
 use etcd_format::datadir::{
-    Change, Disk, Minor, RealDisk, Restored, Revision, Severity, Spec, Staged, Summary, Tail, Verdict, Verify, WantHash,
+    self, Change, Disk, Minor, RealDisk, Restored, Revision, Severity, Spec, Staged, Summary, Tail, Verdict, Verify,
+    WantHash,
 };
 use etcd_format::membership::NewCluster;
 use etcd_format::mvcc::{self, Compaction, HashRequest, HashRules};
 use proto::backup::{HashKv, ObjectMeta};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 use pieces::Decompressed;
@@ -87,6 +88,31 @@ pub struct Plan {
     pub bump_revision: i64,
     /// Whether a member that is there moves aside.
     pub replace: bool,
+}
+
+/// What a restored member says of where it comes from, until its own backups do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Origin {
+    /// The timeline that it was restored from; `None` for a file.
+    pub timeline: Option<Timeline>,
+    /// Id of the cluster whose backups these were, hexadecimal; 0 when they did not tell.
+    pub cluster_id: String,
+    /// The last revision that was restored.
+    pub revision: i64,
+}
+
+impl Origin {
+    /// That of the member in a data directory; `None` when it was not restored, or by something else.
+    pub fn of(data_dir: &Path) -> Option<Self> {
+        serde_json::from_slice(&datadir::origin(data_dir)?).ok()
+    }
+
+    fn write(&self, staged: &Staged<RealDisk>) -> Result<()> {
+        let json =
+            serde_json::to_vec(self).map_err(|error| Error::Bug { what: format!("describe a restore: {error}") })?;
+        staged.write_origin(&json).map_err(Error::format("restore"))
+    }
 }
 
 /// Told to whoever watches a restore.
@@ -279,6 +305,9 @@ fn assemble(
         members.push(other);
     }
     members.push(staged);
+    let timeline = if let Source::Chain { timeline, .. } = plan.source { Some(timeline) } else { None };
+    let origin = Origin { timeline, cluster_id: format!("{:x}", aside.cluster_id), revision: restored.revision };
+    members.iter().try_for_each(|member| origin.write(member))?;
     // The last moment: from here on it is done, and said to be.
     if stop.is_cancelled() {
         return Err(Error::Cancelled);

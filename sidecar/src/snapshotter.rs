@@ -16,6 +16,7 @@ mod auth;
 mod closing;
 mod full;
 mod pending;
+mod requests;
 mod session;
 mod timeline;
 
@@ -30,6 +31,7 @@ use session::{Ended, Session, Tip};
 
 pub use closing::TakenDelta;
 pub use full::TakenFull;
+pub use requests::{Request, Requests, nobody};
 
 use crate::catalog::Layout;
 use crate::etcd::{Etcd, EtcdFlags};
@@ -119,7 +121,8 @@ pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> 
 }
 
 /// Backs up until `stop` is cancelled. Trouble with etcd or the store is waited out; only what cannot pass ends the run.
-pub async fn run(settings: &Settings, stop: &CancellationToken) -> Result<()> {
+/// Meanwhile it takes what is asked for.
+pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut Requests) -> Result<()> {
     let mut delay = Duration::from_millis(500);
     let mut began = false;
     loop {
@@ -127,7 +130,7 @@ pub async fn run(settings: &Settings, stop: &CancellationToken) -> Result<()> {
         let ended = match begin(settings, stop).await {
             Ok(session) => {
                 began = true;
-                session.run(stop).await
+                session.run(stop, requests).await
             }
             Err(error) => Ended::Interrupted(error),
         };

@@ -39,7 +39,7 @@ const RANGE_BYTES: u64 = 2 << 20;
 /// A delta is closed long before; those of the predecessor, which is told how large its may be, too.
 const MOST_DELTA_BYTES: u64 = 512 << 20;
 /// A timeline is described in less.
-const MOST_DESCRIPTION_BYTES: u64 = 64 << 10;
+const MOST_NOTE_BYTES: u64 = 64 << 10;
 /// Enough for the metadata at the end of any but the largest objects.
 const TAIL_BYTES: u64 = 64 << 10;
 
@@ -237,26 +237,58 @@ impl Store {
     pub async fn put_description(&self, description: &Description) -> Result<()> {
         let json = serde_json::to_string_pretty(description)
             .map_err(|error| Error::Bug { what: format!("describe a timeline: {error}") })?;
-        let name = ObjectName::Timeline { timeline: description.timeline };
-        // A store that ignores the condition would overwrite what somebody put since the last look.
-        if self.description(description.timeline).await?.is_some_and(|there| there != *description) {
-            return Err(Error::precondition(format!("{}: another writer began it meanwhile", self.location(&name))));
+        let name = ObjectName::Timeline { timeline: description.timeline }.to_string();
+        if self.create_note(&name, json.into()).await? {
+            return Ok(());
         }
-        self.put_new(&name, &[Bytes::from(json.clone())]).await?;
-        // A store that ignores the condition takes it again. Two who begin a timeline in the same moment then both believe
-        // that it is theirs; what is there when that has settled decides.
+        Err(Error::precondition(format!("{}: another writer began it meanwhile", self.location(&name))))
+    }
+
+    /// Creates a small object; false when somebody else has. One that is there with the same content is ours.
+    pub(crate) async fn create_note(&self, name: &str, content: Bytes) -> Result<bool> {
+        // A store that ignores the condition would overwrite what somebody put since the last look.
+        if self.note(name).await?.is_some_and(|there| there != content) {
+            return Ok(false);
+        }
+        match self.put_new_at(name, std::slice::from_ref(&content)).await {
+            Err(error) if error.class() == Class::Precondition => return Ok(false),
+            put => put?,
+        }
+        // Such a store takes it again. Two who create it in the same moment then both believe that it is theirs; what is
+        // there when that has settled decides.
         let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-        match self.inner.put_opts(&self.path(&name.to_string()), json.into(), options).await {
-            Err(object_store::Error::AlreadyExists { .. }) => Ok(()),
+        match self.inner.put_opts(&self.path(name), content.clone().into(), options).await {
+            Err(object_store::Error::AlreadyExists { .. }) => Ok(true),
             Ok(_) => {
                 tokio::time::sleep(SETTLED_AFTER).await;
-                if self.description(description.timeline).await?.as_ref() == Some(description) {
-                    return Ok(());
-                }
-                let what = format!("{}: another writer began it in the same moment", self.location(&name));
-                Err(Error::precondition(what))
+                Ok(self.note(name).await?.as_ref() == Some(&content))
             }
             Err(source) => Err(self.fail("put", &name)(source)),
+        }
+    }
+
+    /// Puts a small object, whatever is there.
+    pub(crate) async fn put_note(&self, name: &str, content: Bytes) -> Result<()> {
+        self.inner.put(&self.path(name), content.into()).await.map(drop).map_err(self.fail("put", &name))
+    }
+
+    /// Reads a small object; `None` when it is not there.
+    pub(crate) async fn note(&self, name: &str) -> Result<Option<Bytes>> {
+        let got = match self.inner.get(&self.path(name)).await {
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            got => got.map_err(self.fail("get", &name))?,
+        };
+        if got.meta.size > MOST_NOTE_BYTES {
+            return Err(Error::corrupt(format!("{}: it is too large for what it is", self.location(&name))));
+        }
+        got.bytes().await.map(Some).map_err(self.fail("get", &name))
+    }
+
+    /// Removes a small object that may be gone.
+    pub(crate) async fn remove_note(&self, name: &str) -> Result<()> {
+        match self.inner.delete(&self.path(name)).await {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(source) => Err(self.fail("delete", &name)(source)),
         }
     }
 
@@ -285,14 +317,7 @@ impl Store {
     /// Reads where a timeline comes from; `None` when nothing says so.
     pub async fn description(&self, timeline: Timeline) -> Result<Option<Description>> {
         let name = ObjectName::Timeline { timeline };
-        let got = match self.inner.get(&self.path(&name.to_string())).await {
-            Err(object_store::Error::NotFound { .. }) => return Ok(None),
-            got => got.map_err(self.fail("get", &name))?,
-        };
-        if got.meta.size > MOST_DESCRIPTION_BYTES {
-            return Err(Error::corrupt(format!("{}: it is too large to describe a timeline", self.location(&name))));
-        }
-        let bytes = got.bytes().await.map_err(self.fail("get", &name))?;
+        let Some(bytes) = self.note(&name.to_string()).await? else { return Ok(None) };
         let description = serde_json::from_slice(&bytes).map_err(|error| {
             Error::corrupt(format!("{}: it does not describe a timeline: {error}", self.location(&name)))
         })?;

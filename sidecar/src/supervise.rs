@@ -1,25 +1,33 @@
 //! What a serving sidecar is doing: initializations, one at a time, and backups while its member leads.
 //!
 //! One task follows the member's role. While it leads, and there is a store, a second one backs up; it is told to end when the
-//! member no longer leads, and the next leader's goes on from what the store has.
+//! member no longer leads, and the next leader's goes on from what the store has. It also ends before an initialization that
+//! may touch the data.
+
+mod membership;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use etcd_format::datadir;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::etcd::{Etcd, EtcdFlags, Role, Status};
 use crate::initialize::{self, Decision, Outcome, Step, initialize};
-use crate::snapshotter::{self, Kind, Taken};
+use crate::snapshotter::{self, Kind, Request, Taken};
 use crate::{Class, Error, Result};
 
 /// How often the member is asked what it is.
 const ROLE_PERIOD: Duration = Duration::from_secs(2);
 /// How long backing up may take to bring its last delta home when it ends; it sees to it itself.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(25);
+
+/// Requests for snapshots at once.
+const MOST_REQUESTS: usize = 16;
+/// How long somebody who wants one waits at most.
+const MOST_TAKING: Duration = Duration::from_secs(600);
 
 /// What a sidecar goes by.
 #[derive(Debug, Clone)]
@@ -61,12 +69,6 @@ pub struct Observed {
     pub error: Option<String>,
 }
 
-/// A backup that runs. Until it has ended no other begins: it may have a delta to bring home.
-struct Backup {
-    stop: CancellationToken,
-    task: JoinHandle<()>,
-}
-
 /// A serving sidecar.
 pub struct Supervisor {
     settings: Settings,
@@ -74,6 +76,12 @@ pub struct Supervisor {
     observed: watch::Sender<Observed>,
     /// Held while it is decided whether an initialization begins.
     beginning: Mutex<()>,
+    /// Held by a backup until it has ended, for it may have a delta to bring home, and by an initialization.
+    data: Arc<tokio::sync::Mutex<()>>,
+    /// Ends the backup that runs.
+    backup: Mutex<CancellationToken>,
+    /// Leads to the backup that runs.
+    requests: Mutex<Option<mpsc::Sender<Request>>>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -88,8 +96,18 @@ impl Supervisor {
     /// Begins to follow the member; ends when `stop` is cancelled.
     pub fn start(settings: Settings, stop: CancellationToken) -> Arc<Self> {
         let (phase, observed) = (watch::Sender::default(), watch::Sender::default());
-        let this =
-            Arc::new(Self { settings, phase, observed, beginning: Mutex::default(), tasks: TaskTracker::new(), stop });
+        let (beginning, data, backup, tasks) = (Mutex::default(), Arc::default(), Mutex::default(), TaskTracker::new());
+        let this = Arc::new(Self {
+            settings,
+            phase,
+            observed,
+            beginning,
+            data,
+            backup,
+            requests: Mutex::default(),
+            tasks,
+            stop,
+        });
         let following = this.clone();
         this.tasks.spawn(async move { following.follow().await });
         this
@@ -118,6 +136,14 @@ impl Supervisor {
         self.observed.borrow().clone()
     }
 
+    /// What etcd is to be started with; `None` while it must not be.
+    pub fn etcd_config(&self) -> Option<String> {
+        match &*self.phase.borrow() {
+            Phase::Ready(outcome) => Some(self.settings.initialize.member.etcd_config(outcome.joins.as_deref())),
+            _ => None,
+        }
+    }
+
     /// Begins an initialization unless one runs; how far it is.
     pub fn initialize(self: &Arc<Self>) -> watch::Receiver<Phase> {
         let _one = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
@@ -131,6 +157,15 @@ impl Supervisor {
     }
 
     async fn run_initialization(self: Arc<Self>) {
+        // While an etcd runs nothing is touched, and its backup goes on. Otherwise what was received from it comes home first:
+        // a restore must not miss it.
+        let is_in_use = datadir::check_target(&self.settings.initialize.member.data_dir, true).is_err();
+        let _quiet = if is_in_use {
+            None
+        } else {
+            self.backup.lock().unwrap_or_else(PoisonError::into_inner).cancel();
+            Some(self.data.lock().await)
+        };
         let phase = self.phase.clone();
         let see = Arc::new(move |step| drop(phase.send_replace(Phase::Running(step))));
         let ended = match initialize(&self.settings.initialize, &self.stop, see).await {
@@ -146,21 +181,30 @@ impl Supervisor {
 
     /// Takes a snapshot now. Only the leader's sidecar does.
     pub async fn take(&self, kind: Kind) -> Result<Taken> {
-        let Some(settings) = &self.settings.backup else {
+        if self.settings.backup.is_none() {
             return Err(Error::precondition("no store is configured: there are no backups"));
-        };
-        // What it was when it was last looked at may be over.
-        let (_, status) = Etcd::connect(&self.settings.etcd).await?;
-        if status.role != Role::Leader {
-            return Err(Error::precondition("this member does not lead its cluster; ask the leader's sidecar"));
         }
-        snapshotter::once(settings, kind, &self.stop).await
+        let sender = self.requests.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (reply, answer) = oneshot::channel();
+        let interrupted = || Error::Unanswered { what: "the backup was interrupted; ask again".into() };
+        match sender {
+            Some(sender) if self.observed.borrow().role == Some(Role::Leader) => {
+                sender.send(Request { kind, reply }).await.map_err(|_| interrupted())?;
+            }
+            _ => return Err(Error::precondition("this member does not lead its cluster; ask the leader's sidecar")),
+        }
+        match tokio::time::timeout(MOST_TAKING, answer).await {
+            Ok(answer) => answer.map_err(|_| interrupted())?,
+            Err(_) => {
+                Err(Error::Unanswered { what: format!("it is not in the store after {MOST_TAKING:?}; it goes on") })
+            }
+        }
     }
 
-    /// Asks the member what it is, and has it backed up while it leads.
+    /// Asks the member what it is, has it backed up while it leads, and sees to its place in the cluster.
     async fn follow(self: Arc<Self>) {
         let mut etcd = None;
-        let mut backup: Option<Backup> = None;
+        let mut membership = membership::Keeper::default();
         let mut tick = tokio::time::interval(ROLE_PERIOD);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -170,6 +214,9 @@ impl Supervisor {
             }
             let status = self.ask(&mut etcd).await;
             let role = status.as_ref().map(|status| status.role);
+            if let (Some(etcd), Some(status)) = (&mut etcd, &status) {
+                membership.see_to(&self.settings.initialize, etcd, status).await;
+            }
             self.observed.send_modify(|observed| {
                 if observed.role != role {
                     tracing::info!(?role, "the member's role");
@@ -177,56 +224,60 @@ impl Supervisor {
                 observed.role = role;
                 observed.status = status.or_else(|| observed.status.take());
             });
-            let leads = role == Some(Role::Leader);
-            backup = backup.filter(|backup| !backup.task.is_finished());
-            match &backup {
-                None if leads => backup = self.begin_backup(),
+            match role {
+                Some(Role::Leader) => self.begin_backup(),
                 // An etcd that cannot be reached for a while still leads, for all that is known; the backup waits for it.
-                Some(backup) if role.is_some() && !leads && !backup.stop.is_cancelled() => {
-                    tracing::info!("the member no longer leads: its backup ends");
-                    backup.stop.cancel();
+                None => {}
+                Some(Role::Follower | Role::Learner) => {
+                    let backup = self.backup.lock().unwrap_or_else(PoisonError::into_inner);
+                    if self.observed.borrow().backing_up && !backup.is_cancelled() {
+                        tracing::info!("the member no longer leads: its backup ends");
+                        backup.cancel();
+                    }
                 }
-                _ => {}
             }
         }
     }
 
     async fn ask(&self, etcd: &mut Option<Etcd>) -> Option<Status> {
-        let asked = match etcd {
-            Some(connected) => connected.status().await,
-            None => match Etcd::connect(&self.settings.etcd).await {
-                Ok((connected, status)) => {
-                    *etcd = Some(connected);
-                    Ok(status)
-                }
-                Err(error) => Err(error),
-            },
-        };
-        match asked {
-            Ok(status) => Some(status),
-            Err(error) => {
-                tracing::debug!(%error, "the member cannot be reached");
-                *etcd = None;
-                None
+        if let Some(connected) = etcd {
+            match connected.status().await {
+                Ok(status) => return Some(status),
+                Err(error) => tracing::debug!(%error, "the member cannot be reached"),
             }
         }
+        *etcd = None;
+        for endpoint in &self.settings.etcd.endpoints {
+            match Etcd::reach(&self.settings.etcd, endpoint.trim()).await {
+                Ok((connected, status)) => {
+                    *etcd = Some(connected);
+                    return Some(status);
+                }
+                Err(error) => tracing::debug!(%error, "the member cannot be reached"),
+            }
+        }
+        None
     }
 
-    fn begin_backup(self: &Arc<Self>) -> Option<Backup> {
-        let settings = self.settings.backup.clone()?;
+    /// Unless one runs, or the data is being initialized.
+    fn begin_backup(self: &Arc<Self>) {
+        let Some(settings) = self.settings.backup.clone() else { return };
+        let Ok(held) = self.data.clone().try_lock_owned() else { return };
         let stop = self.stop.child_token();
+        *self.backup.lock().unwrap_or_else(PoisonError::into_inner) = stop.clone();
         self.observed.send_modify(|observed| observed.backing_up = true);
-        let (this, stopped) = (self.clone(), stop.clone());
-        let task = self.tasks.spawn(async move {
-            let ended = snapshotter::run(&settings, &stopped).await;
+        let (sender, mut requests) = mpsc::channel(MOST_REQUESTS);
+        *self.requests.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
+        let this = self.clone();
+        self.tasks.spawn(async move {
+            let ended = snapshotter::run(&settings, &stop, &mut requests).await;
+            drop(requests);
             if let Err(error) = &ended {
                 tracing::error!(%error, "backing up ended; it is tried again");
-            }
-            // What makes no sense now may make some when somebody has looked; not in a tight loop.
-            if ended.is_err() {
+                // What makes no sense now may make some when somebody has looked; not in a tight loop.
                 tokio::select! {
                     () = tokio::time::sleep(Duration::from_secs(15)) => {}
-                    () = stopped.cancelled() => {}
+                    () = stop.cancelled() => {}
                 }
             }
             this.observed.send_modify(|observed| {
@@ -234,7 +285,7 @@ impl Supervisor {
                 observed.error =
                     ended.err().filter(|error| error.class() != Class::Cancelled).map(|error| error.to_string());
             });
+            drop(held);
         });
-        Some(Backup { stop, task })
     }
 }

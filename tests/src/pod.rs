@@ -29,15 +29,34 @@ pub struct Pod {
     pub tls: Option<Certificates>,
     /// More lines for the sidecar's configuration.
     pub more: String,
+    /// Client URLs of the other members.
+    others: Vec<String>,
     port: u16,
 }
 
 impl Pod {
     /// A cluster of one, of a minor.
     pub fn new(dir: &Path, minor: &str, store: Option<Store>) -> Result<Self> {
-        std::fs::create_dir_all(dir)?;
         let member = Member::single(minor, &dir.join("data"))?;
-        Ok(Self { dir: dir.to_owned(), member, store, tls: None, more: String::new(), port: free_port()? })
+        Self::of_member(dir, member, store, Vec::new())
+    }
+
+    fn of_member(dir: &Path, member: Member, store: Option<Store>, others: Vec<String>) -> Result<Self> {
+        std::fs::create_dir_all(dir)?;
+        Ok(Self { dir: dir.to_owned(), member, store, tls: None, more: String::new(), others, port: free_port()? })
+    }
+
+    /// A cluster of several, of a minor.
+    pub fn cluster(dir: &Path, minor: &str, names: &[&str], store: Option<&Store>) -> Result<Vec<Self>> {
+        let dirs: Vec<_> = names.iter().map(|name| dir.join(name)).collect();
+        let data: Vec<_> = dirs.iter().map(|dir| dir.join("data")).collect();
+        let members: Vec<_> = names.iter().copied().zip(data.iter().map(PathBuf::as_path)).collect();
+        let members = Member::cluster(minor, &members)?;
+        let pods = members.iter().zip(&dirs).map(|(member, dir)| {
+            let others = members.iter().filter(|other| other.name != member.name).map(Member::client_url).collect();
+            Self::of_member(dir, member.clone(), store.cloned(), others)
+        });
+        pods.collect()
     }
 
     /// The URL of its API.
@@ -74,8 +93,9 @@ impl Pod {
         std::fs::write(
             &config,
             format!(
-                "apiVersion: sidecar.etcd-steward.io/v1\nmember:\n  etcdConfig: {}\netcd:\n  endpoints: [{client}]\nserver:\n  listen: 127.0.0.1:{}\n  etcdWrapper: true\n{server}{store}{}",
+                "apiVersion: sidecar.etcd-steward.io/v1\nmember:\n  etcdConfig: {}\netcd:\n  endpoints: [{client}]\n  clusterEndpoints: [{}]\nserver:\n  listen: 127.0.0.1:{}\n  etcdWrapper: true\n{server}{store}{}",
                 etcd.display(),
+                self.others.join(", "),
                 self.port,
                 self.more
             ),
@@ -120,14 +140,20 @@ impl Pod {
     /// Starts `sidecar launch`, waits for etcd and connects to it.
     pub async fn start_etcd(&self) -> Result<(Launched, Client)> {
         let launched = self.start_launch()?;
+        let client = self.etcd().await.with_context(|| launched.log())?;
+        Ok((launched, client))
+    }
+
+    /// A client of its etcd, once that serves.
+    pub async fn etcd(&self) -> Result<Client> {
         let url = self.member.client_url();
         let connect = || async {
-            let mut client = Client::connect([url.clone()], None).await?;
+            let options = etcd_client::ConnectOptions::new().with_timeout(Duration::from_secs(5));
+            let mut client = Client::connect([url.clone()], Some(options)).await?;
             client.get("ready", None).await?;
             anyhow::Ok(client)
         };
-        let client = eventually(LONG, connect).await.with_context(|| launched.log())?;
-        Ok((launched, client))
+        eventually(LONG, connect).await
     }
 
     /// A client of its API, with a certificate or without.

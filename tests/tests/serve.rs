@@ -297,13 +297,13 @@ async fn without_a_sidecar_nothing_starts() -> Result<()> {
 async fn an_etcd_that_ends_ends_the_launcher() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
-    let serving = pod.start_serve().await?;
+    let mut serving = pod.start_serve().await?;
     // Somebody else has its port.
     let taken = std::net::TcpListener::bind(("127.0.0.1", pod.member.client_port))?;
     let ended = pod.launch()?.run().await?;
     ensure!(ended.code == 1 && ended.stderr.contains("etcd has ended"), "{}: {}", ended.code, ended.stderr);
     drop(taken);
-    ensure!(serving.log().contains("etcd has ended"), "{}", serving.log());
+    serving.logs("etcd has ended", LONG).await?;
     serving.terminate().await?.expect(0)?;
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `sidecar serve`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use proto::config::SidecarConfig;
 use tokio_util::sync::CancellationToken;
@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::snapshot::parse_schedule;
 use super::write_out;
 use crate::catalog::Layout;
-use crate::etcd::EtcdFlags;
+use crate::etcd::{EtcdFlags, Secret};
 use crate::initialize::{self, Member};
 use crate::server::{self, Files};
 use crate::store::{Open, Store};
@@ -20,18 +20,20 @@ use crate::{Error, Result, snapshotter};
 /// Serves the API that `sidecar launch` asks before it starts etcd. Ends on SIGTERM, when the last delta is in the store.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// What it goes by: a YAML file, described in the README.
+    /// What it goes by: a YAML file, described in the README. The environment counts before it: `store.url` there is
+    /// SIDECAR_STORE_URL, and so on.
     #[arg(long, env = "SIDECAR_CONFIG", value_name = "FILE")]
-    config: PathBuf,
+    config: Option<PathBuf>,
+    /// A field of the configuration, which counts before the file and the environment; may be given several times.
+    #[arg(long, value_name = "FIELD=VALUE")]
+    set: Vec<String>,
     /// Print the configuration as it is understood, defaults included, and end.
     #[arg(long)]
     print_config: bool,
 }
 
 pub(super) async fn run(args: Args, stop: CancellationToken) -> Result<u8> {
-    let place = args.config.display().to_string();
-    let text = std::fs::read_to_string(&args.config).map_err(Error::io("read", &place))?;
-    let config = SidecarConfig::parse(&text).map_err(|error| Error::invalid(format!("{place}: {error}")))?;
+    let config = read(args.config.as_deref(), &args.set)?;
     if args.print_config {
         let json = serde_json::to_string_pretty(&config);
         let json = json.map_err(|error| Error::Bug { what: format!("print the configuration: {error}") })?;
@@ -47,6 +49,13 @@ pub(super) async fn run(args: Args, stop: CancellationToken) -> Result<u8> {
     served.map(|()| 0)
 }
 
+fn read(path: Option<&Path>, sets: &[String]) -> Result<SidecarConfig> {
+    let place = path.map_or_else(|| "the configuration".to_owned(), |path| path.display().to_string());
+    let text = path.map(std::fs::read_to_string).transpose().map_err(Error::io("read", &place))?;
+    let config = SidecarConfig::layered(text.as_deref(), |name| std::env::var(name).ok(), sets);
+    config.map_err(|error| Error::invalid(format!("{place}: {error}")))
+}
+
 fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
     let pod = std::env::var("POD_NAME").ok();
     let member = Member::read(&config.member.etcd_config, pod.as_deref())?;
@@ -55,14 +64,21 @@ fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
     if cert.is_some() != key.is_some() {
         return Err(Error::invalid("etcd.cert and etcd.key go together"));
     }
+    if config.etcd.user.is_some() != config.etcd.password_file.is_some() {
+        return Err(Error::invalid("etcd.user and etcd.passwordFile go together"));
+    }
+    let password = config.etcd.password_file.as_deref().map(|path| {
+        let password = std::fs::read_to_string(path).map_err(Error::io("read the password in", path.display()))?;
+        Ok::<_, Error>(Secret::from(password.trim_end_matches(['\r', '\n']).to_owned()))
+    });
     let etcd = EtcdFlags {
         endpoints: config.etcd.endpoints.clone(),
         cacert: config.etcd.cacert.clone(),
         cert,
         key,
         insecure_skip_tls_verify: false,
-        user: None,
-        password: None,
+        user: config.etcd.user.clone().map(Secret::from),
+        password: password.transpose()?,
         command_timeout: 5,
     };
     let full_schedule = parse_schedule(&config.snapshots.full_schedule)?;
@@ -74,8 +90,24 @@ fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
         delta_period: config.snapshots.delta_period,
         delta_max_bytes: config.snapshots.delta_max_bytes,
     });
-    let initialize = initialize::Settings { member, store, may_start_empty: config.safety.may_start_empty };
+    let others = others(config, &member, &etcd)?;
+    let initialize = initialize::Settings { member, store, others, may_start_empty: config.safety.may_start_empty };
     Ok(supervise::Settings { initialize, etcd, backup })
+}
+
+/// How the other members are reached, where there are any.
+fn others(config: &SidecarConfig, member: &Member, etcd: &EtcdFlags) -> Result<Option<EtcdFlags>> {
+    if member.cluster.members().len() <= 1 {
+        return Ok(None);
+    }
+    let given = &config.etcd.cluster_endpoints;
+    let endpoints = if given.is_empty() { member.others.clone() } else { given.clone() };
+    if endpoints.is_empty() {
+        return Err(Error::invalid(
+            "the cluster has several members: give the client URLs of the others in etcd.clusterEndpoints",
+        ));
+    }
+    Ok(Some(EtcdFlags { endpoints, ..etcd.clone() }))
 }
 
 fn server_settings(config: &SidecarConfig) -> Result<server::Settings> {

@@ -102,7 +102,7 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
     };
     let kind = match args.once {
         None => {
-            snapshotter::run(&settings, &stop).await?;
+            snapshotter::run(&settings, &stop, &mut snapshotter::nobody()).await?;
             return Ok(0);
         }
         Some(Once::Full) => Kind::Full,

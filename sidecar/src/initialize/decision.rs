@@ -52,6 +52,40 @@ pub enum Backups {
     },
 }
 
+/// What the other members of the cluster do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Live {
+    /// None answers, or there is none.
+    Nobody,
+    /// Some answer and have no quorum.
+    NoQuorum {
+        /// Whether they know ours as one that has run.
+        knows_us: bool,
+    },
+    /// The cluster serves.
+    Serves {
+        /// Its id.
+        cluster_id: u64,
+        /// What ours is in it.
+        us: Place,
+    },
+}
+
+/// What our member is in a cluster that serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Not in its list.
+    NotListed,
+    /// It was added and has never started.
+    Added,
+    /// One of those that the cluster began with, which has not come up yet.
+    New,
+    /// It has run.
+    Started,
+    /// It runs, elsewhere than here.
+    Alive,
+}
+
 /// What is known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts {
@@ -61,6 +95,10 @@ pub struct Facts {
     pub backups: Backups,
     /// Members that the cluster is to have.
     pub replicas: usize,
+    /// The others of them.
+    pub live: Live,
+    /// How many members, ours included, say now that they lost their data.
+    pub lost: usize,
     /// Whether to begin anew where data is damaged and there is nothing to restore.
     pub may_start_empty: bool,
 }
@@ -76,6 +114,10 @@ pub enum Decision {
     Restore,
     /// Begin a new cluster; what is there is moved aside.
     Bootstrap,
+    /// Come back to the cluster as a learner, which gets its data from the others; what is there is moved aside.
+    Join,
+    /// Touch nothing, and look again until the others are back or all say that they lost their data.
+    Wait,
     /// Touch nothing and do not start etcd.
     Refuse {
         /// Whether to look again soon: it may pass by itself.
@@ -85,11 +127,18 @@ pub enum Decision {
 
 /// Decides, and says why.
 pub fn decide(facts: &Facts) -> (Decision, String) {
+    let is_alone = facts.replicas <= 1;
     match &facts.data {
         Data::Sound(sound) => with_data(sound, facts),
-        Data::Absent => without_data("there is no data", facts, true),
+        Data::Absent if is_alone => without_data("there is no data", facts, true),
+        Data::Absent => one_of_several("there is no data", facts, true),
         Data::Damaged { evidence } => {
-            without_data(&format!("the data is damaged: {evidence}"), facts, facts.may_start_empty)
+            let what = format!("the data is damaged: {evidence}");
+            if is_alone {
+                without_data(&what, facts, facts.may_start_empty)
+            } else {
+                one_of_several(&what, facts, false)
+            }
         }
     }
 }
@@ -99,6 +148,30 @@ fn with_data(sound: &Sound, facts: &Facts) -> (Decision, String) {
     let torn = if sound.torn { "; its log ends in a cut write, which etcd drops" } else { "" };
     let sound_at = format!("the data is sound, at revision {revision}{torn}");
     let keep = |why: &str| (Decision::Keep, format!("{sound_at}{why}"));
+    let foreign = |whose: &str, theirs: u64| {
+        let why = format!(
+            "the data is of cluster {:x}, {whose} of {theirs:x}: the volume or the store is another's; move the data away, or give a store of its own",
+            sound.cluster_id,
+        );
+        (Decision::Refuse { may_pass: false }, why)
+    };
+    match (&facts.live, &facts.backups) {
+        (Live::Serves { cluster_id, .. }, _) if *cluster_id != sound.cluster_id => {
+            return foreign("the members that run are", *cluster_id);
+        }
+        (Live::Serves { us: Place::Started, .. }, _) => return keep("; what it misses the other members have"),
+        (Live::Serves { us: Place::Alive, .. }, _) => return is_alive(&sound_at),
+        (Live::Serves { .. }, _) => {
+            return (
+                Decision::Join,
+                format!("{sound_at}, and its cluster has removed this member: it comes back as a learner"),
+            );
+        }
+        (_, Backups::Upto { cluster_id: Some(theirs), .. }) if *theirs != sound.cluster_id && !sound.restored_since => {
+            return foreign("the backups are", *theirs);
+        }
+        _ => {}
+    }
     match &facts.backups {
         // A voter that forgot what it voted for may undo what a quorum has acknowledged.
         _ if facts.replicas > 1 || sound.voters > 1 => keep("; what it misses the other members have"),
@@ -106,13 +179,6 @@ fn with_data(sound: &Sound, facts: &Facts) -> (Decision, String) {
         Backups::Empty => keep("; there are no backups yet"),
         // What is there is whole. Not to start for want of a store would make an outage of two.
         Backups::Unknown { why } => keep(&format!("; whether the store has more cannot be told: {why}")),
-        Backups::Upto { cluster_id: Some(theirs), .. } if *theirs != sound.cluster_id => {
-            let why = format!(
-                "the data is of cluster {:x}, the backups are of {theirs:x}: the volume or the store is another's; move the data away, or give a store of its own",
-                sound.cluster_id,
-            );
-            (Decision::Refuse { may_pass: false }, why)
-        }
         Backups::Upto { last, .. } => {
             let reach = revision.saturating_add(i64::try_from(sound.unapplied).unwrap_or(i64::MAX));
             if revision >= *last {
@@ -132,16 +198,49 @@ fn without_data(what: &str, facts: &Facts, may_start_empty: bool) -> (Decision, 
     let refuse = |may_pass, why: &str| (Decision::Refuse { may_pass }, format!("{what}, and {why}"));
     match &facts.backups {
         Backups::Unknown { why } => refuse(true, &format!("whether there are backups cannot be told: {why}")),
-        Backups::Upto { .. } if facts.replicas > 1 => refuse(
-            false,
-            "the other members of the cluster may have what it lacks; several members are not looked after yet",
-        ),
         Backups::Upto { last, .. } => (Decision::Restore, format!("{what}; the backups reach revision {last}")),
         Backups::Empty if may_start_empty => (Decision::Bootstrap, format!("{what}, and there are no backups")),
         Backups::NotConfigured if may_start_empty => (Decision::Bootstrap, format!("{what}, and no store is given")),
         Backups::Empty | Backups::NotConfigured => {
             refuse(false, "there is nothing to restore; move the data away, or allow to start empty")
         }
+    }
+}
+
+fn is_alive(what: &str) -> (Decision, String) {
+    let why = format!("{what}, and an etcd runs as this member elsewhere: it must end first");
+    (Decision::Refuse { may_pass: true }, why)
+}
+
+/// A member of several has no data of its own that counts: the others may.
+fn one_of_several(what: &str, facts: &Facts, is_absent: bool) -> (Decision, String) {
+    let wait = |why: &str| (Decision::Wait, format!("{what}, and {why}"));
+    match (&facts.live, &facts.backups) {
+        (Live::Serves { us: Place::New, .. }, _) => {
+            (Decision::Bootstrap, format!("{what}; the cluster has just begun and waits for this member"))
+        }
+        (Live::Serves { us: Place::Alive, .. }, _) => is_alive(what),
+        (Live::Serves { .. }, _) => (Decision::Join, format!("{what}; it comes back to its cluster as a learner")),
+        (Live::NoQuorum { .. }, Backups::Upto { .. }) | (Live::NoQuorum { knows_us: true }, _) => {
+            wait("the other members have no quorum; when they have, it comes back to them")
+        }
+        (_, Backups::Unknown { why }) => {
+            let why = format!("{what}, no other member serves, and whether there are backups cannot be told: {why}");
+            (Decision::Refuse { may_pass: true }, why)
+        }
+        (_, Backups::Upto { last, .. }) if facts.lost >= facts.replicas => {
+            (Decision::Restore, format!("{what}, and so it is with every member; the backups reach revision {last}"))
+        }
+        (_, Backups::Upto { .. }) => wait(&format!(
+            "no other member serves; {} of {} members say that they lost their data, and one that has it may have more than the backups",
+            facts.lost, facts.replicas
+        )),
+        (_, Backups::Empty | Backups::NotConfigured) if is_absent => {
+            (Decision::Bootstrap, format!("{what}, no other member serves, and there are no backups"))
+        }
+        (_, Backups::Empty | Backups::NotConfigured) => wait(
+            "no other member serves; there is nothing to restore, so it waits for them; to begin anew, move it away",
+        ),
     }
 }
 
@@ -167,67 +266,115 @@ mod tests {
         Data::Damaged { evidence: "page 7".into() }
     }
 
+    fn alone(data: Data, backups: Backups, may_start_empty: bool) -> Facts {
+        Facts { data, backups, replicas: 1, live: Live::Nobody, lost: 0, may_start_empty }
+    }
+
+    fn of_three(data: Data, backups: Backups, live: Live, lost: usize) -> Facts {
+        Facts { data, backups, replicas: 3, live, lost, may_start_empty: false }
+    }
+
+    fn check(facts: &Facts, expected: Decision) {
+        let (decision, why) = decide(facts);
+        assert_eq!(decision, expected, "{facts:?}: {why}");
+        assert!(!why.is_empty());
+    }
+
+    const KEEP: Decision = Decision::Keep;
+    const LATER: Decision = Decision::Refuse { may_pass: true };
+    const NEVER: Decision = Decision::Refuse { may_pass: false };
+
     #[test]
-    fn every_case_is_decided() {
-        let (keep, later, never) =
-            (Decision::Keep, Decision::Refuse { may_pass: true }, Decision::Refuse { may_pass: false });
-        let restored = Data::Sound(Sound {
-            cluster_id: OURS,
-            revision: 5,
-            unapplied: 0,
-            torn: false,
-            restored_since: true,
-            voters: 1,
-        });
-        let foreign = Data::Sound(Sound {
-            cluster_id: 99,
-            revision: 5,
-            unapplied: 0,
-            torn: false,
-            restored_since: false,
-            voters: 1,
-        });
+    fn every_case_of_one_is_decided() {
+        let with = |change: fn(&mut Sound)| {
+            let Data::Sound(mut sound) = sound(5, 0) else { unreachable!() };
+            change(&mut sound);
+            Data::Sound(sound)
+        };
+        let restored = with(|sound| sound.restored_since = true);
+        let restored_as_another = with(|sound| (sound.restored_since, sound.cluster_id) = (true, 99));
+        let foreign = with(|sound| sound.cluster_id = 99);
+        let of_several = with(|sound| sound.voters = 3);
         let unnamed = Backups::Upto { last: 5, cluster_id: None };
-        // Data, backups, members, may start empty, and what follows.
+        // Data, backups, may start empty, and what follows.
         let cases = [
-            (sound(5, 0), Backups::NotConfigured, 1, false, keep),
-            (sound(5, 0), Backups::Empty, 1, false, keep),
-            (sound(5, 0), unknown(), 1, false, keep),
-            (sound(5, 0), upto(5), 1, false, keep),
-            (sound(5, 0), upto(4), 3, false, keep),
-            (sound(5, 0), upto(8), 3, false, keep),
-            (sound(5, 3), upto(8), 1, false, keep),
-            (sound(5, 2), upto(8), 1, false, Decision::Append),
-            (sound(5, 0), upto(8), 1, true, Decision::Append),
-            (restored, upto(8), 1, false, keep),
-            (foreign.clone(), upto(5), 1, true, never),
-            (foreign.clone(), unnamed, 1, false, keep),
-            (foreign, Backups::Empty, 1, false, keep),
-            (Data::Absent, Backups::NotConfigured, 1, false, Decision::Bootstrap),
-            (Data::Absent, Backups::Empty, 3, false, Decision::Bootstrap),
-            (Data::Absent, unknown(), 1, true, later),
-            (Data::Absent, upto(5), 1, false, Decision::Restore),
-            (Data::Absent, upto(5), 3, true, never),
-            (damaged(), Backups::NotConfigured, 1, false, never),
-            (damaged(), Backups::NotConfigured, 1, true, Decision::Bootstrap),
-            (damaged(), Backups::Empty, 1, false, never),
-            (damaged(), Backups::Empty, 1, true, Decision::Bootstrap),
-            (damaged(), unknown(), 1, true, later),
-            (damaged(), upto(5), 1, true, Decision::Restore),
-            (damaged(), upto(5), 3, false, never),
+            (sound(5, 0), Backups::NotConfigured, false, KEEP),
+            (sound(5, 0), Backups::Empty, false, KEEP),
+            (sound(5, 0), unknown(), false, KEEP),
+            (sound(5, 0), upto(5), false, KEEP),
+            (sound(5, 3), upto(8), false, KEEP),
+            (sound(5, 2), upto(8), false, Decision::Append),
+            (sound(5, 0), upto(8), true, Decision::Append),
+            (restored, upto(8), false, KEEP),
+            (restored_as_another, upto(8), false, KEEP),
+            (of_several, upto(8), false, KEEP),
+            (foreign.clone(), upto(5), true, NEVER),
+            (foreign.clone(), unnamed, false, KEEP),
+            (foreign, Backups::Empty, false, KEEP),
+            (Data::Absent, Backups::NotConfigured, false, Decision::Bootstrap),
+            (Data::Absent, Backups::Empty, false, Decision::Bootstrap),
+            (Data::Absent, unknown(), true, LATER),
+            (Data::Absent, upto(5), false, Decision::Restore),
+            (damaged(), Backups::NotConfigured, false, NEVER),
+            (damaged(), Backups::NotConfigured, true, Decision::Bootstrap),
+            (damaged(), Backups::Empty, false, NEVER),
+            (damaged(), Backups::Empty, true, Decision::Bootstrap),
+            (damaged(), unknown(), true, LATER),
+            (damaged(), upto(5), true, Decision::Restore),
         ];
-        for (data, backups, replicas, may_start_empty, expected) in cases {
-            let facts = Facts { data, backups, replicas, may_start_empty };
-            let (decision, why) = decide(&facts);
-            assert_eq!(decision, expected, "{facts:?}: {why}");
-            assert!(!why.is_empty());
+        for (data, backups, may_start_empty, expected) in cases {
+            check(&alone(data, backups, may_start_empty), expected);
+        }
+    }
+
+    #[test]
+    fn every_case_of_several_is_decided() {
+        let serves = |us| Live::Serves { cluster_id: OURS, us };
+        let (started, foreign) = (serves(Place::Started), Live::Serves { cluster_id: 99, us: Place::Started });
+        let (strangers, friends) = (Live::NoQuorum { knows_us: false }, Live::NoQuorum { knows_us: true });
+        let (wait, join, bootstrap) = (Decision::Wait, Decision::Join, Decision::Bootstrap);
+        // Data, backups, the others, how many lost theirs, and what follows.
+        let mut cases = vec![
+            (sound(5, 0), upto(8), Live::Nobody, 0, KEEP),
+            (sound(5, 0), upto(4), friends, 0, KEEP),
+            (sound(5, 0), upto(8), started, 0, KEEP),
+            (sound(5, 0), Backups::NotConfigured, started, 0, KEEP),
+            (sound(5, 0), unknown(), started, 0, KEEP),
+            (sound(5, 0), upto(8), foreign, 0, NEVER),
+            (sound(5, 0), Backups::Upto { last: 8, cluster_id: Some(99) }, Live::Nobody, 0, NEVER),
+            (sound(5, 0), upto(8), serves(Place::NotListed), 0, join),
+            (sound(5, 0), upto(8), serves(Place::Added), 0, join),
+            (sound(5, 0), upto(8), serves(Place::Alive), 0, LATER),
+            (Data::Absent, Backups::Empty, Live::Nobody, 0, bootstrap),
+            (Data::Absent, Backups::NotConfigured, strangers, 0, bootstrap),
+            (Data::Absent, Backups::NotConfigured, friends, 0, wait),
+            (damaged(), Backups::NotConfigured, Live::Nobody, 0, wait),
+            (damaged(), Backups::Empty, strangers, 3, wait),
+        ];
+        for lost in [Data::Absent, damaged()] {
+            cases.extend([
+                (lost.clone(), unknown(), Live::Nobody, 3, LATER),
+                (lost.clone(), upto(8), Live::Nobody, 2, wait),
+                (lost.clone(), upto(8), Live::Nobody, 3, Decision::Restore),
+                (lost.clone(), upto(8), strangers, 3, wait),
+                (lost.clone(), upto(8), friends, 3, wait),
+                (lost.clone(), upto(8), started, 0, join),
+                (lost.clone(), unknown(), started, 0, join),
+                (lost.clone(), Backups::NotConfigured, foreign, 0, join),
+                (lost.clone(), upto(8), serves(Place::NotListed), 3, join),
+                (lost.clone(), upto(8), serves(Place::Added), 0, join),
+                (lost.clone(), upto(8), serves(Place::Alive), 0, LATER),
+                (lost, upto(8), serves(Place::New), 0, bootstrap),
+            ]);
+        }
+        for (data, backups, live, lost, expected) in cases {
+            check(&of_three(data, backups, live, lost), expected);
         }
     }
 
     #[test]
     fn the_reason_has_the_evidence() {
-        let facts = Facts { data: damaged(), backups: upto(9), replicas: 1, may_start_empty: false };
-        let (_, why) = decide(&facts);
+        let (_, why) = decide(&alone(damaged(), upto(9), false));
         assert!(why.contains("page 7") && why.contains("revision 9"), "{why}");
     }
 }

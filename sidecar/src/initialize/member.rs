@@ -19,8 +19,13 @@ pub struct Member {
     pub data_dir: PathBuf,
     /// The cluster that it begins or is restored into.
     pub cluster: NewCluster,
+    /// Client URLs of the other members, as far as the file has them.
+    pub others: Vec<String>,
     /// What its etcd is started with.
     config: Map<String, Value>,
+    /// Its own peer URLs.
+    peer_urls: Vec<String>,
+    token: String,
 }
 
 impl Member {
@@ -32,7 +37,7 @@ impl Member {
         Self::parse(&text, pod).map_err(|what| Error::invalid(format!("the configuration of etcd in {place}: {what}")))
     }
 
-    fn parse(text: &str, pod: Option<&str>) -> Result<Self, String> {
+    pub(super) fn parse(text: &str, pod: Option<&str>) -> Result<Self, String> {
         let mut config: Map<String, Value> = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
         let name = match (pod, text_of(&config, "member-name-prefix")?) {
             (Some(pod), Some(prefix)) => format!("{prefix}-{pod}"),
@@ -40,6 +45,7 @@ impl Member {
             (_, _) => text_of(&config, "name")?.unwrap_or("default").to_owned(),
         };
         config.insert("name".into(), name.clone().into());
+        let others = urls_of_others(&config, &name);
         for key in ["initial-advertise-peer-urls", "advertise-client-urls"] {
             if let Some(Value::Object(by_member)) = config.get(key) {
                 let urls = by_member.get(&name).and_then(Value::as_array);
@@ -58,8 +64,9 @@ impl Member {
             str::to_owned,
         );
         let token = text_of(&config, "initial-cluster-token")?.filter(|token| !token.is_empty());
-        let cluster = NewCluster::parse(&listed, token.unwrap_or(DEFAULT_TOKEN)).map_err(|error| error.to_string())?;
-        cluster.member(&name).map_err(|error| error.to_string())?;
+        let token = token.unwrap_or(DEFAULT_TOKEN).to_owned();
+        let cluster = NewCluster::parse(&listed, &token).map_err(|error| error.to_string())?;
+        let peer_urls = cluster.member(&name).map_err(|error| error.to_string())?.peer_urls.clone();
         let data_dir = match text_of(&config, "data-dir")?.filter(|dir| !dir.is_empty()) {
             Some(dir) => PathBuf::from(dir),
             None => return Err("data-dir is missing".into()),
@@ -68,13 +75,41 @@ impl Member {
         if !data_dir.is_absolute() {
             return Err(format!("data-dir {} is not an absolute path", data_dir.display()));
         }
-        Ok(Self { name, data_dir, cluster, config })
+        Ok(Self { name, data_dir, cluster, others, config, peer_urls, token })
     }
 
-    /// What its etcd is started with: the file as it was, for this member. JSON, which is YAML.
-    pub fn etcd_config(&self) -> String {
-        Value::Object(self.config.clone()).to_string()
+    /// Where its peers reach it.
+    pub fn peer_urls(&self) -> &[String] {
+        &self.peer_urls
     }
+
+    /// The cluster that it begins when it is restored: of it alone, and no other cluster's id, so that whoever still runs on
+    /// what was before does not take it for one of theirs.
+    pub fn restored_cluster(&self, unix_us: i64) -> Result<NewCluster> {
+        let members = self.peer_urls.iter().map(|url| format!("{}={url}", self.name)).collect::<Vec<_>>().join(",");
+        NewCluster::parse(&members, &format!("{}-{unix_us}", self.token)).map_err(Error::format("the restored cluster"))
+    }
+
+    /// What its etcd is started with: the file as it was, for this member; `joins` is the cluster that it comes to, where that
+    /// serves already. JSON, which is YAML.
+    pub fn etcd_config(&self, joins: Option<&str>) -> String {
+        let mut config = self.config.clone();
+        if let Some(cluster) = joins {
+            config.insert("initial-cluster".into(), cluster.into());
+            config.insert("initial-cluster-state".into(), "existing".into());
+        }
+        Value::Object(config).to_string()
+    }
+}
+
+fn urls_of_others(config: &Map<String, Value>, name: &str) -> Vec<String> {
+    let by_member = config.get("advertise-client-urls").and_then(Value::as_object);
+    let others = by_member.into_iter().flatten().filter(|(other, _)| *other != name);
+    others
+        .flat_map(|(_, urls)| urls.as_array().into_iter().flatten())
+        .filter_map(Value::as_str)
+        .map(str::to_owned)
+        .collect()
 }
 
 fn is_by_member(config: &Map<String, Value>) -> bool {
@@ -100,7 +135,7 @@ mod tests {
         let text = "name: m1\ndata-dir: /d\nsnapshot-count: 75000\nmetrics: basic\ninitial-cluster: m1=http://127.0.0.1:2380\n";
         let member = Member::parse(text, Some("pod-0")).unwrap();
         assert_eq!((member.name.as_str(), member.data_dir.as_path()), ("m1", Path::new("/d")));
-        let config: Map<String, Value> = serde_json::from_str(&member.etcd_config()).unwrap();
+        let config: Map<String, Value> = serde_json::from_str(&member.etcd_config(None)).unwrap();
         assert_eq!((&config["snapshot-count"], &config["metrics"]), (&75_000.into(), &"basic".into()));
     }
 
@@ -108,11 +143,19 @@ mod tests {
     fn one_file_serves_all_members() {
         let text = "name: etcd-config\ndata-dir: /d\ninitial-cluster: e-0=https://e-0:2380,e-1=https://e-1:2380\ninitial-advertise-peer-urls:\n  e-0: [https://e-0:2380]\n  e-1: [https://e-1:2380, https://e-1b:2380]\nadvertise-client-urls:\n  e-0: [https://e-0:2379]\n  e-1: [https://e-1:2379]\n";
         let member = Member::parse(text, Some("e-1")).unwrap();
-        let config: Map<String, Value> = serde_json::from_str(&member.etcd_config()).unwrap();
+        let config: Map<String, Value> = serde_json::from_str(&member.etcd_config(None)).unwrap();
         assert_eq!(config["name"], "e-1");
         assert_eq!(config["initial-advertise-peer-urls"], "https://e-1:2380,https://e-1b:2380");
         assert_eq!(config["advertise-client-urls"], "https://e-1:2379");
-        assert_eq!(member.cluster.members().len(), 2);
+        assert_eq!(
+            (member.cluster.members().len(), member.others.as_slice()),
+            (2, ["https://e-0:2379".to_owned()].as_slice())
+        );
+        let joining: Map<String, Value> =
+            serde_json::from_str(&member.etcd_config(Some("e-1=https://e-1:2380"))).unwrap();
+        assert_eq!(joining["initial-cluster-state"], "existing");
+        let restored = [member.restored_cluster(1).unwrap(), member.restored_cluster(2).unwrap()];
+        assert!(restored[0].members().len() == 1 && restored[0].id() != restored[1].id());
         assert!(Member::parse(text, Some("e-7")).is_err_and(|what| what.contains("e-7")));
     }
 

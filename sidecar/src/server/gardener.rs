@@ -48,9 +48,9 @@ impl Wrapper {
     }
 
     fn config(&self) -> (StatusCode, String) {
-        match &*self.supervisor.phase().borrow() {
-            Phase::Ready(_) => (StatusCode::OK, self.supervisor.settings().initialize.member.etcd_config()),
-            _ => (StatusCode::INTERNAL_SERVER_ERROR, "no initialization has succeeded\n".to_owned()),
+        match self.supervisor.etcd_config() {
+            Some(config) => (StatusCode::OK, config),
+            None => (StatusCode::INTERNAL_SERVER_ERROR, "no initialization has succeeded\n".to_owned()),
         }
     }
 }

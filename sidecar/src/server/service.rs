@@ -71,7 +71,9 @@ fn action(decision: Decision) -> api::Action {
         Decision::Append => api::Action::Append,
         Decision::Restore => api::Action::Restore,
         Decision::Bootstrap => api::Action::Bootstrap,
-        Decision::Refuse { .. } => api::Action::Refuse,
+        Decision::Join => api::Action::Join,
+        // What waits has no outcome.
+        Decision::Wait | Decision::Refuse { .. } => api::Action::Refuse,
     }
 }
 
@@ -93,6 +95,7 @@ fn step(step: &Step) -> api::InitializeProgress {
     match step {
         Step::Check => told("check", "the data is being checked".into(), 0, 0),
         Step::Decided(decision, why) => told("decided", format!("{decision:?}: {why}"), 0, 0),
+        Step::Wait(why) => told("wait", why.clone(), 0, 0),
         Step::Restore(Progress::Snapshot(total)) => told("snapshot", "read the snapshot".into(), 0, total.unwrap_or(0)),
         Step::Restore(Progress::Bytes(bytes)) => told("snapshot", String::new(), *bytes, 0),
         Step::Restore(Progress::Deltas(total)) => told("deltas", "append the changes after it".into(), 0, *total),
@@ -163,10 +166,9 @@ impl Sidecar for Api {
 
     async fn get_etcd_config(&self, request: Request<api::GetEtcdConfigRequest>) -> Answer<api::EtcdConfig> {
         self.check(&request)?;
-        if !matches!(&*self.supervisor.phase().borrow(), Phase::Ready(_)) {
-            return Err(Status::failed_precondition("etcd must not start: no initialization has succeeded"));
-        }
-        let yaml = self.supervisor.settings().initialize.member.etcd_config();
+        let yaml = self.supervisor.etcd_config();
+        let yaml =
+            yaml.ok_or_else(|| Status::failed_precondition("etcd must not start: no initialization has succeeded"))?;
         Ok(Response::new(api::EtcdConfig { yaml }))
     }
 
@@ -281,8 +283,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_caller_hears_the_end_and_nothing_after_it() {
-        let ended =
-            Outcome { done: Decision::Keep, reason: "sound".into(), revision: 3, moved_to: None, in_use: false };
+        let ended = Outcome {
+            done: Decision::Keep,
+            reason: "sound".into(),
+            revision: 3,
+            moved_to: None,
+            in_use: false,
+            joins: None,
+        };
         let (phase, phases) = watch::channel(Phase::Running(Step::Check));
         let mut told = until_it_ended(phases);
         assert!(told.next().await.is_some_and(|told| told.is_ok_and(|told| told.phase == "check")));

@@ -201,6 +201,22 @@ fn make(builder: Builder, layout: Layout, end: DeltaEnd, meta: ObjectMeta) -> Re
     Ok((vec![encoded.object], encoded.is_too_large_to_replay))
 }
 
+/// Granted TTLs of leases, 0 for those that are gone; and whether all are known.
+pub(super) async fn ttls_of(etcd: &Etcd, ids: Vec<i64>) -> (Vec<(i64, i64)>, bool) {
+    let asked = futures::stream::iter(ids.into_iter().map(|id| {
+        let mut etcd = etcd.clone();
+        async move { etcd.lease_ttl(id).await.map(|ttl| (id, ttl)) }
+    }));
+    let answers: Vec<Result<(i64, i64)>> = asked.buffer_unordered(16).collect().await;
+    let known = |answer: Result<(i64, i64)>| {
+        answer.inspect_err(|error| tracing::debug!(%error, "a lease's TTL is not known")).ok()
+    };
+    let asked = answers.len();
+    let known: Vec<_> = answers.into_iter().filter_map(known).collect();
+    let all = known.len() == asked;
+    (known, all)
+}
+
 /// The leases to record with a delta. Those that its puts refer to are always among them.
 async fn leases_of(etcd: &mut Etcd, builder: &Builder, known: &mut Known) -> (Vec<GrantedLease>, bool) {
     let ttls = &mut known.ttls;
@@ -230,21 +246,11 @@ async fn leases_of(etcd: &mut Etcd, builder: &Builder, known: &mut Known) -> (Ve
     let again: Vec<i64> = seen.iter().cycle().skip(turn).take(seen.len().min(most)).copied().collect();
     known.lease_cursor = again.last().copied().unwrap_or(known.lease_cursor);
     let unknown: Vec<i64> = own.into_iter().chain(unseen).chain(again).collect();
-    let asked = futures::stream::iter(unknown.into_iter().map(|id| {
-        let mut etcd = etcd.clone();
-        async move { etcd.lease_ttl(id).await.map(|ttl| (id, ttl)) }
-    }));
-    let mut asked = asked.buffer_unordered(16);
-    while let Some(answer) = asked.next().await {
-        match answer {
-            // Gone: not remembered, an id may be granted again.
-            Ok((id, 0)) => drop(ttls.remove(&id)),
-            Ok((id, ttl)) => drop(ttls.insert(id, ttl)),
-            Err(error) => {
-                complete = false;
-                tracing::debug!(%error, "a lease's TTL is not known");
-            }
-        }
+    let (answers, all) = ttls_of(etcd, unknown).await;
+    complete &= all;
+    for (id, ttl) in answers {
+        // Gone: not remembered, an id may be granted again.
+        let _ = if ttl == 0 { ttls.remove(&id) } else { ttls.insert(id, ttl) };
     }
     let leases: BTreeMap<i64, i64> = ids.into_iter().map(|id| (id, ttls.get(&id).copied().unwrap_or(0))).collect();
     (leases.into_iter().map(|(id, ttl)| GrantedLease { id, ttl }).collect(), complete)

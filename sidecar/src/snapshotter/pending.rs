@@ -1,5 +1,7 @@
 //! The delta that fills. Pure.
 
+use std::collections::BTreeSet;
+
 use etcd_client::EventType;
 use etcd_client::proto::PbEvent;
 use etcd_format::mvcc::KeyValue;
@@ -41,6 +43,11 @@ impl Pending {
     /// Whether it has changes, and ends with a whole revision.
     pub fn is_closable(&self) -> bool {
         self.whole && self.builder.events() > 0
+    }
+
+    /// Leases that its puts refer to.
+    pub fn leases(&self) -> &BTreeSet<i64> {
+        self.builder.leases()
     }
 
     /// Whether it has all that it should take.

@@ -1,5 +1,6 @@
 //! One connection's worth of backing up.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use chrono::{DateTime, SecondsFormat, Utc};
@@ -10,11 +11,12 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::auth::AuthWatch;
-use super::closing::{Ask, CloseJob, Known, Position, TakenDelta, close_delta, log_delta};
+use super::closing::{Ask, CloseJob, Known, Position, TakenDelta, close_delta, log_delta, ttls_of};
 use super::full::{self, TakenFull, log_full};
 use super::pending::Pending;
+use super::requests::{Asked, Request, Requests};
 use super::timeline::{self, Comparison, Decision};
-use super::{Settings, now_ms};
+use super::{Kind, Settings, now_ms};
 use crate::catalog::{Catalog, Description, History, Layout, ObjectName, PREDECESSOR, Timeline};
 use crate::container::LAYOUT;
 use crate::etcd::{Etcd, Status};
@@ -29,6 +31,10 @@ const CATCH_UP_DEADLINE: Duration = Duration::from_secs(10);
 const DRAIN_DEADLINE: Duration = Duration::from_secs(3);
 /// Users and roles are looked at so often.
 const AUTH_PERIOD: Duration = Duration::from_secs(10);
+/// TTLs of leases are asked for so often,
+const TTL_PERIOD: Duration = Duration::from_millis(500);
+/// and of so many at once.
+const MOST_EARLY_TTLS: usize = 512;
 /// A full snapshot that failed is tried again after so long.
 const FULL_RETRY: Duration = Duration::from_secs(15);
 
@@ -63,6 +69,7 @@ enum Due {
     AuthChanged,
     Compacted,
     TooLargeToReplay,
+    Asked,
 }
 
 impl Due {
@@ -73,6 +80,7 @@ impl Due {
             Self::AuthChanged => "users, roles or auth have changed",
             Self::Compacted => "etcd compacted what was not backed up",
             Self::TooLargeToReplay => "a delta has a revision too large for the predecessor's restore to replay",
+            Self::Asked => "somebody asked for it",
         }
     }
 }
@@ -80,6 +88,7 @@ impl Due {
 enum Done {
     Delta(Result<TakenDelta>, Box<Known>),
     Full(Result<TakenFull>),
+    Ttls(Vec<(i64, i64)>),
 }
 
 /// What runs beside the watch, at most one of each kind.
@@ -87,6 +96,7 @@ struct Tasks {
     running: JoinSet<Done>,
     full: bool,
     delta: bool,
+    ttls: bool,
     stop_full: CancellationToken,
     stop_delta: CancellationToken,
 }
@@ -94,7 +104,7 @@ struct Tasks {
 impl Tasks {
     fn new() -> Self {
         let (stop_full, stop_delta) = (CancellationToken::new(), CancellationToken::new());
-        Self { running: JoinSet::new(), full: false, delta: false, stop_full, stop_delta }
+        Self { running: JoinSet::new(), full: false, delta: false, ttls: false, stop_full, stop_delta }
     }
 
     /// The next one that ends; never, when none runs.
@@ -104,6 +114,7 @@ impl Tasks {
         match done {
             Done::Delta(..) => self.delta = false,
             Done::Full(_) => self.full = false,
+            Done::Ttls(_) => self.ttls = false,
         }
         Ok(done)
     }
@@ -123,6 +134,11 @@ pub(super) struct Session<'s> {
     auth: AuthWatch,
     known: Known,
     pending: Pending,
+    /// TTLs of leases that the pending delta has, asked for before it is closed: etcd may be gone by then.
+    early_ttls: HashMap<i64, i64>,
+    /// Up to where deltas are in the store.
+    home: i64,
+    asked: Asked,
     /// The full snapshot that deltas follow.
     base: Option<ObjectName>,
     /// A delta was lost: those after it would follow nothing.
@@ -151,6 +167,9 @@ impl<'s> Session<'s> {
         let mut session = Self {
             settings,
             pending: Pending::after(status.revision, settings.delta_max_bytes)?,
+            early_ttls: HashMap::new(),
+            home: status.revision,
+            asked: Asked::default(),
             etcd,
             status,
             timeline: 1,
@@ -170,6 +189,7 @@ impl<'s> Session<'s> {
         let backed_up_to = if let Tip::At(tip) = session.tip { Some(tip) } else { None };
         if let Some(tip) = backed_up_to {
             session.pending = Pending::after(tip, settings.delta_max_bytes)?;
+            session.home = tip;
         } else {
             session.due = Some((Due::NoChain, Instant::now()));
         }
@@ -410,10 +430,10 @@ impl<'s> Session<'s> {
 
     /// Backs up until `stop` is cancelled or trouble comes. Then what is pending is brought home, also when etcd is gone: it
     /// may be all that is left of the last seconds. Only a run that is to end gives that up.
-    pub async fn run(mut self, stop: &CancellationToken) -> Ended {
+    pub async fn run(mut self, stop: &CancellationToken, requests: &mut Requests) -> Ended {
         let mut tasks = Tasks::new();
         let _stops = (tasks.stop_full.clone().drop_guard(), tasks.stop_delta.clone().drop_guard());
-        let result = self.follow(stop, &mut tasks).await;
+        let result = self.follow(stop, requests, &mut tasks).await;
         tasks.stop_full.cancel();
         let given_up = async {
             stop.cancelled().await;
@@ -445,12 +465,14 @@ impl<'s> Session<'s> {
         }
     }
 
-    async fn follow(&mut self, stop: &CancellationToken, tasks: &mut Tasks) -> Result<()> {
+    async fn follow(&mut self, stop: &CancellationToken, requests: &mut Requests, tasks: &mut Tasks) -> Result<()> {
         let mut watch = self.etcd.watch(self.pending.last().saturating_add(1)).await?;
         let mut rotate = tokio::time::interval(self.settings.delta_period);
         rotate.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut auth_tick = tokio::time::interval(AUTH_PERIOD);
         auth_tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut ttl_tick = tokio::time::interval(TTL_PERIOD);
+        ttl_tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut rotation_wanted = false;
         loop {
             self.start_full_if_due(tasks).await;
@@ -463,9 +485,14 @@ impl<'s> Session<'s> {
                 let Some(again) = self.watch_again(stop, tasks).await? else { return Ok(()) };
                 watch = again;
             }
-            if self.pending.is_closable() && (rotation_wanted || self.pending.is_full()) && !tasks.delta {
+            let is_due = rotation_wanted || self.pending.is_full() || self.asked.wants_delta();
+            if self.pending.is_closable() && is_due && !tasks.delta {
                 self.start_delta(Ask::All, tasks)?;
                 rotation_wanted = false;
+            }
+            // Deltas that follow nothing are no backup.
+            if matches!(self.tip, Tip::At(_)) {
+                self.asked.answer(self.home);
             }
             if self.pending.has_more() && !self.pending.is_full() {
                 continue;
@@ -490,6 +517,8 @@ impl<'s> Session<'s> {
                     }
                 }
                 done = tasks.next() => self.done(done?)?,
+                Some(request) = requests.recv() => self.ask(request).await?,
+                _ = ttl_tick.tick(), if !tasks.ttls => self.start_ttls(tasks),
                 () = stop.cancelled() => {
                     self.unsaved = self.catch_up(&mut watch, tasks).await.err();
                     return Ok(());
@@ -498,6 +527,34 @@ impl<'s> Session<'s> {
                 () = tokio::time::sleep(Duration::from_secs(1)) => {}
             }
         }
+    }
+
+    /// Takes in what somebody wants now.
+    async fn ask(&mut self, request: Request) -> Result<()> {
+        match request.kind {
+            Kind::Full => self.asked.full(request.reply),
+            Kind::Delta => {
+                let target = self.etcd.current_status().await?.revision;
+                self.asked.delta(target, request.reply);
+                if self.due.is_none() && self.auth.changed(&mut self.etcd).await? {
+                    self.due = Some((Due::AuthChanged, Instant::now()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Asks for the TTLs of leases that the pending delta refers to first.
+    fn start_ttls(&self, tasks: &mut Tasks) {
+        let is_new = |id: &i64| !self.known.ttls.contains_key(id) && !self.early_ttls.contains_key(id);
+        let unknown: Vec<i64> = self.pending.leases().iter().copied().filter(is_new).take(MOST_EARLY_TTLS).collect();
+        // While a delta is being closed, what is known is with it.
+        if unknown.is_empty() || tasks.delta {
+            return;
+        }
+        tasks.ttls = true;
+        let etcd = self.etcd.clone();
+        tasks.running.spawn(async move { Done::Ttls(ttls_of(&etcd, unknown).await.0) });
     }
 
     /// Notices that somebody emptied the store: deltas that follow nothing are no backup.
@@ -578,8 +635,12 @@ impl<'s> Session<'s> {
         if self.due.is_none() && self.next_full.is_some_and(|next| next <= Utc::now()) {
             self.due = Some((Due::Schedule, Instant::now()));
         }
+        if self.due.is_none() && self.asked.wants_full() {
+            self.due = Some((Due::Asked, Instant::now()));
+        }
         let Some((why, _)) = self.due.filter(|(_, from)| *from <= Instant::now()) else { return };
         self.due = None;
+        self.asked.full_begins();
         tasks.full = true;
         tracing::info!(why = why.because(), "take a full snapshot");
         let (job, stop) = (self.full_job().await, tasks.stop_full.clone());
@@ -588,7 +649,8 @@ impl<'s> Session<'s> {
 
     fn start_delta(&mut self, ask: Ask, tasks: &mut Tasks) -> Result<()> {
         let (job, stop) = (self.close_job(ask)?, tasks.stop_delta.clone());
-        let known = std::mem::take(&mut self.known);
+        let mut known = std::mem::take(&mut self.known);
+        known.ttls.extend(self.early_ttls.drain());
         tasks.delta = true;
         tasks.running.spawn(async move {
             let (taken, known) = close_delta(job, known, stop).await;
@@ -598,11 +660,17 @@ impl<'s> Session<'s> {
     }
 
     fn done(&mut self, done: Done) -> Result<()> {
+        if let Done::Full(ended) = &done {
+            self.asked.full_ended(ended);
+        }
         match done {
+            Done::Ttls(ttls) => self.early_ttls.extend(ttls),
             Done::Delta(taken, known) => {
                 self.known = *known;
                 match taken {
                     Ok(taken) => {
+                        self.home = taken.name.revisions().map_or(self.home, |(_, last)| last);
+                        self.asked.delta_taken(&taken);
                         log_delta(&taken);
                         if taken.is_too_large_to_replay {
                             self.due.get_or_insert_with(|| (Due::TooLargeToReplay, Instant::now()));
@@ -639,7 +707,7 @@ impl<'s> Session<'s> {
     async fn delta_home(&mut self, tasks: &mut Tasks) -> Result<()> {
         while tasks.delta {
             match tasks.next().await? {
-                done @ Done::Delta(..) => self.done(done)?,
+                done @ (Done::Delta(..) | Done::Ttls(_)) => self.done(done)?,
                 Done::Full(Ok(taken)) => self.done(Done::Full(Ok(taken)))?,
                 // One that was stopped, or that the next session takes.
                 Done::Full(Err(error)) => {
@@ -681,6 +749,7 @@ impl<'s> Session<'s> {
             () = stop.cancelled() => return Ok(None),
         }
         self.status = self.etcd.current_status().await?;
+        self.home = self.status.revision;
         self.tip = Tip::None;
         self.due = Some((Due::Compacted, Instant::now()));
         self.pending = Pending::after(self.status.revision, self.settings.delta_max_bytes)?;

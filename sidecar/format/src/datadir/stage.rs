@@ -23,6 +23,8 @@ use crate::{Error, Result};
 /// Size of the sha256 that etcd appends to a snapshot.
 const HASH_SIZE: u64 = 32;
 const RESTORING: &str = "member.restoring";
+/// Lies in a member that was restored, and says from what. etcd does not look at it.
+const ORIGIN: &str = "origin.json";
 /// Lies in a staged member until it is whole. Without it, what is staged is a member that was replaced and not moved on yet.
 const UNFINISHED: &str = "unfinished";
 /// Lies beside what is staged and has the inode of its directory: whole or not, what has that inode was not in its place yet.
@@ -226,12 +228,18 @@ impl<D: Disk> Staged<D> {
             (self.layout.wal().join(SegmentName { seq: 0, index: 0 }.to_string()), segment),
             (self.layout.snap().join(snapshot.to_string()), snap::encode(members, &conf_state, snapshot)),
         ];
-        for (path, bytes) in files {
-            let file = self.disk.create_file(&path).map_err(Error::io("create", &path))?;
-            self.disk.write_at(&file, &bytes, 0).map_err(Error::io("write", &path))?;
-            self.disk.sync_file(&file).map_err(Error::io("sync", &path))?;
-        }
-        Ok(())
+        files.iter().try_for_each(|(path, bytes)| self.write_file(path, bytes))
+    }
+
+    /// Leaves word of what the member is restored from, for [`origin`].
+    pub fn write_origin(&self, what: &[u8]) -> Result<()> {
+        self.write_file(&self.layout.member().join(ORIGIN), what)
+    }
+
+    fn write_file(&self, path: &Path, bytes: &[u8]) -> Result<()> {
+        let file = self.disk.create_file(path).map_err(Error::io("create", path))?;
+        self.disk.write_at(&file, bytes, 0).map_err(Error::io("write", path))?;
+        self.disk.sync_file(&file).map_err(Error::io("sync", path))
     }
 
     /// Makes the database durable. May run while it is being verified.
@@ -342,6 +350,14 @@ impl<D: Disk> Staged<D> {
     fn member(&self) -> PathBuf {
         self.data_dir.join("member")
     }
+}
+
+/// What [`Staged::write_origin`] left in a data directory; `None` when nothing that can be read.
+pub fn origin(data_dir: &Path) -> Option<Vec<u8>> {
+    let file = File::open(data_dir.join("member").join(ORIGIN)).ok()?;
+    let mut bytes = Vec::new();
+    // It is a line or two, whoever wrote it.
+    file.take(64 << 10).read_to_end(&mut bytes).ok().map(|_| bytes)
 }
 
 /// Fails where a restore would refuse to put a member: into a directory with something in it, or under a running etcd.

@@ -1,0 +1,160 @@
+//! The other members of a cluster: whether they serve, what they know of ours, and how one that lost its data comes back.
+//!
+//! A voter that lost its data has forgotten what it voted for. It must not come back under its old id: it is taken out of the
+//! cluster and added as a learner, which gets everything from the leader before it votes again.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use futures::future::join_all;
+use futures::stream::{FuturesUnordered, StreamExt};
+
+use super::decision::{Live, Place};
+use super::member::Member;
+use crate::etcd::{CONNECT, Etcd, EtcdFlags, Listed};
+use crate::{Error, Result};
+
+/// Whether somebody runs as our member is asked for so long.
+const IS_ALIVE_DEADLINE: Duration = Duration::from_secs(3);
+
+/// A cluster that serves.
+#[derive(Debug)]
+pub(super) struct Serving {
+    /// A voting member of it.
+    etcd: Etcd,
+    /// Our entry in its list.
+    ours: Option<(Listed, Place)>,
+}
+
+/// Looks around. `data_id` is whose data is there, when it is sound.
+pub(super) async fn look(others: &EtcdFlags, member: &Member, data_id: Option<u64>) -> (Live, Option<Serving>) {
+    let mut asked: FuturesUnordered<_> = others.endpoints.iter().map(|endpoint| ask(others, endpoint.trim())).collect();
+    let mut live = Live::Nobody;
+    while let Some(answer) = asked.next().await {
+        let (mut etcd, status, listed) = match answer {
+            Ok(answer) => answer,
+            Err(error) => {
+                tracing::debug!(%error, "a member does not answer");
+                // An etcd that starts listens, and answers nothing until it has a quorum.
+                if !matches!(error, Error::Etcd { op: CONNECT, .. }) && live == Live::Nobody {
+                    live = Live::NoQuorum { knows_us: false };
+                }
+                continue;
+            }
+        };
+        let ours = place(&listed, member, data_id);
+        // Only who reads through a quorum knows who is a member.
+        if etcd.current_status().await.is_err() {
+            let knows_us = ours.as_ref().is_some_and(|(_, place)| matches!(place, Place::Started | Place::Alive));
+            live = Live::NoQuorum { knows_us: knows_us || matches!(live, Live::NoQuorum { knows_us: true }) };
+            continue;
+        }
+        let ours = match ours {
+            Some((ours, Place::Started)) if data_id.is_none() && is_alive(others, &ours).await => {
+                Some((ours, Place::Alive))
+            }
+            ours => ours,
+        };
+        let us = ours.as_ref().map_or(Place::NotListed, |(_, place)| *place);
+        return (Live::Serves { cluster_id: status.cluster_id, us }, Some(Serving { etcd, ours }));
+    }
+    (live, None)
+}
+
+async fn ask(others: &EtcdFlags, endpoint: &str) -> Result<(Etcd, crate::etcd::Status, Vec<Listed>)> {
+    let (mut etcd, status) = Etcd::reach(others, endpoint).await?;
+    let listed = etcd.members().await?;
+    Ok((etcd, status, listed))
+}
+
+/// Our entry in a list: by the id of our data, or by what we are called.
+fn place(listed: &[Listed], member: &Member, data_id: Option<u64>) -> Option<(Listed, Place)> {
+    if let Some(ours) = listed.iter().find(|listed| Some(listed.id) == data_id) {
+        return Some((ours.clone(), Place::Started));
+    }
+    let urls: BTreeSet<_> = member.peer_urls().iter().collect();
+    let is_ours =
+        |listed: &&Listed| listed.name == member.name || listed.peer_urls.iter().any(|url| urls.contains(url));
+    let ours = listed.iter().find(is_ours)?;
+    let place = match (ours.name.is_empty(), ours.client_urls.is_empty()) {
+        (true, _) => Place::Added,
+        (false, true) => Place::New,
+        (false, false) => Place::Started,
+    };
+    Some((ours.clone(), place))
+}
+
+/// Whether an etcd runs as that member.
+async fn is_alive(others: &EtcdFlags, ours: &Listed) -> bool {
+    let asked = ours.client_urls.iter().map(|url| async move {
+        let reached = tokio::time::timeout(IS_ALIVE_DEADLINE, Etcd::reach(others, url)).await;
+        matches!(reached, Ok(Ok((_, status))) if status.member_id == ours.id)
+    });
+    join_all(asked).await.contains(&true)
+}
+
+impl Serving {
+    /// Makes ours a learner that has never started; what its etcd has for `initial-cluster`. Each step can be followed by a
+    /// crash: the next look finds how far it came.
+    pub(super) async fn join(mut self, member: &Member) -> Result<String> {
+        if let Some((ours, Place::Started)) = &self.ours {
+            tracing::info!(
+                id = format!("{:x}", ours.id),
+                name = ours.name,
+                "the old member is removed from the cluster"
+            );
+            self.etcd.remove_member(ours.id).await?;
+        }
+        if !matches!(self.ours, Some((_, Place::Added))) {
+            self.etcd.add_learner(member.peer_urls()).await?;
+            tracing::info!(name = member.name, "the member is added to the cluster as a learner");
+        }
+        let listed = self.etcd.members().await?;
+        if !matches!(place(&listed, member, None), Some((_, Place::Added))) {
+            return Err(Error::Unanswered { what: "the cluster does not list the member yet that was added".into() });
+        }
+        Ok(initial_cluster(&listed, member))
+    }
+}
+
+/// As etcd wants it of who joins: every member with exactly the URLs of the list.
+fn initial_cluster(listed: &[Listed], member: &Member) -> String {
+    let entries = listed.iter().flat_map(|listed| {
+        let is_ours = listed.name.is_empty() && listed.peer_urls.iter().any(|url| member.peer_urls().contains(url));
+        let name = match listed.name.as_str() {
+            _ if is_ours => member.name.clone(),
+            "" => format!("{:x}", listed.id),
+            name => name.to_owned(),
+        };
+        listed.peer_urls.iter().map(move |url| format!("{name}={url}"))
+    });
+    entries.collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn listed(id: u64, name: &str, peer: &str, client: &str) -> Listed {
+        let urls = |url: &str| if url.is_empty() { Vec::new() } else { vec![url.to_owned()] };
+        Listed { id, name: name.into(), peer_urls: urls(peer), client_urls: urls(client), is_learner: false }
+    }
+
+    #[test]
+    fn we_are_found_by_id_by_name_and_by_url() {
+        let member =
+            Member::parse("name: b\ndata-dir: /d\ninitial-cluster: a=http://a:2380,b=http://b:2380\n", None).unwrap();
+        let place = |listed: &[Listed], id| place(listed, &member, id).map(|(_, place)| place);
+        let a = listed(1, "a", "http://a:2380", "http://a:2379");
+        assert_eq!(place(std::slice::from_ref(&a), None), None);
+        assert_eq!(place(&[a.clone(), listed(2, "b", "http://b:2380", "http://b:2379")], None), Some(Place::Started));
+        assert_eq!(place(&[a.clone(), listed(2, "b", "http://b:2380", "")], None), Some(Place::New));
+        let added = [a.clone(), listed(2, "", "http://b:2380", "")];
+        assert_eq!(place(&added, None), Some(Place::Added));
+        assert_eq!(place(&added, Some(1)), Some(Place::Started));
+        assert_eq!(place(&added, Some(9)), Some(Place::Added));
+        assert_eq!(initial_cluster(&added, &member), "a=http://a:2380,b=http://b:2380");
+        let two = [a, listed(2, "", "http://b:2380", ""), listed(12, "", "http://c:2380", "")];
+        assert_eq!(initial_cluster(&two, &member), "a=http://a:2380,b=http://b:2380,c=http://c:2380");
+    }
+}

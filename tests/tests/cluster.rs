@@ -1,0 +1,246 @@
+//! Clusters of three members, each under its sidecar's care: one that loses its data comes back, and when all lose theirs one
+//! restores and the others join it.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use etcd_client::Client;
+use futures::future::{join_all, try_join_all};
+use proto::sidecar as api;
+use tests::eventually;
+use tests::pod::{Launched, Pod};
+use tests::program::Running;
+use tests::state;
+use tests::store::Store;
+use tests::workload::Workload;
+
+const LONG: Duration = Duration::from_secs(90);
+const STOPPED: i32 = 128 + 15;
+
+/// Three pods that run.
+struct Cluster {
+    pods: Vec<Pod>,
+    serving: Vec<Running>,
+    launched: Vec<Option<Launched>>,
+}
+
+impl Cluster {
+    async fn start(dir: &std::path::Path, minor: &str, store: Option<&Store>) -> Result<Self> {
+        let mut pods = Pod::cluster(dir, minor, &["a", "b", "c"], store)?;
+        for pod in &mut pods {
+            pod.more = "snapshots:\n  deltaPeriod: 1s\n".into();
+        }
+        let serving = try_join_all(pods.iter().map(Pod::start_serve)).await?;
+        let mut cluster = Self { pods, serving, launched: vec![None, None, None] };
+        cluster.launch_all().await?;
+        Ok(cluster)
+    }
+
+    async fn launch_all(&mut self) -> Result<()> {
+        for (launched, pod) in self.launched.iter_mut().zip(&self.pods) {
+            *launched = Some(pod.start_launch()?);
+        }
+        self.settled().await
+    }
+
+    fn log(&self, member: usize) -> String {
+        self.launched[member].as_ref().map(Launched::log).unwrap_or_default()
+    }
+
+    /// Waits until every member votes and serves.
+    async fn settled(&self) -> Result<()> {
+        let settled = || async {
+            for pod in &self.pods {
+                let mut client = pod.etcd().await?;
+                let listed = client.member_list().await?;
+                let voters =
+                    listed.members().iter().filter(|member| !member.is_learner() && !member.client_urls().is_empty());
+                ensure!(voters.count() == 3 && listed.members().len() == 3, "{listed:?}");
+            }
+            Ok(())
+        };
+        let logs = || (0..3).map(|member| self.log(member)).collect::<Vec<_>>().join("\n----\n");
+        eventually(LONG, settled).await.with_context(logs)
+    }
+
+    fn serve_logs(&self) -> String {
+        self.serving.iter().map(Running::log).collect::<Vec<_>>().join("\n----\n")
+    }
+
+    async fn client(&self, member: usize) -> Result<Client> {
+        self.pods[member].etcd().await
+    }
+
+    async fn stop(&mut self, member: usize) -> Result<()> {
+        self.launched[member].take().context("it does not run")?.terminate().await?.expect(STOPPED)?;
+        Ok(())
+    }
+
+    async fn stop_all(&mut self) -> Result<()> {
+        let running: Vec<_> = self.launched.iter_mut().filter_map(Option::take).collect();
+        for ended in join_all(running.into_iter().map(Launched::terminate)).await {
+            ended?.expect(STOPPED)?;
+        }
+        Ok(())
+    }
+
+    fn wipe(&self, member: usize) -> Result<()> {
+        Ok(std::fs::remove_dir_all(self.pods[member].member.data_dir.join("member"))?)
+    }
+
+    fn start_one(&mut self, member: usize) -> Result<()> {
+        self.launched[member] = Some(self.pods[member].start_launch()?);
+        Ok(())
+    }
+
+    async fn role(&self, member: usize) -> Result<api::Role> {
+        let mut client = self.pods[member].client(false).await?;
+        Ok(client.status(api::StatusRequest {}).await?.into_inner().role())
+    }
+
+    async fn leader(&self) -> Result<usize> {
+        eventually(LONG, || async {
+            for member in 0..3 {
+                if self.role(member).await? == api::Role::Leader {
+                    return Ok(member);
+                }
+            }
+            anyhow::bail!("nobody leads")
+        })
+        .await
+    }
+
+    /// Has the leader's sidecar back everything up.
+    async fn back_up(&self) -> Result<()> {
+        eventually(LONG, || async {
+            let mut client = self.pods[self.leader().await?].client(false).await?;
+            client.take_snapshot(api::TakeSnapshotRequest { kind: api::Kind::Delta.into() }).await?;
+            Ok(())
+        })
+        .await
+    }
+}
+
+async fn write(client: &mut Client, seed: u64) -> Result<()> {
+    Workload { seed, rounds: 6, compact: false, large: false, defragment: false }.run(client).await?;
+    tests::workload::expire(client).await
+}
+
+/// Flips bytes of the database.
+fn damage(pod: &Pod) -> Result<()> {
+    let path = pod.member.data_dir.join("member/snap/db");
+    let mut bytes = std::fs::read(&path)?;
+    bytes.iter_mut().skip(4096 * 2).step_by(4096).for_each(|byte| *byte ^= 0xff);
+    Ok(std::fs::write(path, bytes)?)
+}
+
+async fn members_come_back(minor: &str) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut cluster = Cluster::start(dir.path(), minor, Some(&store)).await?;
+    let mut client = cluster.client(0).await?;
+    write(&mut client, 1).await?;
+
+    // One that leads loses its disk, while the others serve.
+    let lost = cluster.leader().await?;
+    cluster.stop(lost).await?;
+    cluster.wipe(lost)?;
+    let mut client = cluster.client((lost + 1) % 3).await?;
+    write(&mut client, 2).await?;
+    cluster.start_one(lost)?;
+    cluster.settled().await?;
+    ensure!(cluster.log(lost).contains("comes back to its cluster as a learner"), "{}", cluster.log(lost));
+    let mut again = cluster.client(lost).await?;
+    state::same(&state::read(&mut client).await?, &state::read(&mut again).await?)?;
+
+    // Another has damage.
+    let damaged = (lost + 1) % 3;
+    cluster.stop(damaged).await?;
+    damage(&cluster.pods[damaged])?;
+    cluster.start_one(damaged)?;
+    cluster.settled().await?;
+    ensure!(cluster.log(damaged).contains("the data is damaged"), "{}", cluster.log(damaged));
+    write(&mut cluster.client(damaged).await?, 3).await?;
+    cluster.back_up().await?;
+    let before = state::read(&mut cluster.client(0).await?).await?;
+
+    // All lose everything.
+    cluster.stop_all().await?;
+    (0..3).try_for_each(|member| cluster.wipe(member))?;
+    cluster.launch_all().await?;
+    let logs: Vec<_> = (0..3).map(|member| cluster.log(member)).collect();
+    let count = |what: &str| logs.iter().filter(|log| log.contains(what)).count();
+    ensure!(count("action=Restore") == 1 && count("action=Join") == 2, "{}", logs.join("\n----\n"));
+    for member in 0..3 {
+        let after = state::read(&mut cluster.client(member).await?).await?;
+        state::same(&before, &after).with_context(|| cluster.serve_logs())?;
+    }
+    write(&mut cluster.client(1).await?, 4).await?;
+    cluster.back_up().await?;
+    let listed = store.list().await?;
+    ensure!(listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 2), "{listed}");
+
+    // And an ordinary restart.
+    let before = state::read(&mut cluster.client(0).await?).await?;
+    cluster.stop_all().await?;
+    cluster.launch_all().await?;
+    ensure!((0..3).all(|member| cluster.log(member).contains("action=Keep")), "{}", cluster.log(0));
+    state::same(&before, &state::read(&mut cluster.client(2).await?).await?)?;
+    cluster.stop_all().await?;
+    for serving in cluster.serving.drain(..) {
+        serving.terminate().await?.expect(0)?;
+    }
+    Ok(())
+}
+
+tests::on_every_minor! {
+    members_come_back_3_4: members_come_back("3.4");
+    members_come_back_3_5: members_come_back("3.5");
+    members_come_back_3_6: members_come_back("3.6");
+    members_come_back_3_7: members_come_back("3.7");
+}
+
+/// Without a quorum nothing is decided: the others may have what the backups lack.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_be_merely_away_is_waited_for() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut cluster = Cluster::start(dir.path(), "3.6", Some(&store)).await?;
+    write(&mut cluster.client(0).await?, 1).await?;
+    cluster.back_up().await?;
+    write(&mut cluster.client(0).await?, 2).await?;
+    let before = state::read(&mut cluster.client(0).await?).await?;
+    cluster.stop_all().await?;
+    cluster.wipe(0)?;
+    cluster.wipe(1)?;
+    cluster.start_one(0)?;
+    cluster.start_one(1)?;
+    for member in [0, 1] {
+        let launched = cluster.launched[member].as_mut().context("it runs")?;
+        launched.running()?.logs("2 of 3 members say that they lost their data", LONG).await?;
+    }
+    // The third has everything, and is not enough.
+    cluster.start_one(2)?;
+    for member in [0, 1] {
+        let launched = cluster.launched[member].as_mut().context("it runs")?;
+        launched.running()?.logs("have no quorum", LONG).await?;
+    }
+    ensure!((0..2).all(|member| !cluster.pods[member].member.data_dir.join("member").exists()));
+    cluster.stop(2).await?;
+    // A person decides: its data is what counts.
+    for member in [0, 1] {
+        cluster.launched[member].take().context("it runs")?.terminate().await?.expect(1)?;
+    }
+    let pod = &cluster.pods[2];
+    let db = dir.path().join("saved.db");
+    std::fs::copy(pod.member.data_dir.join("member/snap/db"), &db)?;
+    cluster.wipe(2)?;
+    let url = format!("c={}", pod.member.peer_url());
+    let restore =
+        tests::program::Sidecar::new(["restore", "--skip-hash-check", "--name", "c", "--initial-cluster", &url]);
+    let restore = restore.arg("--snapshot-file").arg(&db).arg("--data-dir").arg(&pod.member.data_dir);
+    restore.args(["--initial-cluster-token", "by-hand"]).run().await?.expect(0)?;
+    cluster.launch_all().await?;
+    state::same(&before, &state::read(&mut cluster.client(0).await?).await?)?;
+    Ok(())
+}
