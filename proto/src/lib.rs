@@ -26,6 +26,30 @@ pub mod backup {
 pub mod sidecar {
     tonic::include_proto!("steward.sidecar.v1");
 
+    trait Named: TryFrom<i32> {
+        fn name(&self) -> &'static str;
+    }
+
+    macro_rules! named {
+        ($($name:ident),*) => {
+            $(impl Named for $name {
+                fn name(&self) -> &'static str {
+                    self.as_str_name()
+                }
+            })*
+        };
+    }
+
+    named!(Action, Phase, Role, Kind, Level);
+
+    /// A value of an enumeration by its name, one that is not known by its number.
+    fn named<E: Named, S: serde::Serializer>(value: &i32, serializer: S) -> Result<S::Ok, S::Error> {
+        match E::try_from(*value) {
+            Ok(known) => serializer.serialize_str(known.name()),
+            Err(_) => serializer.serialize_i32(*value),
+        }
+    }
+
     /// Describes it, for reflection.
     pub const DESCRIPTOR: &[u8] = tonic::include_file_descriptor_set!("sidecar");
 }

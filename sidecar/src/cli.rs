@@ -3,6 +3,7 @@
 mod check;
 mod compact;
 mod copy;
+mod ctl;
 mod doctor;
 mod gc;
 mod launch;
@@ -76,6 +77,7 @@ enum Command {
     Doctor(doctor::Args),
     Serve(serve::Args),
     Launch(launch::Args),
+    Ctl(ctl::Args),
     Completions(manual::CompletionsArgs),
     Man(manual::ManArgs),
 }
@@ -119,6 +121,7 @@ impl Cli {
             Command::Doctor(args) => until(&stop, doctor::run(args, self.output)).await,
             Command::Serve(args) => serve::run(args, stop).await,
             Command::Launch(args) => launch::run(args, stop).await,
+            Command::Ctl(args) => until(&stop, ctl::run(args)).await,
             Command::Completions(args) => manual::completions(&args),
             Command::Man(args) => manual::man(&args),
             Command::Check(args) => until(&stop, check::run(args, self.output)).await,

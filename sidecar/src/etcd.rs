@@ -3,6 +3,7 @@
 //! Snapshot, watch and HashKV of one backup must come from the same member, so a connection is to one endpoint; with
 //! several endpoints the first that answers is taken. Certificates are read anew for every connection.
 
+mod maintenance;
 mod members;
 
 use std::path::PathBuf;
@@ -16,6 +17,7 @@ use tonic::codegen::http::uri::PathAndQuery;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
+pub use maintenance::Alarm;
 pub use members::Listed;
 
 use crate::{Error, Result};
@@ -248,6 +250,8 @@ pub struct Status {
     pub raft_applied_index: u64,
     /// Size of its database in bytes.
     pub db_size: i64,
+    /// Of that, what is in use.
+    pub db_size_in_use: i64,
 }
 
 /// HashKV's answer.
@@ -372,6 +376,7 @@ impl Etcd {
             raft_index: response.raft_index().max(response.raft_applied_index()),
             raft_applied_index: response.raft_applied_index(),
             db_size: response.db_size(),
+            db_size_in_use: response.raft_used_db_size(),
         })
     }
 

@@ -8,11 +8,10 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use proto::sidecar as api;
-use proto::sidecar::sidecar_client::SidecarClient;
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
+use crate::client::{ApiFlags, failed};
 use crate::{Error, Result};
 
 /// Between two attempts, at most.
@@ -27,59 +26,12 @@ const CALL_DEADLINE: Duration = Duration::from_secs(10);
 /// How a launch is done.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// URL of the sidecar's API.
-    pub sidecar: String,
-    /// Whom its certificate must be signed by; the system's when not given.
-    pub cacert: Option<PathBuf>,
-    /// Our certificate and its key.
-    pub identity: Option<(PathBuf, PathBuf)>,
+    /// How the sidecar is reached.
+    pub api: ApiFlags,
     /// The program.
     pub etcd: PathBuf,
     /// Where its configuration is written.
     pub config: PathBuf,
-}
-
-impl Settings {
-    fn endpoint(&self) -> Result<Endpoint> {
-        let bad = |error: tonic::transport::Error| {
-            Error::invalid(format!("the sidecar at {}: {}", self.sidecar, crate::error::chain(&error)))
-        };
-        let endpoint =
-            Endpoint::from_shared(self.sidecar.clone()).map_err(bad)?.connect_timeout(Duration::from_secs(5));
-        let endpoint = endpoint.http2_keep_alive_interval(Duration::from_secs(10)).keep_alive_while_idle(true);
-        if !self.sidecar.starts_with("https://") {
-            return Ok(endpoint);
-        }
-        let read = |path: &Path| std::fs::read(path).map_err(Error::io("read the certificate", path.display()));
-        let mut tls = match &self.cacert {
-            Some(path) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(path)?)),
-            None => ClientTlsConfig::new().with_native_roots(),
-        };
-        if let Some((cert, key)) = &self.identity {
-            tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
-        }
-        endpoint.tls_config(tls).map_err(bad)
-    }
-
-    /// Connects anew: files are read again, so rotated certificates are used.
-    async fn client(&self) -> Result<SidecarClient<Channel>> {
-        let channel = self.endpoint()?.connect().await.map_err(|error| Error::Unanswered {
-            what: format!("connect to the sidecar at {}: {}", self.sidecar, crate::error::chain(&error)),
-        })?;
-        Ok(SidecarClient::new(channel))
-    }
-}
-
-fn failed(what: &str) -> impl Fn(tonic::Status) -> Error + '_ {
-    move |status| {
-        let text = format!("{what}: the sidecar answers {:?}: {}", status.code(), status.message());
-        match status.code() {
-            tonic::Code::Unauthenticated | tonic::Code::PermissionDenied => Error::Denied { what: text },
-            tonic::Code::DataLoss => Error::corrupt(text),
-            tonic::Code::FailedPrecondition => Error::precondition(text),
-            _ => Error::Unanswered { what: text },
-        }
-    }
 }
 
 /// Initializes, runs etcd to its end, and returns its exit code.
@@ -102,7 +54,7 @@ pub async fn launch(settings: &Settings, stop: &CancellationToken) -> Result<u8>
     tracing::info!(code, ran_ms, "etcd has ended");
     let report = async {
         let ended = api::ReportExitRequest { code: code.into(), ran_ms };
-        settings.client().await?.report_exit(ended).await.map_err(failed("report how etcd ended"))
+        settings.api.connect().await?.report_exit(ended).await.map_err(failed("report how etcd ended"))
     };
     match tokio::time::timeout(REPORT_DEADLINE, report).await {
         Ok(Ok(_)) => {}
@@ -128,7 +80,7 @@ async fn prepare(settings: &Settings) -> Result<String> {
 }
 
 async fn ask(settings: &Settings) -> Result<String> {
-    let mut client = settings.client().await?;
+    let mut client = settings.api.connect().await?;
     let mut told = client.initialize(api::InitializeRequest {}).await.map_err(failed("initialize"))?.into_inner();
     let mut outcome = None;
     while let Some(progress) = told.message().await.map_err(failed("initialize"))? {

@@ -16,6 +16,7 @@
 
 pub mod catalog;
 pub mod cli;
+pub mod client;
 pub mod compact;
 pub mod container;
 pub mod copy;

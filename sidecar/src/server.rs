@@ -1,6 +1,7 @@
 //! The sidecar's API: gRPC, and over plain HTTP `/healthz` and `/readyz` for probes and what etcd-wrapper asks, on one port.
 
 mod gardener;
+mod remembered;
 mod service;
 mod tls;
 
@@ -55,7 +56,7 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
     if !needs_certificate {
         tracing::warn!(%listen, "the API is served without TLS: everybody who reaches it may call everything");
     }
-    let api = SidecarServer::new(Api { supervisor: supervisor.clone(), needs_certificate });
+    let api = SidecarServer::new(Api::new(supervisor.clone(), needs_certificate));
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<SidecarServer<Api>>().await;
     let reflection = tonic_reflection::server::Builder::configure()

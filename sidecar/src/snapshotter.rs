@@ -20,6 +20,7 @@ mod requests;
 mod session;
 mod timeline;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::Utc;
@@ -53,6 +54,8 @@ pub struct Settings {
     pub delta_period: Duration,
     /// A delta is closed when its content reaches so many bytes.
     pub delta_max_bytes: u64,
+    /// Held while a full snapshot is read, so that nobody defragments meanwhile.
+    pub quiet: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// What `--once` takes.

@@ -4,8 +4,11 @@
 //! member no longer leads, and the next leader's goes on from what the store has. It also ends before an initialization that
 //! may touch the data.
 
+mod defragment;
 mod membership;
+mod upkeep;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -14,9 +17,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::etcd::{Etcd, EtcdFlags, Role, Status};
+pub use defragment::Sizes;
+pub use upkeep::{Upkeep, Verified};
+
+use crate::etcd::{Alarm, Etcd, EtcdFlags, Role, Status};
 use crate::initialize::{self, Decision, Outcome, Step, initialize};
 use crate::snapshotter::{self, Kind, Request, Taken};
+use crate::store::Store;
+use crate::verify::{Journal, Level, Look, Report, verify};
 use crate::{Class, Error, Result};
 
 /// How often the member is asked what it is.
@@ -38,6 +46,12 @@ pub struct Settings {
     pub etcd: EtcdFlags,
     /// How backups are taken; none without a store.
     pub backup: Option<snapshotter::Settings>,
+    /// Held while something reads etcd's database at length, or defragments it.
+    pub quiet: Arc<tokio::sync::Mutex<()>>,
+    /// What is done from time to time.
+    pub upkeep: Upkeep,
+    /// Where verifying and merging on request work.
+    pub work_dir: PathBuf,
 }
 
 /// How far the initialization is.
@@ -67,6 +81,10 @@ pub struct Observed {
     pub backing_up: bool,
     /// Why backing up last ended, when that was trouble.
     pub error: Option<String>,
+    /// The newest chain that was restored to see that it can be.
+    pub verified: Option<Verified>,
+    /// Alarms of the cluster, with the member that each is of.
+    pub alarms: Vec<(u64, Alarm)>,
 }
 
 /// A serving sidecar.
@@ -82,6 +100,8 @@ pub struct Supervisor {
     backup: Mutex<CancellationToken>,
     /// Leads to the backup that runs.
     requests: Mutex<Option<mpsc::Sender<Request>>>,
+    /// Held by what costs disk and processor: one at a time.
+    heavy: tokio::sync::Mutex<()>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -105,11 +125,13 @@ impl Supervisor {
             data,
             backup,
             requests: Mutex::default(),
+            heavy: tokio::sync::Mutex::default(),
             tasks,
             stop,
         });
         let following = this.clone();
         this.tasks.spawn(async move { following.follow().await });
+        upkeep::start(&this);
         this
     }
 
@@ -181,9 +203,7 @@ impl Supervisor {
 
     /// Takes a snapshot now. Only the leader's sidecar does.
     pub async fn take(&self, kind: Kind) -> Result<Taken> {
-        if self.settings.backup.is_none() {
-            return Err(Error::precondition("no store is configured: there are no backups"));
-        }
+        self.store()?;
         let sender = self.requests.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let (reply, answer) = oneshot::channel();
         let interrupted = || Error::Unanswered { what: "the backup was interrupted; ask again".into() };
@@ -199,6 +219,39 @@ impl Supervisor {
                 Err(Error::Unanswered { what: format!("it is not in the store after {MOST_TAKING:?}; it goes on") })
             }
         }
+    }
+
+    /// The store, where there is one.
+    pub fn store(&self) -> Result<&Store> {
+        let store = self.settings.initialize.store.as_ref();
+        store.ok_or_else(|| Error::precondition("no store is configured: there are no backups"))
+    }
+
+    /// Checks everything in the store.
+    pub async fn verify(&self, level: Level) -> Result<Report> {
+        let store = self.store()?;
+        let _one = self.heavy.lock().await;
+        let stop = self.stop.child_token();
+        let _gone = stop.clone().drop_guard();
+        let look = Look { timeline: None, level, work_dir: &self.settings.work_dir };
+        verify(store, look, &mut Journal::default(), &stop).await
+    }
+
+    /// Defragments this member.
+    pub async fn defragment(&self) -> Result<Sizes> {
+        let _one = self.heavy.lock().await;
+        let (mut etcd, status) = Etcd::connect(&self.settings.etcd).await?;
+        defragment::this_member(&mut etcd, &status, &self.settings.quiet).await
+    }
+
+    /// Has everything backed up and hands leadership over; to whom. Nothing where this member does not lead.
+    pub async fn prepare_shutdown(&self) -> Result<(Option<Taken>, Option<u64>)> {
+        let (mut etcd, status) = Etcd::connect(&self.settings.etcd).await?;
+        if status.role != Role::Leader {
+            return Ok((None, None));
+        }
+        let taken = if self.settings.backup.is_some() { Some(self.take(Kind::Delta).await?) } else { None };
+        Ok((taken, defragment::hand_over(&mut etcd, &status).await?))
     }
 
     /// Asks the member what it is, has it backed up while it leads, and sees to its place in the cluster.

@@ -29,6 +29,8 @@ pub struct Pod {
     pub tls: Option<Certificates>,
     /// More lines for the sidecar's configuration.
     pub more: String,
+    /// More lines for etcd's.
+    pub etcd_more: String,
     /// Client URLs of the other members.
     others: Vec<String>,
     port: u16,
@@ -43,7 +45,16 @@ impl Pod {
 
     fn of_member(dir: &Path, member: Member, store: Option<Store>, others: Vec<String>) -> Result<Self> {
         std::fs::create_dir_all(dir)?;
-        Ok(Self { dir: dir.to_owned(), member, store, tls: None, more: String::new(), others, port: free_port()? })
+        Ok(Self {
+            dir: dir.to_owned(),
+            member,
+            store,
+            tls: None,
+            more: String::new(),
+            etcd_more: String::new(),
+            others,
+            port: free_port()?,
+        })
     }
 
     /// A cluster of several, of a minor.
@@ -72,9 +83,10 @@ impl Pod {
         std::fs::write(
             &etcd,
             format!(
-                "name: {name}\ndata-dir: {}\nlisten-client-urls: {client}\nadvertise-client-urls: {client}\nlisten-peer-urls: {peer}\ninitial-advertise-peer-urls: {peer}\ninitial-cluster: {}\n",
+                "name: {name}\ndata-dir: {}\nlisten-client-urls: {client}\nadvertise-client-urls: {client}\nlisten-peer-urls: {peer}\ninitial-advertise-peer-urls: {peer}\ninitial-cluster: {}\n{}",
                 member.data_dir.display(),
-                member.initial_cluster
+                member.initial_cluster,
+                self.etcd_more
             ),
         )?;
         let server = match &self.tls {
@@ -121,15 +133,25 @@ impl Pod {
     /// The program `sidecar launch`.
     pub fn launch(&self) -> Result<Sidecar> {
         let etcd = program(&format!("etcd-{}", self.member.minor), "etcd")?;
-        let launch = Sidecar::new(["launch", "--sidecar", &self.url()]).arg("--etcd").arg(etcd);
-        let launch = launch.arg("--config").arg(self.dir.join("etcd.conf.yaml"));
-        Ok(match &self.tls {
-            None => launch,
+        let launch = self.calls("launch").arg("--etcd").arg(etcd);
+        Ok(launch.arg("--config").arg(self.dir.join("etcd.conf.yaml")))
+    }
+
+    /// A command that calls its API, with a certificate.
+    pub fn calls(&self, command: &str) -> Sidecar {
+        let calls = Sidecar::new([command, "--sidecar", &self.url()]);
+        match &self.tls {
+            None => calls,
             Some(tls) => {
                 let (cert, key) = tls.client();
-                launch.arg("--cacert").arg(tls.ca()).arg("--cert").arg(cert).arg("--key").arg(key)
+                calls.arg("--cacert").arg(tls.ca()).arg("--cert").arg(cert).arg("--key").arg(key)
             }
-        })
+        }
+    }
+
+    /// `sidecar ctl`.
+    pub fn ctl<A: Into<std::ffi::OsString>>(&self, arguments: impl IntoIterator<Item = A>) -> Sidecar {
+        self.calls("ctl").args(arguments)
     }
 
     /// Starts `sidecar launch`.

@@ -114,7 +114,9 @@ impl Cluster {
     async fn back_up(&self) -> Result<()> {
         eventually(LONG, || async {
             let mut client = self.pods[self.leader().await?].client(false).await?;
-            client.take_snapshot(api::TakeSnapshotRequest { kind: api::Kind::Delta.into() }).await?;
+            client
+                .take_snapshot(api::TakeSnapshotRequest { kind: api::Kind::Delta.into(), request_id: String::new() })
+                .await?;
             Ok(())
         })
         .await
@@ -243,4 +245,93 @@ async fn who_may_be_merely_away_is_waited_for() -> Result<()> {
     cluster.launch_all().await?;
     state::same(&before, &state::read(&mut cluster.client(0).await?).await?)?;
     Ok(())
+}
+
+/// Leadership moves while somebody writes: the chain stays whole, and has every write that was acknowledged.
+#[tokio::test(flavor = "multi_thread")]
+async fn leadership_moves_and_nothing_is_lost() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut cluster = Cluster::start(dir.path(), "3.6", Some(&store)).await?;
+    let urls: Vec<_> = cluster.pods.iter().map(|pod| pod.member.client_url()).collect();
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let writing = tokio::spawn(async move {
+        let mut client = Client::connect(urls, None).await?;
+        let mut written = 0;
+        while !*stopped.borrow() {
+            let put = client.put(format!("moving/{written:06}"), vec![b'x'; 200], None);
+            // What was not acknowledged may be there or not.
+            if tokio::time::timeout(Duration::from_secs(5), put).await.is_ok_and(|put| put.is_ok()) {
+                written += 1;
+            }
+        }
+        anyhow::Ok(written)
+    });
+    for _ in 0..10 {
+        let leader = cluster.leader().await?;
+        let prepared = || async {
+            let prepared = cluster.pods[leader].ctl(["prepare-shutdown"]).run().await?.expect(0)?.json()?;
+            ensure!(prepared["leaderId"].as_str().is_some_and(|id| !id.is_empty()), "{prepared}");
+            Ok(())
+        };
+        eventually(LONG, prepared).await?;
+        eventually(LONG, || async {
+            ensure!(cluster.leader().await? != leader, "{leader} leads still");
+            Ok(())
+        })
+        .await?;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    stop.send(true)?;
+    let written: usize = writing.await??;
+    cluster.back_up().await?;
+    let before = state::read(&mut cluster.client(0).await?).await?;
+    let verified = tests::program::Sidecar::new(["verify", "--store", &store.url, "--level", "replay"]);
+    verified.run().await?.expect(0)?;
+    let listed = store.list().await?;
+    ensure!(listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 1), "{listed}");
+    cluster.stop_all().await?;
+    (0..3).try_for_each(|member| cluster.wipe(member))?;
+    cluster.launch_all().await?;
+    let mut client = cluster.client(1).await?;
+    let options = etcd_client::GetOptions::new().with_prefix().with_count_only();
+    let kept = client.get("moving/", Some(options)).await?.count();
+    ensure!(usize::try_from(kept)? >= written && written > 100, "{kept} of {written}");
+    state::same(&before, &state::read(&mut client).await?)
+}
+
+/// Each member is defragmented, the followers first, and leadership is handed over before it is the leader's turn.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_member_is_defragmented() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut pods = Pod::cluster(dir.path(), "3.6", &["a", "b", "c"], None)?;
+    for pod in &mut pods {
+        pod.more = "defragmentation: {schedule: '* * * * *', leastFreeShare: 0.2}\n".into();
+    }
+    let serving = try_join_all(pods.iter().map(Pod::start_serve)).await?;
+    let mut cluster = Cluster { pods, serving, launched: vec![None, None, None] };
+    cluster.launch_all().await?;
+    let mut client = cluster.client(0).await?;
+    for round in 0..40 {
+        client.put("large", vec![round; 200_000], None).await?;
+    }
+    let revision = client.put("large", "small", None).await?.header().map_or(0, |header| header.revision());
+    client.compact(revision, Some(etcd_client::CompactionOptions::new().with_physical())).await?;
+    // Pages count as free from the second write on after they were freed.
+    for _ in 0..50 {
+        client.put("small", "", None).await?;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let defragmented = || async {
+        let logs = cluster.serve_logs();
+        ensure!(logs.matches("the database is defragmented").count() >= 3, "{logs}");
+        ensure!(logs.contains("leadership is handed over"), "{logs}");
+        Ok(())
+    };
+    eventually(2 * LONG, defragmented).await?;
+    for member in 0..3 {
+        let size = cluster.client(member).await?.status().await?.db_size();
+        ensure!(size < 2_000_000, "{size}");
+    }
+    cluster.stop_all().await
 }

@@ -29,7 +29,7 @@ async fn status(pod: &Pod) -> Result<api::StatusResponse> {
 /// Takes a delta through the API, with everything there is; after a restore that takes a full snapshot first.
 async fn take_delta(pod: &Pod) -> Result<()> {
     let take = || async {
-        let request = api::TakeSnapshotRequest { kind: api::Kind::Delta.into() };
+        let request = api::TakeSnapshotRequest { kind: api::Kind::Delta.into(), request_id: String::new() };
         pod.client(true).await?.take_snapshot(request).await?;
         Ok(())
     };
@@ -436,5 +436,140 @@ async fn configurations_that_make_no_sense_are_refused() -> Result<()> {
     pod.serve()?.run().await?.expect(1)?.says("listen on")?;
     taken.terminate().await?.expect(0)?;
     ensure!(!pod.member.data_dir.exists());
+    Ok(())
+}
+
+/// Each call, as a person makes it; the same request id twice does nothing twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_call_can_be_made() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store))?;
+    pod.tls = Some(Certificates::issue(&dir.path().join("certificates"))?);
+    pod.more = "snapshots: {deltaPeriod: 1h}\n".into();
+    let serving = pod.start_serve().await?;
+    let call = async |arguments: &[&str], code| pod.ctl(arguments).run().await?.expect(code);
+    call(&["get-etcd-config"], 12).await?;
+    let told = call(&["initialize"], 0).await?.stdout;
+    ensure!(told.lines().last().is_some_and(|last| last.contains("ACTION_BOOTSTRAP")), "{told}");
+    ensure!(call(&["get-etcd-config"], 0).await?.stdout.contains("data-dir"));
+    call(&["take-snapshot", "full"], 12).await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    workload(1).run(&mut client).await?;
+    backed_up(&pod).await?;
+    let full =
+        || async { Ok(pod.ctl(["take-snapshot", "full", "--request-id", "one"]).run().await?.expect(0)?.stdout) };
+    let full = eventually(LONG, full).await?;
+    ensure!(full.contains("KIND_FULL"), "{full}");
+    workload(2).run(&mut client).await?;
+    let again = call(&["take-snapshot", "full", "--request-id", "one"], 0).await?.stdout;
+    ensure!(again == full, "{again} instead of {full}");
+    call(&["take-snapshot", "delta", "--request-id", "one"], 2).await?;
+    let delta = call(&["take-snapshot", "delta"], 0).await?.json()?;
+    ensure!(delta["snapshots"][0]["kind"] == "KIND_DELTA", "{delta}");
+    let listed = call(&["list-snapshots"], 0).await?.stdout;
+    ensure!(listed.lines().count() >= 3, "{listed}");
+    let latest = call(&["get-latest"], 0).await?.json()?;
+    ensure!(latest["deltas"].as_array().is_some_and(|deltas| !deltas.is_empty()), "{latest}");
+    let verified = call(&["verify", "--level", "replay"], 0).await?.stdout;
+    ensure!(verified.lines().last().is_some_and(|last| last.contains("\"problems\":0")), "{verified}");
+    let compacted = call(&["compact", "--request-id", "two"], 0).await?.json()?;
+    ensure!(compacted["name"].as_str().is_some_and(|name| name.contains("/full/")), "{compacted}");
+    ensure!(call(&["compact", "--request-id", "two"], 0).await?.json()? == compacted);
+    let sizes = call(&["defragment"], 0).await?.json()?;
+    ensure!(sizes["after"].as_i64() > Some(0) && sizes["after"].as_i64() <= sizes["before"].as_i64(), "{sizes}");
+    workload(3).run(&mut client).await?;
+    let prepared = call(&["prepare-shutdown"], 0).await?.json()?;
+    ensure!(prepared["snapshots"][0]["kind"] == "KIND_DELTA" && prepared["leaderId"] == "", "{prepared}");
+    let told = call(&["status"], 0).await?.json()?;
+    ensure!(told["phase"] == "PHASE_READY" && told["role"] == "ROLE_LEADER", "{told}");
+    call(&["report-exit", "0"], 0).await?;
+    damage_store(&pod)?;
+    call(&["verify"], 10).await?;
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// Cuts the newest delta.
+fn damage_store(pod: &Pod) -> Result<()> {
+    let store = pod.store.as_ref().and_then(|store| store.url.strip_prefix("file://")).context("no directory")?;
+    let deltas = std::fs::read_dir(Path::new(store).join("t00000001/delta"))?;
+    let newest = deltas.filter_map(Result::ok).map(|entry| entry.path()).max().context("no delta")?;
+    let bytes = std::fs::read(&newest)?;
+    Ok(std::fs::write(newest, &bytes[..bytes.len() / 2])?)
+}
+
+/// What nobody asks for each time: deltas are merged, what that replaces goes, and the newest chain is restored to see.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_is_kept_in_shape() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store))?;
+    pod.more = format!(
+        "snapshots: {{deltaPeriod: 1s}}\nretention: {{policy: limit-based, maxBackups: 1, period: 5s}}\ncompaction: {{deltas: 3, workDir: {work}}}\nverification: {{schedule: '* * * * *', workDir: {work}}}\n",
+        work = dir.path().display()
+    );
+    let serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    backed_up(&pod).await?;
+    for seed in 0..5 {
+        workload(seed).run(&mut client).await?;
+        take_delta(&pod).await?;
+    }
+    let in_shape = || async {
+        let log = serving.log();
+        ensure!(log.contains("deltas are merged") && log.contains("looked which backups can go"), "{log}");
+        let verified = status(&pod).await?.backup.and_then(|backup| backup.verified);
+        ensure!(
+            verified.as_ref().is_some_and(|verified| verified.revision > 1 && verified.seconds > 0.0),
+            "{verified:?}"
+        );
+        let latest = pod.client(true).await?.get_latest(api::GetLatestRequest {}).await?.into_inner();
+        ensure!(latest.deltas.len() < 5, "{latest:?}");
+        let fulls = pod.store.as_ref().context("no store")?.list().await?["timelines"][0]["fulls"].clone();
+        ensure!(fulls.as_array().is_none_or(|fulls| fulls.len() == 1), "{fulls}");
+        Ok(())
+    };
+    eventually(Duration::from_secs(90), in_shape).await?;
+    let before = state::read(&mut client).await?;
+    take_delta(&pod).await?;
+    launched.terminate().await?.expect(STOPPED)?;
+    std::fs::remove_dir_all(pod.member.data_dir.join("member"))?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    let after = state::read(&mut client).await?;
+    ensure!(before.keys == after.keys, "other keys");
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// A cluster that is full is compacted, defragmented and written to again, where that is allowed; and nothing is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_cluster_gets_space_again() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store))?;
+    pod.etcd_more = "quota-backend-bytes: 8000000\n".into();
+    pod.more = "defragmentation: {resolveNoSpace: true}\n".into();
+    let serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    backed_up(&pod).await?;
+    let mut written = 0;
+    while client.put("same", vec![written; 400_000], None).await.is_ok() {
+        written += 1;
+    }
+    ensure!(written > 5);
+    let again = || {
+        let mut client = client.clone();
+        async move { Ok(client.put("after", "", None).await.map(drop)?) }
+    };
+    eventually(LONG, again).await.with_context(|| serving.log())?;
+    let log = serving.log();
+    ensure!(log.contains("NOSPACE") && log.contains("there is space again"), "{log}");
+    let got = client.get("same", None).await?;
+    ensure!(got.kvs()[0].value() == vec![written - 1; 400_000]);
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
     Ok(())
 }

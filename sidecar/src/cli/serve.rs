@@ -1,8 +1,10 @@
 //! `sidecar serve`.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
-use proto::config::SidecarConfig;
+use proto::config::{Defragmentation, RetentionPolicy, SidecarConfig};
 use tokio_util::sync::CancellationToken;
 
 use super::snapshot::parse_schedule;
@@ -10,10 +12,14 @@ use super::write_out;
 use crate::catalog::Layout;
 use crate::etcd::{EtcdFlags, Secret};
 use crate::initialize::{self, Member};
+use crate::retention::{Policy, Retention};
 use crate::server::{self, Files};
 use crate::store::{Open, Store};
-use crate::supervise::{self, Supervisor};
+use crate::supervise::{self, Supervisor, Upkeep};
 use crate::{Error, Result, snapshotter};
+
+/// Looking at the store more often than that would cost more than it gains.
+const LEAST_PERIOD: Duration = Duration::from_secs(1);
 
 /// Look after a member: its data before etcd starts, its backups while it leads.
 ///
@@ -82,6 +88,7 @@ fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
         command_timeout: 5,
     };
     let full_schedule = parse_schedule(&config.snapshots.full_schedule)?;
+    let quiet = Arc::<tokio::sync::Mutex<()>>::default();
     let backup = store.clone().map(|store| snapshotter::Settings {
         etcd: etcd.clone(),
         store,
@@ -89,10 +96,50 @@ fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
         full_schedule,
         delta_period: config.snapshots.delta_period,
         delta_max_bytes: config.snapshots.delta_max_bytes,
+        quiet: quiet.clone(),
     });
     let others = others(config, &member, &etcd)?;
     let initialize = initialize::Settings { member, store, others, may_start_empty: config.safety.may_start_empty };
-    Ok(supervise::Settings { initialize, etcd, backup })
+    let work_dir = config.compaction.as_ref().map_or_else(std::env::temp_dir, |compaction| compaction.work_dir.clone());
+    Ok(supervise::Settings { initialize, etcd, backup, quiet, upkeep: upkeep(config)?, work_dir })
+}
+
+fn upkeep(config: &SidecarConfig) -> Result<Upkeep> {
+    let cron = |field: &str, text: &str| {
+        parse_schedule(text)?.ok_or_else(|| Error::invalid(format!("{field} is empty; leave the section out instead")))
+    };
+    let retention = config.retention.as_ref().map(|retention| {
+        let max_backups = retention.max_backups as usize;
+        let policy = match retention.policy {
+            RetentionPolicy::Exponential => Policy::Exponential,
+            RetentionPolicy::LimitBased => Policy::LimitBased { max_backups },
+        };
+        (Retention { policy, deltas: retention.deltas }, retention.period.max(LEAST_PERIOD))
+    });
+    if config.retention.as_ref().is_some_and(|retention| retention.max_backups == 0) {
+        return Err(Error::invalid("retention.maxBackups is 0: at least one backup must stay"));
+    }
+    let compaction = config.compaction.as_ref();
+    let verification = config.verification.as_ref();
+    let defragmentation = config.defragmentation.as_ref();
+    let share = |defragmentation: &Defragmentation| {
+        let share = defragmentation.least_free_share;
+        let cron = cron("defragmentation.schedule", &defragmentation.schedule)?;
+        if (0.0..=1.0).contains(&share) {
+            Ok((cron, share))
+        } else {
+            Err(Error::invalid(format!("defragmentation.leastFreeShare is {share}, which is not a share from 0 to 1")))
+        }
+    };
+    Ok(Upkeep {
+        retention,
+        compaction: compaction.map(|compaction| (compaction.deltas.max(1) as usize, compaction.work_dir.clone())),
+        verification: verification
+            .map(|drill| Ok::<_, Error>((cron("verification.schedule", &drill.schedule)?, drill.work_dir.clone())))
+            .transpose()?,
+        defragmentation: defragmentation.map(share).transpose()?,
+        resolve_no_space: defragmentation.is_some_and(|defragmentation| defragmentation.resolve_no_space),
+    })
 }
 
 /// How the other members are reached, where there are any.

@@ -1,6 +1,7 @@
 //! `sidecar snapshot`.
 
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::ValueEnum;
@@ -99,6 +100,7 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
         full_schedule,
         delta_period: args.delta_period,
         delta_max_bytes: args.delta_max_bytes,
+        quiet: Arc::default(),
     };
     let kind = match args.once {
         None => {

@@ -7,19 +7,22 @@ use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::get;
 use futures::{Stream, StreamExt};
+use proto::Message;
 use proto::sidecar as api;
 use proto::sidecar::sidecar_server::Sidecar;
 use tokio::sync::watch;
 use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 
+use super::remembered::Remembered;
 use crate::catalog::{Catalog, Delta, Full, ObjectName, Timeline};
 use crate::etcd::Role;
 use crate::initialize::{Decision, Outcome, Step};
 use crate::restore::Progress;
 use crate::snapshotter::{Kind, Taken};
 use crate::store::Store;
-use crate::supervise::{Phase, Supervisor};
+use crate::supervise::{Phase, Supervisor, Verified};
+use crate::verify::{Level, Problem, Report};
 use crate::{Class, Error};
 
 /// Who answers.
@@ -27,6 +30,10 @@ pub(super) struct Api {
     pub(super) supervisor: Arc<Supervisor>,
     /// Whether callers must show a certificate.
     pub(super) needs_certificate: bool,
+    taken: Remembered<api::TakeSnapshotResponse>,
+    compacted: Remembered<api::CompactResponse>,
+    defragmented: Remembered<api::DefragmentResponse>,
+    prepared: Remembered<api::PrepareShutdownResponse>,
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -48,6 +55,12 @@ fn status(error: &Error) -> Status {
 }
 
 impl Api {
+    pub(super) fn new(supervisor: Arc<Supervisor>, needs_certificate: bool) -> Self {
+        let (taken, compacted) = (Remembered::default(), Remembered::default());
+        let (defragmented, prepared) = (Remembered::default(), Remembered::default());
+        Self { supervisor, needs_certificate, taken, compacted, defragmented, prepared }
+    }
+
     fn check<T>(&self, request: &Request<T>) -> Result<(), Status> {
         if self.needs_certificate && request.peer_certs().is_none_or(|certificates| certificates.is_empty()) {
             return Err(Status::unauthenticated("this call needs a client certificate"));
@@ -56,8 +69,7 @@ impl Api {
     }
 
     fn store(&self) -> Result<&Store, Status> {
-        let store = self.supervisor.settings().initialize.store.as_ref();
-        store.ok_or_else(|| Status::failed_precondition("no store is configured: there are no backups"))
+        self.supervisor.store().map_err(|error| status(&error))
     }
 
     async fn catalog(&self) -> Result<Catalog, Status> {
@@ -147,6 +159,30 @@ fn snapshot(name: &ObjectName, timeline: Timeline, bytes: u64) -> api::Snapshot 
     api::Snapshot { name: name.to_string(), kind, timeline, first_revision, last_revision, unix_ms, bytes }
 }
 
+fn snapshots(taken: &Taken) -> Vec<api::Snapshot> {
+    match taken {
+        Taken::Full(full) => vec![snapshot(&full.name, timeline_of(&full.name), full.size)],
+        Taken::Deltas(deltas) => {
+            deltas.iter().map(|delta| snapshot(&delta.name, timeline_of(&delta.name), delta.size)).collect()
+        }
+        Taken::Nothing(_) => Vec::new(),
+    }
+}
+
+/// What was found, and then how much was looked at.
+fn told(report: Report) -> impl Iterator<Item = api::VerifyProgress> {
+    use api::verify_progress::What;
+    let problems = report.problems.len() as u64;
+    let found = report.problems.into_iter().map(|problem| {
+        let Problem { at, what, is_gap } = problem;
+        What::Problem(api::Problem { at, what, is_gap })
+    });
+    let hashes = report.replayed.into_iter().flat_map(|replayed| replayed.hashes).collect();
+    let summary = api::Summary { objects: report.objects, bytes: report.bytes, problems, hashes };
+    let all = found.chain(report.remarks.into_iter().map(What::Remark)).chain([What::Summary(summary)]);
+    all.map(|what| api::VerifyProgress { what: Some(what) })
+}
+
 fn timeline_of(name: &ObjectName) -> Timeline {
     match name {
         ObjectName::Full { timeline, .. } | ObjectName::Delta { timeline, .. } => *timeline,
@@ -158,6 +194,7 @@ fn timeline_of(name: &ObjectName) -> Timeline {
 impl Sidecar for Api {
     type InitializeStream = Streamed<api::InitializeProgress>;
     type ListSnapshotsStream = Streamed<api::Snapshot>;
+    type VerifyStream = Streamed<api::VerifyProgress>;
 
     async fn initialize(&self, request: Request<api::InitializeRequest>) -> Answer<Self::InitializeStream> {
         self.check(&request)?;
@@ -208,6 +245,10 @@ impl Sidecar for Api {
             store: store.map(|store| store.url().to_owned()).unwrap_or_default(),
             active: observed.backing_up,
             error: observed.error.unwrap_or_default(),
+            verified: observed.verified.map(|verified| {
+                let Verified { revision, unix_ms, seconds, hashes } = verified;
+                api::Verified { revision, unix_ms, seconds, hashes }
+            }),
         };
         Ok(Response::new(api::StatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -227,15 +268,12 @@ impl Sidecar for Api {
             api::Kind::Delta => Kind::Delta,
             api::Kind::Unspecified => return Err(Status::invalid_argument("say which kind: full or delta")),
         };
-        let taken = self.supervisor.take(kind).await.map_err(|error| status(&error))?;
-        let snapshots = match taken {
-            Taken::Full(full) => vec![snapshot(&full.name, timeline_of(&full.name), full.size)],
-            Taken::Deltas(deltas) => {
-                deltas.iter().map(|delta| snapshot(&delta.name, timeline_of(&delta.name), delta.size)).collect()
-            }
-            Taken::Nothing(_) => Vec::new(),
+        let (id, whole) = (request.get_ref().request_id.clone(), request.get_ref().encode_to_vec());
+        let work = async {
+            let taken = self.supervisor.take(kind).await.map_err(|error| status(&error))?;
+            Ok(api::TakeSnapshotResponse { snapshots: snapshots(&taken) })
         };
-        Ok(Response::new(api::TakeSnapshotResponse { snapshots }))
+        self.taken.once(&id, whole, work).await
     }
 
     async fn list_snapshots(&self, request: Request<api::ListSnapshotsRequest>) -> Answer<Self::ListSnapshotsStream> {
@@ -257,6 +295,64 @@ impl Sidecar for Api {
         let (timeline, chain) = newest.ok_or_else(|| Status::not_found("the store has no full snapshot"))?;
         let deltas = chain.deltas.iter().map(|found| delta(timeline, found)).collect();
         Ok(Response::new(api::GetLatestResponse { full: Some(full(timeline, &chain.full)), deltas }))
+    }
+
+    async fn verify(&self, request: Request<api::VerifyRequest>) -> Answer<Self::VerifyStream> {
+        self.check(&request)?;
+        let level = match request.get_ref().level() {
+            api::Level::Unspecified => return Err(Status::invalid_argument("say which level")),
+            api::Level::Names => Level::Names,
+            api::Level::Bytes => Level::Bytes,
+            api::Level::Decode => Level::Decode,
+            api::Level::Replay => Level::Replay,
+        };
+        self.store()?;
+        let supervisor = self.supervisor.clone();
+        // A caller who has gone is not read for: the stream is dropped, and what it does with it.
+        let told = async move {
+            let verified = supervisor.verify(level).await;
+            let told: Vec<_> = match verified {
+                Ok(report) => told(report).map(Ok).collect(),
+                Err(error) => vec![Err(status(&error))],
+            };
+            futures::stream::iter(told)
+        };
+        Ok(Response::new(futures::stream::once(told).flatten().boxed()))
+    }
+
+    async fn compact(&self, request: Request<api::CompactRequest>) -> Answer<api::CompactResponse> {
+        self.check(&request)?;
+        let whole = request.get_ref().encode_to_vec();
+        let api::CompactRequest { request_id, discard_history } = request.into_inner();
+        let work = async {
+            let compacted = self.supervisor.compact(discard_history, &self.supervisor.settings().work_dir).await;
+            let compacted = compacted.map_err(|error| status(&error))?;
+            let (name, revision, bytes) = (compacted.object.unwrap_or_default(), compacted.revision, compacted.bytes);
+            Ok(api::CompactResponse { name, revision, bytes })
+        };
+        self.compacted.once(&request_id, whole, work).await
+    }
+
+    async fn defragment(&self, request: Request<api::DefragmentRequest>) -> Answer<api::DefragmentResponse> {
+        self.check(&request)?;
+        let work = async {
+            let (before, after) = self.supervisor.defragment().await.map_err(|error| status(&error))?;
+            Ok(api::DefragmentResponse { before, after })
+        };
+        self.defragmented.once(&request.get_ref().request_id, Vec::new(), work).await
+    }
+
+    async fn prepare_shutdown(
+        &self,
+        request: Request<api::PrepareShutdownRequest>,
+    ) -> Answer<api::PrepareShutdownResponse> {
+        self.check(&request)?;
+        let work = async {
+            let (taken, leader) = self.supervisor.prepare_shutdown().await.map_err(|error| status(&error))?;
+            let leader_id = leader.map(|id| format!("{id:x}")).unwrap_or_default();
+            Ok(api::PrepareShutdownResponse { snapshots: taken.iter().flat_map(snapshots).collect(), leader_id })
+        };
+        self.prepared.once(&request.get_ref().request_id, Vec::new(), work).await
     }
 }
 

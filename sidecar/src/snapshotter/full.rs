@@ -1,5 +1,7 @@
 //! One full snapshot: etcd's stream, scanned and compressed as it passes, into the store.
 
+use std::sync::Arc;
+
 use bytes::{Bytes, BytesMut};
 use etcd_format::{Scanned, SnapshotScan};
 use proto::backup::{HashKv, ObjectMeta};
@@ -51,6 +53,7 @@ pub(super) struct Job {
     pub layout: Layout,
     pub timeline: Timeline,
     pub meta: ObjectMeta,
+    pub quiet: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// Takes a full snapshot. When it fails or is stopped, what was uploaded is removed.
@@ -58,8 +61,12 @@ pub(super) async fn take(mut job: Job, stop: &CancellationToken) -> Result<Taken
     let unix_ms = job.meta.started_unix_ms;
     let staging = ObjectName::Uploading { timeline: job.timeline, unix_ms, random: rand::random() };
     let mut upload = job.store.upload(staging);
+    let quiet = job.quiet.clone();
     let transferred = tokio::select! {
-        result = transfer(&mut job, &mut upload) => result,
+        result = async {
+            let _quiet = quiet.lock().await;
+            transfer(&mut job, &mut upload).await
+        } => result,
         () = stop.cancelled() => Err(Error::Cancelled),
     };
     let scanned = match transferred {

@@ -363,7 +363,8 @@ impl<'s> Session<'s> {
         meta.auth_fingerprint = self.auth.fingerprint().unwrap_or_default();
         meta.auth_state = self.auth.state();
         let (store, layout, timeline) = (self.settings.store.clone(), self.settings.layout, self.timeline);
-        full::Job { etcd: self.etcd.clone(), store, layout, timeline, meta }
+        let quiet = self.settings.quiet.clone();
+        full::Job { etcd: self.etcd.clone(), store, layout, timeline, meta, quiet }
     }
 
     /// Takes the delta that fills, and begins the next one.

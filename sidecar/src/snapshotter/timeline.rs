@@ -289,6 +289,7 @@ mod tests {
             raft_index,
             raft_applied_index: raft_index,
             db_size: 0,
+            db_size_in_use: 0,
         }
     }
 

@@ -1,0 +1,178 @@
+//! `sidecar ctl`.
+
+use clap::{Subcommand, ValueEnum};
+use proto::sidecar as api;
+use proto::sidecar::sidecar_client::SidecarClient;
+use serde::Serialize;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+use super::write_out;
+use crate::client::{ApiFlags, failed};
+use crate::{Class, Error, Result};
+
+/// Call a sidecar that serves.
+///
+/// Prints each answer as JSON, a stream as one value a line.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    api: ApiFlags,
+    #[command(subcommand)]
+    call: Call,
+}
+
+/// A request id.
+#[derive(Debug, clap::Args)]
+struct Once {
+    /// An id of your own: repeated with the same, the call is answered as before and nothing is done twice.
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "ID")]
+    request_id: String,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Kind {
+    Full,
+    Delta,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Level {
+    Names,
+    Bytes,
+    Decode,
+    Replay,
+}
+
+#[derive(Debug, Subcommand)]
+enum Call {
+    /// Have the data looked at, and restored where it must be. Exit code 12 when etcd must not start.
+    Initialize,
+    /// The configuration that etcd is to be started with.
+    GetEtcdConfig,
+    /// Say how etcd ended.
+    ReportExit {
+        /// Its exit code.
+        code: i32,
+        /// How long it ran, in milliseconds.
+        #[arg(long, default_value_t = 0, value_name = "N")]
+        ran_ms: u64,
+    },
+    /// Where the sidecar, its member and its backups stand.
+    Status,
+    /// Take a snapshot now.
+    TakeSnapshot {
+        kind: Kind,
+        #[command(flatten)]
+        once: Once,
+    },
+    /// What the store has.
+    ListSnapshots,
+    /// The newest full snapshot and the deltas after it.
+    GetLatest,
+    /// Check what the store has. Exit code 10 when something is damaged, 11 when something is missing.
+    Verify {
+        #[arg(long, value_enum, default_value_t = Level::Decode)]
+        level: Level,
+    },
+    /// Merge the newest deltas into a full snapshot.
+    Compact {
+        /// Keep of each key only its newest value.
+        #[arg(long)]
+        discard_history: bool,
+        #[command(flatten)]
+        once: Once,
+    },
+    /// Defragment the member's database.
+    Defragment {
+        #[command(flatten)]
+        once: Once,
+    },
+    /// Have everything backed up and hand leadership over.
+    PrepareShutdown {
+        #[command(flatten)]
+        once: Once,
+    },
+}
+
+fn print(value: &impl Serialize, pretty: bool) -> Result<()> {
+    let json = if pretty { serde_json::to_string_pretty(value) } else { serde_json::to_string(value) };
+    let json = json.map_err(|error| Error::Bug { what: format!("print an answer: {error}") })?;
+    write_out(format!("{json}\n").as_bytes())
+}
+
+async fn each<T: Serialize>(mut stream: Streaming<T>, mut see: impl FnMut(&T)) -> Result<()> {
+    while let Some(message) = stream.message().await.map_err(failed("call"))? {
+        see(&message);
+        print(&message, false)?;
+    }
+    Ok(())
+}
+
+pub(super) async fn run(args: Args) -> Result<u8> {
+    let mut client = args.api.connect().await?;
+    call(&mut client, args.call).await
+}
+
+async fn call(client: &mut SidecarClient<Channel>, call: Call) -> Result<u8> {
+    let fail = failed("call");
+    match call {
+        Call::Initialize => {
+            let stream = client.initialize(api::InitializeRequest {}).await.map_err(fail)?.into_inner();
+            let mut action = api::Action::Unspecified;
+            each(stream, |told| action = told.outcome.as_ref().map_or(action, api::Outcome::action)).await?;
+            return Ok(if action == api::Action::Refuse { Class::Precondition.exit_code() } else { 0 });
+        }
+        Call::GetEtcdConfig => {
+            let config = client.get_etcd_config(api::GetEtcdConfigRequest {}).await.map_err(fail)?.into_inner();
+            write_out(format!("{}\n", config.yaml.trim_end()).as_bytes())?;
+        }
+        Call::ReportExit { code, ran_ms } => {
+            drop(client.report_exit(api::ReportExitRequest { code, ran_ms }).await.map_err(fail)?);
+        }
+        Call::Status => print(&client.status(api::StatusRequest {}).await.map_err(fail)?.into_inner(), true)?,
+        Call::TakeSnapshot { kind, once } => {
+            let kind = match kind {
+                Kind::Full => api::Kind::Full,
+                Kind::Delta => api::Kind::Delta,
+            };
+            let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: once.request_id };
+            print(&client.take_snapshot(request).await.map_err(fail)?.into_inner(), true)?;
+        }
+        Call::ListSnapshots => {
+            each(client.list_snapshots(api::ListSnapshotsRequest {}).await.map_err(fail)?.into_inner(), |_| {}).await?;
+        }
+        Call::GetLatest => print(&client.get_latest(api::GetLatestRequest {}).await.map_err(fail)?.into_inner(), true)?,
+        Call::Verify { level } => {
+            let level = match level {
+                Level::Names => api::Level::Names,
+                Level::Bytes => api::Level::Bytes,
+                Level::Decode => api::Level::Decode,
+                Level::Replay => api::Level::Replay,
+            };
+            let stream = client.verify(api::VerifyRequest { level: level.into() }).await.map_err(fail)?.into_inner();
+            let mut worst = 0;
+            each(stream, |told| {
+                if let Some(api::verify_progress::What::Problem(problem)) = &told.what {
+                    let class = if problem.is_gap { Class::Missing } else { Class::Corrupt };
+                    worst = if worst == Class::Corrupt.exit_code() { worst } else { class.exit_code() };
+                }
+            })
+            .await?;
+            return Ok(worst);
+        }
+        Call::Compact { discard_history, once } => {
+            let request = api::CompactRequest { request_id: once.request_id, discard_history };
+            print(&client.compact(request).await.map_err(fail)?.into_inner(), true)?;
+        }
+        Call::Defragment { once } => {
+            let request = api::DefragmentRequest { request_id: once.request_id };
+            print(&client.defragment(request).await.map_err(fail)?.into_inner(), true)?;
+        }
+        Call::PrepareShutdown { once } => {
+            let request = api::PrepareShutdownRequest { request_id: once.request_id };
+            print(&client.prepare_shutdown(request).await.map_err(fail)?.into_inner(), true)?;
+        }
+    }
+    Ok(0)
+}

@@ -1,0 +1,72 @@
+//! Calling a sidecar.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use proto::sidecar::sidecar_client::SidecarClient;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+use crate::{Error, Result};
+
+/// Flags that say how to reach a sidecar.
+#[derive(Debug, Clone, clap::Args)]
+pub struct ApiFlags {
+    /// The sidecar's API.
+    #[arg(long, env = "SIDECAR_URL", default_value = "https://127.0.0.1:8080", value_name = "URL")]
+    pub sidecar: String,
+    /// CA bundle to verify its certificate with; the system's when not given.
+    #[arg(long, env = "SIDECAR_CACERT", value_name = "FILE")]
+    pub cacert: Option<PathBuf>,
+    /// Client certificate.
+    #[arg(long, env = "SIDECAR_CERT", value_name = "FILE", requires = "key")]
+    pub cert: Option<PathBuf>,
+    /// Key of the client certificate.
+    #[arg(long, env = "SIDECAR_KEY", value_name = "FILE", requires = "cert")]
+    pub key: Option<PathBuf>,
+}
+
+impl ApiFlags {
+    fn endpoint(&self) -> Result<Endpoint> {
+        let bad = |error: tonic::transport::Error| {
+            Error::invalid(format!("the sidecar at {}: {}", self.sidecar, crate::error::chain(&error)))
+        };
+        let endpoint =
+            Endpoint::from_shared(self.sidecar.clone()).map_err(bad)?.connect_timeout(Duration::from_secs(5));
+        let endpoint = endpoint.http2_keep_alive_interval(Duration::from_secs(10)).keep_alive_while_idle(true);
+        if !self.sidecar.starts_with("https://") {
+            return Ok(endpoint);
+        }
+        let read = |path: &Path| std::fs::read(path).map_err(Error::io("read the certificate", path.display()));
+        let mut tls = match &self.cacert {
+            Some(path) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(path)?)),
+            None => ClientTlsConfig::new().with_native_roots(),
+        };
+        if let (Some(cert), Some(key)) = (&self.cert, &self.key) {
+            tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
+        }
+        endpoint.tls_config(tls).map_err(bad)
+    }
+
+    /// Connects anew: files are read again, so rotated certificates are used.
+    pub async fn connect(&self) -> Result<SidecarClient<Channel>> {
+        let channel = self.endpoint()?.connect().await.map_err(|error| Error::Unanswered {
+            what: format!("connect to the sidecar at {}: {}", self.sidecar, crate::error::chain(&error)),
+        })?;
+        Ok(SidecarClient::new(channel))
+    }
+}
+
+/// What an answer of the sidecar's means.
+pub fn failed(what: &str) -> impl Fn(tonic::Status) -> Error + '_ {
+    move |status| {
+        let text = format!("{what}: the sidecar answers {:?}: {}", status.code(), status.message());
+        match status.code() {
+            tonic::Code::Unauthenticated | tonic::Code::PermissionDenied => Error::Denied { what: text },
+            tonic::Code::DataLoss => Error::corrupt(text),
+            tonic::Code::FailedPrecondition => Error::precondition(text),
+            tonic::Code::InvalidArgument => Error::invalid(text),
+            tonic::Code::NotFound => Error::missing(text),
+            _ => Error::Unanswered { what: text },
+        }
+    }
+}
