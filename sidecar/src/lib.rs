@@ -27,6 +27,7 @@ pub mod gardener;
 pub mod gc;
 pub mod initialize;
 pub mod launch;
+pub mod metrics;
 pub mod object;
 pub mod restore;
 pub mod retention;

@@ -1,5 +1,6 @@
 //! The sidecar's API: gRPC, and over plain HTTP `/healthz` and `/readyz` for probes and what etcd-wrapper asks, on one port.
 
+mod connection;
 mod gardener;
 mod remembered;
 mod service;
@@ -12,19 +13,18 @@ use std::time::Duration;
 use futures::Stream;
 use proto::sidecar::DESCRIPTOR;
 use proto::sidecar::sidecar_server::SidecarServer;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::Server;
-use tonic::transport::server::Connected;
 
 pub use tls::Files;
 
 use crate::supervise::Supervisor;
 use crate::{Error, Result};
+use connection::Connection;
 use service::Api;
 
 /// No request is larger.
@@ -33,6 +33,8 @@ const MOST_REQUEST_BYTES: usize = 64 << 10;
 const MOST_CALLS: usize = 32;
 /// How long calls that are under way may take when the sidecar ends.
 const LAST_CALLS: Duration = Duration::from_secs(3);
+/// Connections at once.
+const MOST_CONNECTIONS: usize = 512;
 /// Connections that shake hands at once.
 const MOST_HANDSHAKES: usize = 64;
 
@@ -66,6 +68,7 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
     let mut routes = Routes::new(api.max_decoding_message_size(MOST_REQUEST_BYTES));
     routes = routes.add_service(health_service).add_service(reflection);
     let mut router = routes.into_axum_router().merge(service::probes(supervisor.clone()));
+    router = router.merge(gardener::snapshots(supervisor.clone(), needs_certificate));
     if settings.etcd_wrapper {
         router = router.merge(gardener::routes(supervisor));
     }
@@ -78,9 +81,14 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
     let stopped = stop.clone();
     let serving = async {
         if let Some(acceptor) = acceptor {
-            server.serve_with_incoming_shutdown(with_tls(listener, acceptor), stop.cancelled()).await
+            let accept = move |stream| {
+                let acceptor = acceptor.clone();
+                async move { acceptor.accept(stream).await }
+            };
+            server.serve_with_incoming_shutdown(connections(listener, accept), stop.cancelled()).await
         } else {
-            server.serve_with_incoming_shutdown(TcpListenerStream::new(listener), stop.cancelled()).await
+            let accept = |stream| std::future::ready(Ok(stream));
+            server.serve_with_incoming_shutdown(connections(listener, accept), stop.cancelled()).await
         }
     };
     let served = tokio::select! {
@@ -94,19 +102,24 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
 }
 
 /// Connections whose handshake is done. Each has its own task: one that stalls holds up none of the others.
-fn with_tls(
+fn connections<S, F>(
     listener: TcpListener,
-    acceptor: Arc<tls::Acceptor>,
-) -> impl Stream<
-    Item = std::io::Result<
-        impl AsyncRead + AsyncWrite + Connected<ConnectInfo = impl Clone + Send + Sync> + Unpin + Send,
-    >,
-> {
+    accept: impl Fn(TcpStream) -> F + Send + 'static,
+) -> impl Stream<Item = std::io::Result<Connection<S>>>
+where
+    S: Send + 'static,
+    F: Future<Output = std::io::Result<S>> + Send + 'static,
+{
     let (ready, connections) = mpsc::channel(MOST_HANDSHAKES);
-    let handshakes = Arc::new(tokio::sync::Semaphore::new(MOST_HANDSHAKES));
+    let handshakes = Arc::new(Semaphore::new(MOST_HANDSHAKES));
+    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     tokio::spawn(async move {
         loop {
-            let Ok(permit) = handshakes.clone().acquire_owned().await else { return };
+            let (Ok(place), Ok(handshake)) =
+                (places.clone().acquire_owned().await, handshakes.clone().acquire_owned().await)
+            else {
+                return;
+            };
             let stream: TcpStream = tokio::select! {
                 accepted = listener.accept() => match accepted {
                     Ok((stream, _)) => stream,
@@ -118,12 +131,12 @@ fn with_tls(
                 },
                 () = ready.closed() => return,
             };
-            let (acceptor, ready) = (acceptor.clone(), ready.clone());
+            let (accepting, ready) = (accept(stream), ready.clone());
             tokio::spawn(async move {
-                let accepted = acceptor.accept(stream).await;
-                drop(permit);
+                let accepted = accepting.await;
+                drop(handshake);
                 match accepted {
-                    Ok(stream) => drop(ready.send(Ok(stream)).await),
+                    Ok(stream) => drop(ready.send(Ok(Connection::new(stream, place))).await),
                     Err(error) => tracing::debug!(%error, "a client could not shake hands"),
                 }
             });

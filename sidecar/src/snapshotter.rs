@@ -36,6 +36,7 @@ pub use requests::{Request, Requests, nobody};
 
 use crate::catalog::Layout;
 use crate::etcd::{Etcd, EtcdFlags};
+use crate::metrics::Metrics;
 use crate::store::Store;
 use crate::{Error, Result};
 
@@ -56,6 +57,8 @@ pub struct Settings {
     pub delta_max_bytes: u64,
     /// Held while a full snapshot is read, so that nobody defragments meanwhile.
     pub quiet: Arc<tokio::sync::Mutex<()>>,
+    /// Who is told what was taken.
+    pub metrics: Arc<Metrics>,
 }
 
 /// What `--once` takes.
@@ -150,6 +153,7 @@ pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut R
         if started.elapsed() > Duration::from_secs(60) {
             delay = Duration::from_millis(500);
         }
+        settings.metrics.interrupted(&error);
         tracing::warn!(%error, retry_in = ?delay, "backup is interrupted; go on from what the store has");
         tokio::select! {
             () = tokio::time::sleep(delay) => {}

@@ -10,7 +10,7 @@ mod upkeep;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use etcd_format::datadir;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -22,6 +22,7 @@ pub use upkeep::{Upkeep, Verified};
 
 use crate::etcd::{Alarm, Etcd, EtcdFlags, Role, Status};
 use crate::initialize::{self, Decision, Outcome, Step, initialize};
+use crate::metrics::{self, Metrics};
 use crate::snapshotter::{self, Kind, Request, Taken};
 use crate::store::Store;
 use crate::verify::{Journal, Level, Look, Report, verify};
@@ -48,6 +49,8 @@ pub struct Settings {
     pub backup: Option<snapshotter::Settings>,
     /// Held while something reads etcd's database at length, or defragments it.
     pub quiet: Arc<tokio::sync::Mutex<()>>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
     /// What is done from time to time.
     pub upkeep: Upkeep,
     /// Where verifying and merging on request work.
@@ -190,7 +193,10 @@ impl Supervisor {
         };
         let phase = self.phase.clone();
         let see = Arc::new(move |step| drop(phase.send_replace(Phase::Running(step))));
-        let ended = match initialize(&self.settings.initialize, &self.stop, see).await {
+        let started = Instant::now();
+        let initialized = initialize(&self.settings.initialize, &self.stop, see).await;
+        self.count(&initialized, started.elapsed());
+        let ended = match initialized {
             Ok(outcome) if matches!(outcome.done, Decision::Refuse { .. }) => Phase::Refused(outcome),
             Ok(outcome) => Phase::Ready(outcome),
             Err(error) => {
@@ -221,6 +227,35 @@ impl Supervisor {
         }
     }
 
+    fn count(&self, initialized: &Result<Outcome>, took: Duration) {
+        let members = self.settings.initialize.member.cluster.members().len();
+        let action = initialized.as_ref().map_or("fail", |outcome| outcome.done.name());
+        let restored = matches!(initialized, Ok(Outcome { done: Decision::Restore | Decision::Append, .. }));
+        let succeeded = matches!(initialized, Ok(outcome) if !matches!(outcome.done, Decision::Refuse { .. }));
+        self.settings.metrics.initialized(action, members, restored, succeeded, took);
+    }
+
+    /// What is counted, as Prometheus reads it.
+    pub fn metrics(&self) -> Result<String> {
+        let observed = self.observed();
+        let status = observed.status.as_ref();
+        let role = match observed.role {
+            Some(Role::Leader) => "leader",
+            Some(Role::Follower) => "follower",
+            Some(Role::Learner) => "learner",
+            None => "none",
+        };
+        self.settings.metrics.observe(&metrics::Member {
+            role,
+            revision: status.map_or(0, |status| status.revision),
+            db_size: status.map_or(0, |status| status.db_size),
+            db_size_in_use: status.map_or(0, |status| status.db_size_in_use),
+            alarms: observed.alarms.iter().map(|(_, alarm)| alarm.name()).collect(),
+            backing_up: observed.backing_up,
+        });
+        self.settings.metrics.text()
+    }
+
     /// The store, where there is one.
     pub fn store(&self) -> Result<&Store> {
         let store = self.settings.initialize.store.as_ref();
@@ -241,7 +276,10 @@ impl Supervisor {
     pub async fn defragment(&self) -> Result<Sizes> {
         let _one = self.heavy.lock().await;
         let (mut etcd, status) = Etcd::connect(&self.settings.etcd).await?;
-        defragment::this_member(&mut etcd, &status, &self.settings.quiet).await
+        let started = Instant::now();
+        let sizes = defragment::this_member(&mut etcd, &status, &self.settings.quiet).await;
+        self.settings.metrics.defragmented(sizes.is_ok(), started.elapsed());
+        sizes
     }
 
     /// Has everything backed up and hands leadership over; to whom. Nothing where this member does not lead.

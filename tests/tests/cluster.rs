@@ -315,7 +315,7 @@ async fn every_member_is_defragmented() -> Result<()> {
     for round in 0..40 {
         client.put("large", vec![round; 200_000], None).await?;
     }
-    let revision = client.put("large", "small", None).await?.header().map_or(0, |header| header.revision());
+    let revision = client.put("large", "small", None).await?.header().map_or(0, etcd_client::ResponseHeader::revision);
     client.compact(revision, Some(etcd_client::CompactionOptions::new().with_physical())).await?;
     // Pages count as free from the second write on after they were freed.
     for _ in 0..50 {

@@ -573,3 +573,71 @@ async fn a_full_cluster_gets_space_again() -> Result<()> {
     serving.terminate().await?.expect(0)?;
     Ok(())
 }
+
+/// What is asked of the predecessor, and what Prometheus reads.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_predecessors_calls_are_answered() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store))?;
+    let certificates = Certificates::issue(&dir.path().join("certificates"))?;
+    pod.tls = Some(certificates.clone());
+    pod.more = "snapshots: {deltaPeriod: 1h}\n".into();
+    let mut serving = pod.start_serve().await?;
+    let ca = reqwest::Certificate::from_pem(&std::fs::read(certificates.ca())?)?;
+    let client = || reqwest::Client::builder().tls_certs_only([ca.clone()]);
+    let (cert, key) = certificates.client();
+    let identity = reqwest::Identity::from_pem(&[std::fs::read(cert)?, std::fs::read(key)?].concat())?;
+    let (nobody, known) = (client().build()?, client().identity(identity).build()?);
+    let ask = async |client: &reqwest::Client, path: &str, code: u16| {
+        let answer = client.get(format!("{}{path}", pod.url())).send().await?;
+        let (status, text) = (answer.status().as_u16(), answer.text().await?);
+        ensure!(status == code, "{path}: {status}: {text}");
+        anyhow::Ok(text)
+    };
+    ask(&known, "/snapshot/full", 405).await?;
+    let (launched, mut etcd) = pod.start_etcd().await?;
+    backed_up(&pod).await?;
+    for path in ["/snapshot/full", "/snapshot/delta", "/snapshot/latest"] {
+        ask(&nobody, path, 401).await?;
+    }
+    ask(&known, "/snapshot/full?final=perhaps", 400).await?;
+    let full: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/full?final=true", 200).await?)?;
+    ensure!(full["kind"] == "Full" && full["isFinal"] == true && full["startRevision"] == 0, "{full}");
+    ensure!(ask(&known, "/snapshot/delta", 200).await? == "null");
+    workload(1).run(&mut etcd).await?;
+    let delta: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/delta", 200).await?)?;
+    ensure!(delta["kind"] == "Incr" && delta["lastRevision"].as_i64() > Some(2), "{delta}");
+    let latest: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/latest", 200).await?)?;
+    ensure!(latest["fullSnapshot"]["kind"] == "Full", "{latest}");
+    let newest = latest["deltaSnapshots"].as_array().and_then(|deltas| deltas.last());
+    ensure!(newest.is_some_and(|newest| newest["lastRevision"] == delta["lastRevision"]), "{latest}");
+    let told = async || {
+        let metrics = ask(&nobody, "/metrics", 200).await?;
+        let last = format!("etcdbr_snapshot_latest_revision{{kind=\"Incr\"}} {}\n", delta["lastRevision"]);
+        for line in [last.as_str(), "sidecar_member_role{role=\"leader\"} 1\n", "sidecar_backup_lag_revisions 0\n"] {
+            ensure!(metrics.contains(line), "{line} is not in {metrics}");
+        }
+        Ok(())
+    };
+    eventually(LONG, told).await?;
+
+    // Who does not speak the language, says too much, or nothing at all is turned away, and holds up nobody.
+    let address = pod.url().replace("https://", "");
+    let mut silent = Vec::new();
+    for _ in 0..80 {
+        silent.push(tokio::net::TcpStream::connect(&address).await?);
+    }
+    let plain = reqwest::get(format!("http://{address}/healthz")).await;
+    ensure!(plain.is_err(), "{plain:?}");
+    ask(&nobody, "/healthz", 200).await?;
+    let mut api = pod.client(true).await?;
+    let large = api::TakeSnapshotRequest { kind: api::Kind::Delta.into(), request_id: "x".repeat(1 << 20) };
+    let refused = api.take_snapshot(large).await;
+    ensure!(refused.is_err_and(|status| status.code() == tonic::Code::OutOfRange));
+    drop(silent);
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.logs("the member's role role=None", LONG).await?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}

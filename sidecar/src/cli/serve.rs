@@ -12,6 +12,7 @@ use super::write_out;
 use crate::catalog::Layout;
 use crate::etcd::{EtcdFlags, Secret};
 use crate::initialize::{self, Member};
+use crate::metrics::Metrics;
 use crate::retention::{Policy, Retention};
 use crate::server::{self, Files};
 use crate::store::{Open, Store};
@@ -88,7 +89,7 @@ fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
         command_timeout: 5,
     };
     let full_schedule = parse_schedule(&config.snapshots.full_schedule)?;
-    let quiet = Arc::<tokio::sync::Mutex<()>>::default();
+    let (quiet, metrics) = (Arc::<tokio::sync::Mutex<()>>::default(), Arc::<Metrics>::default());
     let backup = store.clone().map(|store| snapshotter::Settings {
         etcd: etcd.clone(),
         store,
@@ -97,11 +98,12 @@ fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
         delta_period: config.snapshots.delta_period,
         delta_max_bytes: config.snapshots.delta_max_bytes,
         quiet: quiet.clone(),
+        metrics: metrics.clone(),
     });
     let others = others(config, &member, &etcd)?;
     let initialize = initialize::Settings { member, store, others, may_start_empty: config.safety.may_start_empty };
     let work_dir = config.compaction.as_ref().map_or_else(std::env::temp_dir, |compaction| compaction.work_dir.clone());
-    Ok(supervise::Settings { initialize, etcd, backup, quiet, upkeep: upkeep(config)?, work_dir })
+    Ok(supervise::Settings { initialize, etcd, backup, quiet, metrics, upkeep: upkeep(config)?, work_dir })
 }
 
 fn upkeep(config: &SidecarConfig) -> Result<Upkeep> {

@@ -101,6 +101,7 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
         delta_period: args.delta_period,
         delta_max_bytes: args.delta_max_bytes,
         quiet: Arc::default(),
+        metrics: Arc::default(),
     };
     let kind = match args.once {
         None => {

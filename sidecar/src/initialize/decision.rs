@@ -125,6 +125,21 @@ pub enum Decision {
     },
 }
 
+impl Decision {
+    /// A word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Keep => "keep",
+            Self::Append => "append",
+            Self::Restore => "restore",
+            Self::Bootstrap => "bootstrap",
+            Self::Join => "join",
+            Self::Wait => "wait",
+            Self::Refuse { .. } => "refuse",
+        }
+    }
+}
+
 /// Decides, and says why.
 pub fn decide(facts: &Facts) -> (Decision, String) {
     let is_alone = facts.replicas <= 1;

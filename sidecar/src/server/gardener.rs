@@ -6,15 +6,25 @@
 //!
 //! None of these needs a certificate, for etcd-wrapper has none; they are served only where that is configured. An
 //! initialization touches nothing while etcd runs, and the configuration has no secrets in it.
+//!
+//! And what others ask of the predecessor, which needs a certificate where TLS is on: `/snapshot/full` and `/snapshot/delta`
+//! take one, `/snapshot/latest` tells the newest. A member that does not lead answers 405: it does not pass them on.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::Router;
-use axum::http::StatusCode;
+use axum::extract::Request;
+use axum::http::{Extensions, StatusCode};
 use axum::routing::get;
+use chrono::{DateTime, SecondsFormat};
+use serde::Serialize;
+use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 
+use crate::catalog::ObjectName;
+use crate::snapshotter::{Kind, Taken};
 use crate::supervise::{Phase, Supervisor};
+use crate::{Class, Error};
 
 /// One that asks.
 struct Wrapper {
@@ -53,6 +63,150 @@ impl Wrapper {
             None => (StatusCode::INTERNAL_SERVER_ERROR, "no initialization has succeeded\n".to_owned()),
         }
     }
+}
+
+/// A backup, as the predecessor tells it; its fields in its order, with its spelling.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Told {
+    created_on: String,
+    #[serde(rename = "immutabilityExpriyTime")]
+    immutability_expiry_time: &'static str,
+    #[serde(rename = "versionID")]
+    version_id: Option<String>,
+    kind: &'static str,
+    snap_dir: &'static str,
+    snap_name: String,
+    prefix: String,
+    compression_suffix: &'static str,
+    start_revision: i64,
+    last_revision: i64,
+    is_chunk: bool,
+    is_final: bool,
+}
+
+fn told(name: &ObjectName, prefix: &str, is_final: bool) -> Told {
+    let (first, last_revision) = name.revisions().unwrap_or_default();
+    let created = DateTime::from_timestamp_millis(name.unix_ms()).unwrap_or_default();
+    let is_full = name.is_full();
+    Told {
+        created_on: created.to_rfc3339_opts(SecondsFormat::AutoSi, true),
+        immutability_expiry_time: "0001-01-01T00:00:00Z",
+        version_id: None,
+        kind: if is_full { "Full" } else { "Incr" },
+        snap_dir: "",
+        snap_name: name.to_string(),
+        prefix: prefix.to_owned(),
+        compression_suffix: ".zst",
+        start_revision: if is_full { 0 } else { first },
+        last_revision,
+        is_chunk: false,
+        is_final,
+    }
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Latest {
+    full_snapshot: Option<Told>,
+    delta_snapshots: Option<Vec<Told>>,
+}
+
+type Answer = (StatusCode, String);
+
+fn json(value: &impl Serialize) -> Answer {
+    match serde_json::to_string(value) {
+        Ok(json) => (StatusCode::OK, json),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+    }
+}
+
+/// As the predecessor has it: 405 for what this member cannot do, 500 for what failed.
+fn refused(error: &Error) -> Answer {
+    let code = match error.class() {
+        Class::Precondition => StatusCode::METHOD_NOT_ALLOWED,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    };
+    (code, format!("{error}\n"))
+}
+
+async fn take(supervisor: &Supervisor, kind: Kind, is_final: bool) -> Answer {
+    match supervisor.take(kind).await {
+        Ok(Taken::Full(full)) => json(&told(&full.name, "", is_final)),
+        Ok(Taken::Deltas(deltas)) => json(&deltas.last().map(|delta| told(&delta.name, "", false))),
+        Ok(Taken::Nothing(_)) => json(&None::<Told>),
+        Err(error) => refused(&error),
+    }
+}
+
+async fn latest(supervisor: &Supervisor) -> Answer {
+    let looked = async {
+        let store = supervisor.store()?;
+        let catalog = store.catalog().await?;
+        let newest = catalog.newest_restorable();
+        let chain = newest.and_then(|(timeline, history)| Some((timeline, history.newest_chain()?)));
+        let prefix = store.url().splitn(4, '/').nth(3).unwrap_or_default().to_owned();
+        Ok::<_, Error>(chain.map(|(timeline, chain)| {
+            let deltas = chain.deltas.iter().map(|delta| told(&delta.name(timeline), &prefix, false)).collect();
+            (told(&chain.full.name(timeline), &prefix, false), deltas)
+        }))
+    };
+    match looked.await {
+        Ok(Some((full, deltas))) => json(&Latest { full_snapshot: Some(full), delta_snapshots: Some(deltas) }),
+        Ok(None) => json(&Latest { full_snapshot: None, delta_snapshots: None }),
+        Err(error) => refused(&error),
+    }
+}
+
+/// Whether who asks has shown a certificate of the CA.
+fn is_known(extensions: &Extensions) -> bool {
+    let info = extensions.get::<TlsConnectInfo<TcpConnectInfo>>();
+    info.and_then(TlsConnectInfo::peer_certs).is_some_and(|certificates| !certificates.is_empty())
+}
+
+/// Go's `strconv.ParseBool`.
+fn parse_bool(text: &str) -> Option<bool> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Some(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Some(false),
+        _ => None,
+    }
+}
+
+/// What is asked of its backups.
+pub(super) fn snapshots(supervisor: Arc<Supervisor>, needs_certificate: bool) -> Router {
+    let check = move |request: &Request| {
+        let denied = || (StatusCode::UNAUTHORIZED, "this call needs a client certificate\n".to_owned());
+        if needs_certificate && !is_known(request.extensions()) { Err(denied()) } else { Ok(()) }
+    };
+    let (of_full, of_delta, of_latest) = (supervisor.clone(), supervisor.clone(), supervisor);
+    let full = move |request: Request| async move {
+        if let Err(denied) = check(&request) {
+            return denied;
+        }
+        let pairs = url::form_urlencoded::parse(request.uri().query().unwrap_or_default().as_bytes());
+        let asked = pairs.filter(|(name, _)| name == "final").map(|(_, value)| parse_bool(&value)).next();
+        match asked {
+            Some(None) => (StatusCode::BAD_REQUEST, "final is neither true nor false\n".to_owned()),
+            asked => take(&of_full, Kind::Full, asked.flatten().unwrap_or(false)).await,
+        }
+    };
+    let delta = move |request: Request| async move {
+        match check(&request) {
+            Ok(()) => take(&of_delta, Kind::Delta, false).await,
+            Err(denied) => denied,
+        }
+    };
+    let latest = move |request: Request| async move {
+        match check(&request) {
+            Ok(()) => latest(&of_latest).await,
+            Err(denied) => denied,
+        }
+    };
+    Router::new()
+        .route("/snapshot/full", get(full.clone()).post(full))
+        .route("/snapshot/delta", get(delta.clone()).post(delta))
+        .route("/snapshot/latest", get(latest))
 }
 
 pub(super) fn routes(supervisor: Arc<Supervisor>) -> Router {

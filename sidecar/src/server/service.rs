@@ -358,6 +358,7 @@ impl Sidecar for Api {
 
 /// For probes, which have no certificate.
 pub(super) fn probes(supervisor: Arc<Supervisor>) -> Router {
+    let counted = supervisor.clone();
     let ready = move || {
         let is_ready = match &*supervisor.phase().borrow() {
             Phase::Ready(_) => true,
@@ -370,7 +371,17 @@ pub(super) fn probes(supervisor: Arc<Supervisor>) -> Router {
             (StatusCode::SERVICE_UNAVAILABLE, "{\"health\":false}\n")
         })
     };
-    Router::new().route("/healthz", get(|| std::future::ready("{\"health\":true}\n"))).route("/readyz", get(ready))
+    let metrics = move || {
+        // Which has no secrets: Prometheus has no certificate by default.
+        std::future::ready(match counted.metrics() {
+            Ok(text) => (StatusCode::OK, text),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        })
+    };
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz", get(|| std::future::ready("{\"health\":true}\n")))
+        .route("/readyz", get(ready))
 }
 
 #[cfg(test)]

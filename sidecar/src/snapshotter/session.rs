@@ -20,6 +20,7 @@ use super::{Kind, Settings, now_ms};
 use crate::catalog::{Catalog, Description, History, Layout, ObjectName, PREDECESSOR, Timeline};
 use crate::container::LAYOUT;
 use crate::etcd::{Etcd, Status};
+use crate::metrics;
 use crate::retention::ABANDONED_AFTER;
 use crate::{Class, Error, Result};
 
@@ -86,8 +87,8 @@ impl Due {
 }
 
 enum Done {
-    Delta(Result<TakenDelta>, Box<Known>),
-    Full(Result<TakenFull>),
+    Delta(Result<TakenDelta>, Box<Known>, Duration),
+    Full(Result<TakenFull>, Duration),
     Ttls(Vec<(i64, i64)>),
 }
 
@@ -113,7 +114,7 @@ impl Tasks {
         let done = done.map_err(|error| Error::task(&error))?;
         match done {
             Done::Delta(..) => self.delta = false,
-            Done::Full(_) => self.full = false,
+            Done::Full(..) => self.full = false,
             Done::Ttls(_) => self.ttls = false,
         }
         Ok(done)
@@ -190,6 +191,7 @@ impl<'s> Session<'s> {
         if let Some(tip) = backed_up_to {
             session.pending = Pending::after(tip, settings.delta_max_bytes)?;
             session.home = tip;
+            settings.metrics.at_home(tip);
         } else {
             session.due = Some((Due::NoChain, Instant::now()));
         }
@@ -645,7 +647,11 @@ impl<'s> Session<'s> {
         tasks.full = true;
         tracing::info!(why = why.because(), "take a full snapshot");
         let (job, stop) = (self.full_job().await, tasks.stop_full.clone());
-        tasks.running.spawn(async move { Done::Full(full::take(job, &stop).await) });
+        let started = Instant::now();
+        tasks.running.spawn(async move {
+            let taken = full::take(job, &stop).await;
+            Done::Full(taken, started.elapsed())
+        });
     }
 
     fn start_delta(&mut self, ask: Ask, tasks: &mut Tasks) -> Result<()> {
@@ -653,20 +659,22 @@ impl<'s> Session<'s> {
         let mut known = std::mem::take(&mut self.known);
         known.ttls.extend(self.early_ttls.drain());
         tasks.delta = true;
+        let started = Instant::now();
         tasks.running.spawn(async move {
             let (taken, known) = close_delta(job, known, stop).await;
-            Done::Delta(taken, Box::new(known))
+            Done::Delta(taken, Box::new(known), started.elapsed())
         });
         Ok(())
     }
 
     fn done(&mut self, done: Done) -> Result<()> {
-        if let Done::Full(ended) = &done {
+        self.count(&done);
+        if let Done::Full(ended, _) = &done {
             self.asked.full_ended(ended);
         }
         match done {
             Done::Ttls(ttls) => self.early_ttls.extend(ttls),
-            Done::Delta(taken, known) => {
+            Done::Delta(taken, known, _) => {
                 self.known = *known;
                 match taken {
                     Ok(taken) => {
@@ -683,14 +691,14 @@ impl<'s> Session<'s> {
                     }
                 }
             }
-            Done::Full(Ok(taken)) => {
+            Done::Full(Ok(taken), _) => {
                 self.auth.taken(taken.auth_revision);
                 self.schedule_after(taken.unix_ms);
                 self.tip = Tip::At(taken.revision);
                 self.base = Some(taken.name);
                 log_full(&taken);
             }
-            Done::Full(Err(error)) => {
+            Done::Full(Err(error), _) => {
                 // Refused because auth was turned on since we connected: connect again, as the user that we were given.
                 let needs_user = error.class() == Class::Denied && self.etcd.left_out_user();
                 if needs_user || !error.class().passes(true) {
@@ -704,14 +712,30 @@ impl<'s> Session<'s> {
         Ok(())
     }
 
+    fn count(&self, done: &Done) {
+        let metrics = &self.settings.metrics;
+        match done {
+            Done::Delta(Ok(taken), _, took) => {
+                let (first, last) = taken.name.revisions().unwrap_or_default();
+                metrics.saved(metrics::Kind::Incr, first, last, taken.name.unix_ms(), taken.size, *took);
+            }
+            Done::Full(Ok(taken), took) => {
+                let (revision, unix_ms) = (taken.revision, taken.unix_ms);
+                metrics.saved(metrics::Kind::Full, revision, revision, unix_ms, taken.size, *took);
+            }
+            Done::Delta(Err(_), _, took) => metrics.not_saved(metrics::Kind::Incr, *took),
+            Done::Full(Err(_), took) => metrics.not_saved(metrics::Kind::Full, *took),
+            Done::Ttls(_) => {}
+        }
+    }
+
     /// Waits until the delta on its way is in the store.
     async fn delta_home(&mut self, tasks: &mut Tasks) -> Result<()> {
         while tasks.delta {
             match tasks.next().await? {
-                done @ (Done::Delta(..) | Done::Ttls(_)) => self.done(done)?,
-                Done::Full(Ok(taken)) => self.done(Done::Full(Ok(taken)))?,
+                done @ (Done::Delta(..) | Done::Ttls(_) | Done::Full(Ok(_), _)) => self.done(done)?,
                 // One that was stopped, or that the next session takes.
-                Done::Full(Err(error)) => {
+                Done::Full(Err(error), _) => {
                     tracing::debug!(%error, "full snapshot ended");
                     self.due.get_or_insert_with(|| (Due::NoChain, Instant::now()));
                 }

@@ -83,7 +83,10 @@ pub(super) fn start(supervisor: &Arc<Supervisor>) {
     if let Some((cron, share)) = upkeep.defragmentation {
         supervisor.repeat("defragment", When::Cron(Box::new(cron)), move |this| async move {
             let _one = this.heavy.lock().await;
-            defragment::cluster(&this.settings.etcd, share, &this.settings.quiet).await.map(drop)
+            let started = Instant::now();
+            let done = defragment::cluster(&this.settings.etcd, share, &this.settings.quiet).await;
+            this.settings.metrics.defragmented(done.is_ok(), started.elapsed());
+            done.map(drop)
         });
     }
     supervisor.repeat("see to alarms", When::Every(ALARM_PERIOD), |this| async move { this.see_to_alarms().await });
@@ -155,6 +158,7 @@ impl Supervisor {
         for damaged in &collected.damaged {
             tracing::error!("a backup is damaged: {damaged}");
         }
+        self.settings.metrics.collected(collected.deleted, collected.failed.len() as u64);
         tracing::info!(
             deleted = collected.deleted,
             bytes = collected.freed_bytes,
@@ -200,6 +204,7 @@ impl Supervisor {
         let (revision, hashes) = restore::replay(store, timeline, chain, work_dir, &stop).await?;
         let (seconds, unix_ms) = (started.elapsed().as_secs_f64(), Utc::now().timestamp_millis());
         tracing::info!(revision, seconds, ?hashes, "the newest chain was restored and is whole");
+        self.settings.metrics.verified(revision, unix_ms, seconds);
         self.observed.send_modify(|observed| observed.verified = Some(Verified { revision, unix_ms, seconds, hashes }));
         Ok(())
     }

@@ -1,0 +1,372 @@
+//! What a serving sidecar tells Prometheus. `sidecar_…` are ours; `etcdbr_…` have the names and meaning of the predecessor's,
+//! so that dashboards and alerts made for it keep working.
+//!
+//! Labels take few values. Histograms reach half an hour: those of the predecessor end at ten seconds.
+
+use std::sync::Mutex;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::Registry;
+
+use crate::{Error, Result};
+
+type Seconds = Gauge<f64, AtomicU64>;
+
+/// Which backup, as the predecessor names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub enum Kind {
+    /// A full snapshot.
+    Full,
+    /// A delta.
+    Incr,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfKind {
+    kind: Kind,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct KindEnded {
+    kind: Kind,
+    succeeded: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Ended {
+    succeeded: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Restore {
+    restore: &'static str,
+    succeeded: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Initialized {
+    action: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfRole {
+    role: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct OfAlarm {
+    alarm: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Failed {
+    /// Class of the error.
+    class: String,
+}
+
+fn long() -> Histogram {
+    Histogram::new([0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0])
+}
+
+fn yes(succeeded: bool) -> &'static str {
+    if succeeded { "true" } else { "false" }
+}
+
+/// What the member says of itself, as of now.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Member {
+    /// `leader`, `follower`, `learner`, or `none` when it cannot be reached.
+    pub role: &'static str,
+    /// Its revision.
+    pub revision: i64,
+    /// Size of its database in bytes.
+    pub db_size: i64,
+    /// Of that, what is in use.
+    pub db_size_in_use: i64,
+    /// Alarms of the cluster, by name.
+    pub alarms: Vec<&'static str>,
+    /// Whether this sidecar backs up.
+    pub backing_up: bool,
+}
+
+/// Everything that is counted.
+pub struct Metrics {
+    registry: Registry,
+    snapshots: Family<KindEnded, Histogram, fn() -> Histogram>,
+    snapshot_bytes: Family<OfKind, Counter>,
+    latest_revision: Family<OfKind, Gauge>,
+    latest_timestamp: Family<OfKind, Gauge>,
+    required: Family<OfKind, Gauge>,
+    latest_deltas: Gauge,
+    latest_deltas_revisions: Gauge,
+    failures: Family<Failed, Counter>,
+    validations: Family<Ended, Histogram, fn() -> Histogram>,
+    restorations: Family<Restore, Histogram, fn() -> Histogram>,
+    initializations: Family<Initialized, Counter>,
+    defragmentations: Family<Ended, Histogram, fn() -> Histogram>,
+    collected: Family<Ended, Counter>,
+    is_learner: Gauge,
+    cluster_size: Gauge,
+    role: Family<OfRole, Gauge>,
+    alarms: Family<OfAlarm, Gauge>,
+    revision: Gauge,
+    db_size: Gauge,
+    db_size_in_use: Gauge,
+    lag: Gauge,
+    unsaved: Seconds,
+    verified_revision: Gauge,
+    verified_timestamp: Gauge,
+    verified_seconds: Seconds,
+    home: Mutex<Home>,
+}
+
+/// Up to where the store has everything.
+#[derive(Debug, Default)]
+struct Home {
+    revision: i64,
+    /// Since when etcd has had more than that.
+    behind_since: Option<Instant>,
+}
+
+impl std::fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Metrics").finish_non_exhaustive()
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::default();
+        let build: Family<Vec<(&str, &str)>, Gauge> = Family::default();
+        build.get_or_create(&vec![("version", env!("CARGO_PKG_VERSION"))]).set(1);
+        registry.register("sidecar_build_info", "The version that runs", build);
+        macro_rules! registered {
+            ($($name:literal, $help:literal => $metric:expr;)*) => {
+                ($({
+                    let metric = $metric;
+                    registry.register($name, $help, metric.clone());
+                    metric
+                },)*)
+            };
+        }
+        let histogram = || Family::new_with_constructor(long as fn() -> Histogram);
+        let (
+            snapshots,
+            snapshot_bytes,
+            latest_revision,
+            latest_timestamp,
+            required,
+            latest_deltas,
+            latest_deltas_revisions,
+        ) = registered! {
+            "etcdbr_snapshot_duration_seconds", "How long a backup took until it was in the store" => Family::<KindEnded, Histogram, _>::clone(&histogram());
+            "sidecar_snapshot_bytes", "Bytes put into the store" => Family::<OfKind, Counter>::default();
+            "etcdbr_snapshot_latest_revision", "Last revision of the newest backup" => Family::<OfKind, Gauge>::default();
+            "etcdbr_snapshot_latest_timestamp", "When the newest backup was taken" => Family::<OfKind, Gauge>::default();
+            "etcdbr_snapshot_required", "Whether etcd has changes that are in no backup" => Family::<OfKind, Gauge>::default();
+            "etcdbr_snapstore_latest_deltas_total", "Deltas since the newest full snapshot" => Gauge::<i64>::default();
+            "etcdbr_snapstore_latest_deltas_revisions_total", "Revisions in them" => Gauge::<i64>::default();
+        };
+        let (failures, validations, restorations, initializations, defragmentations, collected) = registered! {
+            "sidecar_backup_failures", "Interruptions of the backup, by class of error" => Family::<Failed, Counter>::default();
+            "etcdbr_validation_duration_seconds", "How long an initialization took that restored nothing" => Family::new_with_constructor(long as fn() -> Histogram);
+            "etcdbr_restoration_duration_seconds", "How long an initialization took that restored" => Family::new_with_constructor(long as fn() -> Histogram);
+            "sidecar_initializations", "What initializations did" => Family::<Initialized, Counter>::default();
+            "etcdbr_defragmentation_duration_seconds", "How long defragmentations took" => Family::new_with_constructor(long as fn() -> Histogram);
+            "etcdbr_snapshot_gc", "Backups deleted because newer ones replace them" => Family::<Ended, Counter>::default();
+        };
+        let (is_learner, cluster_size, role, alarms, revision, db_size, db_size_in_use) = registered! {
+            "etcdbr_is_learner", "Whether the member does not vote yet" => Gauge::<i64>::default();
+            "etcdbr_cluster_size", "Members that the cluster is to have" => Gauge::<i64>::default();
+            "sidecar_member_role", "1 for what the member is" => Family::<OfRole, Gauge>::default();
+            "sidecar_alarms", "Alarms of the cluster" => Family::<OfAlarm, Gauge>::default();
+            "sidecar_etcd_revision", "The member's revision" => Gauge::<i64>::default();
+            "sidecar_etcd_db_bytes", "Size of the member's database" => Gauge::<i64>::default();
+            "sidecar_etcd_db_in_use_bytes", "Of that, what is in use" => Gauge::<i64>::default();
+        };
+        let (lag, unsaved, verified_revision, verified_timestamp, verified_seconds) = registered! {
+            "sidecar_backup_lag_revisions", "Revisions of etcd that are in no backup" => Gauge::<i64>::default();
+            "sidecar_backup_unsaved_seconds", "For how long the oldest of them has been waiting: what would be lost now" => Seconds::default();
+            "sidecar_verified_revision", "Last revision of the chain that was restored last to see that it can be" => Gauge::<i64>::default();
+            "sidecar_verified_timestamp", "When that was" => Gauge::<i64>::default();
+            "sidecar_verified_restore_seconds", "How long that took" => Seconds::default();
+        };
+        for kind in [Kind::Full, Kind::Incr] {
+            latest_revision.get_or_create(&OfKind { kind }).set(0);
+            latest_timestamp.get_or_create(&OfKind { kind }).set(0);
+            required.get_or_create(&OfKind { kind }).set(0);
+            for succeeded in ["true", "false"] {
+                drop(snapshots.get_or_create(&KindEnded { kind, succeeded }));
+            }
+        }
+        Self {
+            registry,
+            snapshots,
+            snapshot_bytes,
+            latest_revision,
+            latest_timestamp,
+            required,
+            latest_deltas,
+            latest_deltas_revisions,
+            failures,
+            validations,
+            restorations,
+            initializations,
+            defragmentations,
+            collected,
+            is_learner,
+            cluster_size,
+            role,
+            alarms,
+            revision,
+            db_size,
+            db_size_in_use,
+            lag,
+            unsaved,
+            verified_revision,
+            verified_timestamp,
+            verified_seconds,
+            home: Mutex::default(),
+        }
+    }
+}
+
+impl Metrics {
+    /// A backup that is in the store.
+    pub fn saved(&self, kind: Kind, first: i64, last: i64, unix_ms: i64, bytes: u64, took: Duration) {
+        self.snapshots.get_or_create(&KindEnded { kind, succeeded: "true" }).observe(took.as_secs_f64());
+        self.snapshot_bytes.get_or_create(&OfKind { kind }).inc_by(bytes);
+        self.latest_revision.get_or_create(&OfKind { kind }).set(last);
+        self.latest_timestamp.get_or_create(&OfKind { kind }).set(unix_ms / 1000);
+        match kind {
+            Kind::Full => {
+                self.latest_deltas.set(0);
+                self.latest_deltas_revisions.set(0);
+            }
+            Kind::Incr => {
+                self.latest_deltas.inc();
+                self.latest_deltas_revisions.inc_by(last.saturating_sub(first).saturating_add(1));
+            }
+        }
+        self.at_home(last);
+    }
+
+    /// The store has everything up to there.
+    pub fn at_home(&self, revision: i64) {
+        let mut home = self.home.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        home.revision = home.revision.max(revision);
+        home.behind_since = None;
+    }
+
+    /// A backup that failed.
+    pub fn not_saved(&self, kind: Kind, took: Duration) {
+        self.snapshots.get_or_create(&KindEnded { kind, succeeded: "false" }).observe(took.as_secs_f64());
+    }
+
+    /// Backing up was interrupted.
+    pub fn interrupted(&self, error: &Error) {
+        self.failures.get_or_create(&Failed { class: format!("{:?}", error.class()).to_lowercase() }).inc();
+    }
+
+    /// An initialization has ended; `restored` when it did.
+    pub fn initialized(&self, action: &'static str, members: usize, restored: bool, succeeded: bool, took: Duration) {
+        let (succeeded, took) = (yes(succeeded), took.as_secs_f64());
+        self.initializations.get_or_create(&Initialized { action }).inc();
+        self.cluster_size.set(i64::try_from(members).unwrap_or(i64::MAX));
+        if restored {
+            let restore = if members > 1 { "single_member" } else { "single_node" };
+            self.restorations.get_or_create(&Restore { restore, succeeded }).observe(took);
+        } else {
+            self.validations.get_or_create(&Ended { succeeded }).observe(took);
+        }
+    }
+
+    /// A defragmentation has ended.
+    pub fn defragmented(&self, succeeded: bool, took: Duration) {
+        self.defragmentations.get_or_create(&Ended { succeeded: yes(succeeded) }).observe(took.as_secs_f64());
+    }
+
+    /// Backups were deleted, and some were not.
+    pub fn collected(&self, deleted: u64, failed: u64) {
+        self.collected.get_or_create(&Ended { succeeded: "true" }).inc_by(deleted);
+        self.collected.get_or_create(&Ended { succeeded: "false" }).inc_by(failed);
+    }
+
+    /// The newest chain was restored.
+    pub fn verified(&self, revision: i64, unix_ms: i64, seconds: f64) {
+        self.verified_revision.set(revision);
+        self.verified_timestamp.set(unix_ms / 1000);
+        self.verified_seconds.set(seconds);
+    }
+
+    /// What the member is now.
+    pub fn observe(&self, member: &Member) {
+        for role in ["leader", "follower", "learner", "none"] {
+            self.role.get_or_create(&OfRole { role }).set(i64::from(role == member.role));
+        }
+        for alarm in ["NOSPACE", "CORRUPT"] {
+            self.alarms.get_or_create(&OfAlarm { alarm }).set(i64::from(member.alarms.contains(&alarm)));
+        }
+        self.is_learner.set(i64::from(member.role == "learner"));
+        self.revision.set(member.revision);
+        self.db_size.set(member.db_size);
+        self.db_size_in_use.set(member.db_size_in_use);
+        let mut home = self.home.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        // Only who backs up knows where the backups are.
+        let lag = if member.backing_up { member.revision.saturating_sub(home.revision).max(0) } else { 0 };
+        home.behind_since = if lag > 0 { home.behind_since.or_else(|| Some(Instant::now())) } else { None };
+        self.lag.set(lag);
+        self.unsaved.set(home.behind_since.map_or(0.0, |since| since.elapsed().as_secs_f64()));
+        self.required.get_or_create(&OfKind { kind: Kind::Incr }).set(i64::from(lag > 0));
+    }
+
+    /// Everything, as Prometheus reads it.
+    pub fn text(&self) -> Result<String> {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry)
+            .map_err(|error| Error::Bug { what: format!("encode the metrics: {error}") })?;
+        Ok(text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_happened_is_told() -> Result<()> {
+        let metrics = Metrics::default();
+        let of = |revision| Member { role: "leader", revision, backing_up: true, ..Member::default() };
+        metrics.saved(Kind::Full, 5, 5, 9_000, 100, Duration::from_secs(1));
+        metrics.observe(&of(5));
+        assert!(metrics.text()?.contains("sidecar_backup_lag_revisions 0\n"));
+        metrics.observe(&of(8));
+        let text = metrics.text()?;
+        for line in [
+            "sidecar_backup_lag_revisions 3\n",
+            "etcdbr_snapshot_required{kind=\"Incr\"} 1\n",
+            "etcdbr_snapshot_latest_revision{kind=\"Full\"} 5\n",
+            "etcdbr_snapshot_latest_timestamp{kind=\"Full\"} 9\n",
+            "sidecar_member_role{role=\"leader\"} 1\n",
+            "etcdbr_snapshot_duration_seconds_count{kind=\"Full\",succeeded=\"true\"} 1\n",
+            "etcdbr_snapshot_duration_seconds_count{kind=\"Incr\",succeeded=\"false\"} 0\n",
+        ] {
+            assert!(text.contains(line), "{line} is not in {text}");
+        }
+        metrics.saved(Kind::Incr, 6, 8, 9_000, 10, Duration::from_secs(1));
+        metrics.observe(&of(8));
+        let text = metrics.text()?;
+        assert!(
+            text.contains("sidecar_backup_lag_revisions 0\n") && text.contains("deltas_revisions_total 3\n"),
+            "{text}"
+        );
+        assert!(text.contains("sidecar_snapshot_bytes_total{kind=\"Incr\"} 10\n"), "{text}");
+        Ok(())
+    }
+}
