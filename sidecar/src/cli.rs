@@ -109,7 +109,10 @@ impl Cli {
     /// Runs the command; returns the exit code. An error is printed.
     pub async fn run(self) -> u8 {
         let stop = CancellationToken::new();
-        let signals = tokio::spawn(cancel_on_signal(stop.clone()));
+        let insist = CancellationToken::new();
+        // Whose child must not outlive it sees to its end.
+        let insisting = matches!(self.command, Command::Launch(_)).then(|| insist.clone());
+        let signals = tokio::spawn(cancel_on_signal(stop.clone(), insisting));
         let result = match self.command {
             Command::Snapshot(args) => snapshot::run(args, self.output, stop).await,
             Command::List(args) => until(&stop, list::run(args, self.output)).await,
@@ -120,7 +123,7 @@ impl Cli {
             Command::Gc(args) => gc::run(args, self.output, stop).await,
             Command::Doctor(args) => until(&stop, doctor::run(args, self.output)).await,
             Command::Serve(args) => serve::run(args, stop).await,
-            Command::Launch(args) => launch::run(args, stop).await,
+            Command::Launch(args) => launch::run(args, stop, insist).await,
             Command::Ctl(args) => until(&stop, ctl::run(args)).await,
             Command::Completions(args) => manual::completions(&args),
             Command::Man(args) => manual::man(&args),
@@ -146,7 +149,7 @@ async fn until<T>(stop: &CancellationToken, work: impl Future<Output = Result<T>
 }
 
 /// SIGTERM and SIGINT ask to stop; the second one ends the process at once.
-async fn cancel_on_signal(stop: CancellationToken) {
+async fn cancel_on_signal(stop: CancellationToken, insist: Option<CancellationToken>) {
     use tokio::signal::unix::{SignalKind, signal};
     let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
         return;
@@ -156,7 +159,9 @@ async fn cancel_on_signal(stop: CancellationToken) {
             _ = term.recv() => {}
             _ = int.recv() => {}
         }
-        if stop.is_cancelled() {
+        if let (true, Some(insist)) = (stop.is_cancelled(), &insist) {
+            insist.cancel();
+        } else if stop.is_cancelled() {
             #[expect(clippy::exit, reason = "somebody insists")]
             std::process::exit(1);
         }

@@ -14,6 +14,10 @@ use tokio_util::sync::CancellationToken;
 use crate::client::{ApiFlags, failed};
 use crate::{Error, Result};
 
+/// An etcd that fails within this has not come to serve for long.
+const SOON: Duration = Duration::from_secs(10);
+/// So many times in a row it may; whoever runs us tries again when it sees fit.
+const MOST_FAILURES: u32 = 3;
 /// Between two attempts, at most.
 const MOST_DELAY: Duration = Duration::from_secs(10);
 /// How long etcd has to end when asked to. Kubernetes grants 30 s in all.
@@ -34,8 +38,25 @@ pub struct Settings {
     pub config: PathBuf,
 }
 
-/// Initializes, runs etcd to its end, and returns its exit code.
-pub async fn launch(settings: &Settings, stop: &CancellationToken) -> Result<u8> {
+/// Initializes, runs etcd to its end, and returns its exit code. An etcd that fails soon after its start is sent back to
+/// initialization a few times: its data is looked at again. When `insist` is cancelled after `stop`, etcd is killed.
+pub async fn launch(settings: &Settings, stop: &CancellationToken, insist: &CancellationToken) -> Result<u8> {
+    for failures in 1.. {
+        let (code, ran) = once(settings, stop, insist).await?;
+        if code == 0 || stop.is_cancelled() || ran > SOON || failures >= MOST_FAILURES {
+            return Ok(code);
+        }
+        tracing::warn!(code, failures, "etcd failed soon after its start: its data is looked at again");
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            () = stop.cancelled() => return Ok(code),
+        }
+    }
+    Err(Error::Bug { what: "etcd was started too often".into() })
+}
+
+/// Initializes and runs etcd; its exit code, and how long it ran.
+async fn once(settings: &Settings, stop: &CancellationToken, insist: &CancellationToken) -> Result<(u8, Duration)> {
     let yaml = tokio::select! {
         yaml = prepare(settings) => yaml?,
         () = stop.cancelled() => return Err(Error::Cancelled),
@@ -49,8 +70,9 @@ pub async fn launch(settings: &Settings, stop: &CancellationToken) -> Result<u8>
         .spawn()
         .map_err(Error::io("start", settings.etcd.display()))?;
     tracing::info!(pid = etcd.id(), etcd = %settings.etcd.display(), "etcd is started");
-    let code = run_to_end(&mut etcd, stop).await?;
-    let ran_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+    let code = run_to_end(&mut etcd, stop, insist).await?;
+    let ran = started.elapsed();
+    let ran_ms = u64::try_from(ran.as_millis()).unwrap_or(u64::MAX);
     tracing::info!(code, ran_ms, "etcd has ended");
     let report = async {
         let ended = api::ReportExitRequest { code: code.into(), ran_ms };
@@ -61,7 +83,7 @@ pub async fn launch(settings: &Settings, stop: &CancellationToken) -> Result<u8>
         Ok(Err(error)) => tracing::warn!(%error, "the sidecar does not know how etcd ended"),
         Err(_) => tracing::warn!("the sidecar does not know how etcd ended: it does not answer"),
     }
-    Ok(code)
+    Ok((code, ran))
 }
 
 /// Waits for the sidecar and for what it does, for as long as that takes; what etcd is to be started with.
@@ -113,7 +135,7 @@ fn write_config(path: &Path, yaml: &str) -> Result<()> {
 }
 
 /// Waits for etcd; asks it to end when we are, and insists when it does not.
-async fn run_to_end(etcd: &mut Child, stop: &CancellationToken) -> Result<u8> {
+async fn run_to_end(etcd: &mut Child, stop: &CancellationToken, insist: &CancellationToken) -> Result<u8> {
     let fail = Error::io("wait for", "etcd");
     let status = tokio::select! {
         status = etcd.wait() => status.map_err(fail)?,
@@ -122,7 +144,11 @@ async fn run_to_end(etcd: &mut Child, stop: &CancellationToken) -> Result<u8> {
                 tracing::info!("ask etcd to end");
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
             }
-            if let Ok(status) = tokio::time::timeout(STOP_DEADLINE, etcd.wait()).await {
+            let ended = tokio::select! {
+                ended = tokio::time::timeout(STOP_DEADLINE, etcd.wait()) => ended.ok(),
+                () = insist.cancelled() => None,
+            };
+            if let Some(status) = ended {
                 status.map_err(fail)?
             } else {
                 tracing::warn!("etcd does not end in time and is killed");

@@ -86,6 +86,8 @@ pub struct Observed {
     pub error: Option<String>,
     /// The newest chain that was restored to see that it can be.
     pub verified: Option<Verified>,
+    /// Exit code of the last etcd, how many milliseconds it ran, and when it ended, in milliseconds since 1970.
+    pub last_exit: Option<(i32, u64, i64)>,
     /// Alarms of the cluster, with the member that each is of.
     pub alarms: Vec<(u64, Alarm)>,
 }
@@ -159,6 +161,13 @@ impl Supervisor {
     /// What the member is.
     pub fn observed(&self) -> Observed {
         self.observed.borrow().clone()
+    }
+
+    /// Takes note of how etcd ended.
+    pub fn etcd_ended(&self, code: i32, ran_ms: u64) {
+        tracing::info!(code, ran_ms, "etcd has ended");
+        let now_ms = chrono::Utc::now().timestamp_millis();
+        self.observed.send_modify(|observed| observed.last_exit = Some((code, ran_ms, now_ms)));
     }
 
     /// What etcd is to be started with; `None` while it must not be.

@@ -304,6 +304,8 @@ async fn an_etcd_that_ends_ends_the_launcher() -> Result<()> {
     ensure!(ended.code == 1 && ended.stderr.contains("etcd has ended"), "{}: {}", ended.code, ended.stderr);
     drop(taken);
     serving.logs("etcd has ended", LONG).await?;
+    ensure!(ended.stderr.matches("etcd is started").count() == 3, "{}", ended.stderr);
+    ensure!(status(&pod).await?.last_exit.is_some_and(|exit| exit.code == 1));
     serving.terminate().await?.expect(0)?;
     Ok(())
 }

@@ -11,7 +11,8 @@ use crate::launch::{self, Settings};
 /// Start etcd once its sidecar has looked at the data, and end as it does.
 ///
 /// Asks the sidecar to initialize, shows how far that is, writes the configuration that it gives and starts etcd. SIGTERM and
-/// SIGINT are passed on. Exits with etcd's code; 12 when the sidecar says that etcd must not start.
+/// SIGINT have it end; the second one kills it. An etcd that fails within ten seconds is sent back to initialization, twice.
+/// Exits with etcd's code; 12 when the sidecar says that etcd must not start.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -24,7 +25,7 @@ pub struct Args {
     config: PathBuf,
 }
 
-pub(super) async fn run(args: Args, stop: CancellationToken) -> Result<u8> {
+pub(super) async fn run(args: Args, stop: CancellationToken, insist: CancellationToken) -> Result<u8> {
     let Args { api, etcd, config } = args;
-    launch::launch(&Settings { api, etcd, config }, &stop).await
+    launch::launch(&Settings { api, etcd, config }, &stop, &insist).await
 }

@@ -212,7 +212,7 @@ impl Sidecar for Api {
     async fn report_exit(&self, request: Request<api::ReportExitRequest>) -> Answer<api::ReportExitResponse> {
         self.check(&request)?;
         let api::ReportExitRequest { code, ran_ms } = request.into_inner();
-        tracing::info!(code, ran_ms, "etcd has ended");
+        self.supervisor.etcd_ended(code, ran_ms);
         Ok(Response::new(api::ReportExitResponse {}))
     }
 
@@ -258,6 +258,8 @@ impl Sidecar for Api {
             role: role.into(),
             member,
             backup: Some(backup),
+            last_exit: observed.last_exit.map(|(code, ran_ms, unix_ms)| api::EtcdExit { code, ran_ms, unix_ms }),
+            alarms: observed.alarms.iter().map(|(_, alarm)| alarm.name().to_owned()).collect(),
         }))
     }
 
