@@ -10,11 +10,13 @@ mod decision;
 mod member;
 mod recovery;
 
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use chrono::Utc;
 use etcd_format::datadir::{self, Severity, Verdict, Verify};
+use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 pub use decision::{Backups, Data, Decision, Facts, Live, Place, Sound, decide};
@@ -23,7 +25,7 @@ pub use member::Member;
 use cluster::Serving;
 use recovery::Recovery;
 
-use crate::catalog::PREDECESSOR;
+use crate::catalog::{Catalog, PREDECESSOR, Timeline};
 use crate::etcd::EtcdFlags;
 use crate::restore::{self, Choice, Origin, Plan, Progress, Source, Target};
 use crate::store::Store;
@@ -63,6 +65,14 @@ pub struct Outcome {
     pub joins: Option<String>,
 }
 
+impl Outcome {
+    /// Nothing is touched, because something runs on the data.
+    pub fn in_use(why: &dyn std::fmt::Display) -> Self {
+        let (done, reason) = (Decision::Refuse { may_pass: true }, format!("nothing is touched: {why}"));
+        Self { done, reason, revision: 0, moved_to: None, in_use: true, joins: None }
+    }
+}
+
 /// Told to whoever watches.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Step {
@@ -98,26 +108,24 @@ async fn until_decided(
     recovery: &mut Recovery,
 ) -> Result<Outcome> {
     let dir = &settings.member.data_dir;
-    let mut checked: Option<Option<Verdict>> = None;
+    let (mut verdict, mut of) = (None, None);
+    let mut is_checked = false;
     let mut waits_for = String::new();
     loop {
-        // Damage does not heal; but somebody may move it away, and nothing may become something.
-        let verdict = match checked.take() {
-            Some(Some(verdict)) if dir.join("member").exists() => Some(verdict),
-            _ => {
-                if waits_for.is_empty() {
-                    see(Step::Check);
-                }
-                match check(dir).await {
-                    Err(error) if error.class() == Class::Precondition && dir.is_dir() => {
-                        let (done, reason) =
-                            (Decision::Refuse { may_pass: true }, format!("nothing is touched: {error}"));
-                        return Ok(Outcome { done, reason, revision: 0, moved_to: None, in_use: true, joins: None });
-                    }
-                    verdict => verdict?,
-                }
+        // Damage does not heal; but somebody may put something else in its place.
+        let there = identity(dir);
+        if !is_checked || of != there {
+            if waits_for.is_empty() {
+                see(Step::Check);
             }
-        };
+            verdict = match check(dir).await {
+                Err(error) if error.class() == Class::Precondition && dir.is_dir() => {
+                    return Ok(Outcome::in_use(&error));
+                }
+                verdict => verdict?,
+            };
+            (of, is_checked) = (there, true);
+        }
         let (facts, serving) = observe(settings, verdict.as_ref(), recovery).await;
         let revision = if let Data::Sound(sound) = &facts.data { sound.revision } else { 0 };
         let (decision, reason) = decide(&facts);
@@ -126,7 +134,7 @@ async fn until_decided(
             see(Step::Decided(decision, reason.clone()));
         }
         let outcome = Outcome { done: decision, reason, revision, moved_to: None, in_use: false, joins: None };
-        let wait = match act(settings, &facts, serving, recovery, outcome, stop, see).await? {
+        let wait = match act(settings, Seen { facts: &facts, there }, serving, recovery, outcome, stop, see).await? {
             Acted::Done(outcome) => return Ok(outcome),
             Acted::Wait(why) => why,
         };
@@ -134,7 +142,6 @@ async fn until_decided(
             see(Step::Wait(wait.clone()));
             waits_for = wait;
         }
-        checked = Some(verdict);
         tokio::select! {
             () = tokio::time::sleep(recovery::PERIOD) => {}
             () = stop.cancelled() => return Err(Error::Cancelled),
@@ -148,26 +155,33 @@ enum Acted {
     Wait(String),
 }
 
+/// What is there as it was looked at.
+struct Seen<'s> {
+    facts: &'s Facts,
+    /// Which directory the member was.
+    there: Option<(u64, u64)>,
+}
+
 async fn act(
     settings: &Settings,
-    facts: &Facts,
+    seen: Seen<'_>,
     serving: Option<Serving>,
     recovery: &Recovery,
     outcome: Outcome,
     stop: &CancellationToken,
     see: &Arc<dyn Fn(Step) + Send + Sync>,
 ) -> Result<Acted> {
-    let dir = &settings.member.data_dir;
+    let (dir, facts) = (&settings.member.data_dir, seen.facts);
     let from = settings.store.as_ref().map(|store| Refill { member: &settings.member, store, stop, see: see.clone() });
     // Where nothing was, nothing is moved: what is there by now somebody else has made.
-    let aside = || if facts.data == Data::Absent { Ok(None) } else { move_aside(dir).map(Some) };
+    let aside = || if seen.there.is_none() { Ok(None) } else { move_aside(dir).map(Some) };
     let done = match (outcome.done, from) {
         (Decision::Append, Some(from)) => from.append(outcome).await?,
         (Decision::Restore, Some(from)) => match from.restore(facts.replicas, recovery, outcome).await? {
             Ok(outcome) => outcome,
             Err(restorer) => {
                 return Ok(Acted::Wait(format!(
-                    "member {restorer} restores the cluster; when it serves, this one joins it"
+                    "the cluster is restored by member {restorer}; when that serves, this one joins it"
                 )));
             }
         },
@@ -176,10 +190,20 @@ async fn act(
         }
         (Decision::Join, _) => {
             let serving = serving.ok_or_else(|| Error::Bug { what: "a cluster to join that does not serve".into() })?;
+            let joined = match (facts.live, &facts.backups) {
+                (Live::Serves { cluster_id, .. }, Backups::Upto { timeline, .. }) => {
+                    Some(Joined { cluster_id, timeline: *timeline })
+                }
+                _ => None,
+            };
             match serving.join(&settings.member).await {
                 // Such as when another learner is on its way, or too few members are up to change anything.
                 Err(error) => return Ok(Acted::Wait(format!("{}; not yet: {error}", outcome.reason))),
-                Ok(cluster) => Outcome { moved_to: aside()?, joins: Some(cluster), ..outcome },
+                Ok(cluster) => {
+                    let moved_to = aside()?;
+                    joined.map_or(Ok(()), |joined| joined.write(dir))?;
+                    Outcome { moved_to, joins: Some(cluster), ..outcome }
+                }
             }
         }
         (Decision::Bootstrap, _) => Outcome { moved_to: aside()?, ..outcome },
@@ -187,6 +211,11 @@ async fn act(
         (Decision::Wait, _) => return Ok(Acted::Wait(outcome.reason)),
     };
     Ok(Acted::Done(done))
+}
+
+/// Which directory the member is; `None` when there is none.
+fn identity(dir: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(dir.join("member")).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 async fn check(dir: &Path) -> Result<Option<Verdict>> {
@@ -199,8 +228,11 @@ async fn check(dir: &Path) -> Result<Option<Verdict>> {
 }
 
 async fn observe(settings: &Settings, verdict: Option<&Verdict>, recovery: &mut Recovery) -> (Facts, Option<Serving>) {
-    let mut data = verdict.map_or(Data::Absent, data_of);
     let member = &settings.member;
+    let mut data = verdict.map_or(Data::Absent, data_of);
+    if verdict.is_some_and(|verdict| has_never_run(&member.data_dir, verdict)) {
+        data = Data::Absent;
+    }
     let replicas = member.cluster.members().len();
     let (live, serving) = match &settings.others {
         None => (Live::Nobody, None),
@@ -219,13 +251,26 @@ async fn observe(settings: &Settings, verdict: Option<&Verdict>, recovery: &mut 
     };
     let is_lost = !matches!(data, Data::Sound(_)) && live == Live::Nobody && replicas > 1;
     let mut lost = 0;
-    if let (Some(store), true, Backups::Upto { .. }) = (&settings.store, is_lost, &backups) {
+    if let (Some(store), true, Backups::Upto { .. } | Backups::Begun) = (&settings.store, is_lost, &backups) {
         match recovery.report(store).await {
             Ok(members) => lost = members,
             Err(error) => backups = Backups::Unknown { why: error.to_string() },
         }
     }
-    (Facts { data, backups, replicas, live, lost, may_start_empty: settings.may_start_empty }, serving)
+    let (is_existing, may_start_empty) = (member.is_existing(), settings.may_start_empty);
+    (Facts { data, backups, replicas, is_existing, live, lost, may_start_empty }, serving)
+}
+
+/// Whether an etcd was killed before it had a log: it makes its database first, and that has no row then.
+fn has_never_run(dir: &Path, verdict: &Verdict) -> bool {
+    let log = dir.join("member/wal");
+    let has_log = std::fs::read_dir(&log)
+        .map_or_else(|error| error.kind() != std::io::ErrorKind::NotFound, |mut entries| entries.next().is_some());
+    let has_rows = match &verdict.summary {
+        Some(summary) => summary.rows > 0,
+        None => dir.join("member/snap/db").exists(),
+    };
+    !has_log && !has_rows
 }
 
 /// What a check found, in the terms of the decision.
@@ -263,16 +308,25 @@ async fn look_at(store: &Store, member: &Member, data: &mut Data, verdict: Optio
         // Somebody backed something up here.
         let has_deltas = catalog.timelines.values().any(|history| !history.deltas.is_empty());
         let why = "the store has deltas and no full snapshot".to_owned();
-        return Ok(if has_deltas { Backups::Unknown { why } } else { Backups::Empty });
+        let has_begun = !catalog.timelines.is_empty() || !catalog.uploading.is_empty();
+        return Ok(match (has_deltas, has_begun) {
+            (true, _) => Backups::Unknown { why },
+            (false, true) => Backups::Begun,
+            (false, false) => Backups::Empty,
+        });
     };
     let Some(chain) = history.newest_chain() else { return Ok(Backups::Empty) };
     let described = if timeline == PREDECESSOR { None } else { store.description(timeline).await? };
     let cluster_id = described.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok());
     if let Data::Sound(sound) = data {
         // Its own backups have not begun: those that there are it comes from, or somebody put it in their place.
+        let is_of_newest = is_of_newest(store, &catalog, timeline, sound.cluster_id).await?;
         let is_of_theirs = cluster_id.is_none_or(|theirs| theirs == sound.cluster_id);
-        let comes_from_here = Origin::of(&member.data_dir)
-            .is_some_and(|origin| origin.timeline.map_or(!is_of_theirs, |from| from == timeline));
+        let comes_from_here = is_of_newest
+            || Origin::of(&member.data_dir)
+                .is_some_and(|origin| origin.timeline.map_or(!is_of_theirs, |from| from == timeline))
+            || Joined::of(&member.data_dir)
+                .is_some_and(|joined| joined.cluster_id == sound.cluster_id && joined.timeline == timeline);
         sound.restored_since = comes_from_here;
         if let Some((term, _)) = verdict.and_then(|verdict| verdict.raft)
             && !comes_from_here
@@ -286,7 +340,42 @@ async fn look_at(store: &Store, member: &Member, data: &mut Data, verdict: Optio
             sound.restored_since = is_its_log == Some(false);
         }
     }
-    Ok(Backups::Upto { last: chain.last, cluster_id })
+    Ok(Backups::Upto { last: chain.last, timeline, cluster_id })
+}
+
+/// Whether a timeline after the one that can be restored was begun with that cluster: its first full is on its way.
+async fn is_of_newest(store: &Store, catalog: &Catalog, restorable: Timeline, cluster_id: u64) -> Result<bool> {
+    let Some((newest, _)) = catalog.newest().filter(|(newest, _)| *newest > restorable) else { return Ok(false) };
+    let described = store.description(newest).await?;
+    Ok(described.is_some_and(|described| described.cluster_id == format!("{cluster_id:x}")))
+}
+
+/// Lies in the data directory of a member that has joined a cluster, for the time until that has backups of its own.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Joined {
+    cluster_id: u64,
+    /// The newest that could be restored then.
+    timeline: Timeline,
+}
+
+/// etcd warns of files that it does not know beside its member, and starts.
+const JOINED: &str = "joined.json";
+
+impl Joined {
+    fn of(dir: &Path) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(dir.join(JOINED)).ok()?).ok()
+    }
+
+    fn write(&self, dir: &Path) -> Result<()> {
+        let json =
+            serde_json::to_vec(self).map_err(|error| Error::Bug { what: format!("describe a join: {error}") })?;
+        // As etcd makes it.
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+        made.map_err(Error::io("create", dir.display()))?;
+        let path = dir.join(JOINED);
+        std::fs::write(&path, json).map_err(Error::io("write", path.display()))
+    }
 }
 
 /// A member that gets from the store what it lacks.
@@ -324,9 +413,12 @@ impl Refill<'_> {
         outcome: Outcome,
     ) -> Result<std::result::Result<Outcome, String>> {
         let source = restore::choose(self.store, &self.store.catalog().await?, &Choice::default()).await?;
-        if let Source::Chain { timeline, .. } = &source
-            && replicas > 1
-            && let Some(restorer) = recovery.begin(self.store, *timeline).await?
+        let claimed = match &source {
+            Source::Chain { timeline, .. } if replicas > 1 => Some(*timeline),
+            _ => None,
+        };
+        if let Some(timeline) = claimed
+            && let Some(restorer) = recovery.begin(self.store, timeline).await?
         {
             return Ok(Err(restorer));
         }
@@ -339,7 +431,22 @@ impl Refill<'_> {
             bump_revision: 0,
             replace: true,
         };
-        let restored = restore::execute(plan, Some(self.store.clone()), self.stop.clone(), self.watch()).await?;
+        let restored = restore::execute(plan, Some(self.store.clone()), self.stop.clone(), self.watch()).await;
+        let restored = match (restored, claimed) {
+            (Ok(restored), Some(timeline)) => {
+                // A store that ignores conditions may have let another in.
+                if let Some(restorer) = recovery.begin(self.store, timeline).await? {
+                    move_aside(&member.data_dir)?;
+                    return Ok(Err(restorer));
+                }
+                restored
+            }
+            (Err(error), Some(timeline)) if !matches!(error.class(), Class::Transient | Class::Cancelled) => {
+                recovery.give_up(self.store, timeline).await;
+                return Err(error);
+            }
+            (restored, _) => restored?,
+        };
         Ok(Ok(Outcome { revision: restored.revision, moved_to: restored.replaced.into_iter().next(), ..outcome }))
     }
 }

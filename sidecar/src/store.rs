@@ -247,8 +247,8 @@ impl Store {
     /// Creates a small object; false when somebody else has. One that is there with the same content is ours.
     pub(crate) async fn create_note(&self, name: &str, content: Bytes) -> Result<bool> {
         // A store that ignores the condition would overwrite what somebody put since the last look.
-        if self.note(name).await?.is_some_and(|there| there != content) {
-            return Ok(false);
+        if let Some(there) = self.note(name).await? {
+            return Ok(there == content);
         }
         match self.put_new_at(name, std::slice::from_ref(&content)).await {
             Err(error) if error.class() == Class::Precondition => return Ok(false),
@@ -258,18 +258,13 @@ impl Store {
         // there when that has settled decides.
         let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
         match self.inner.put_opts(&self.path(name), content.clone().into(), options).await {
-            Err(object_store::Error::AlreadyExists { .. }) => Ok(true),
-            Ok(_) => {
-                tokio::time::sleep(SETTLED_AFTER).await;
-                Ok(self.note(name).await?.as_ref() == Some(&content))
-            }
-            Err(source) => Err(self.fail("put", &name)(source)),
+            Err(object_store::Error::AlreadyExists { .. }) => return Ok(true),
+            Ok(_) => tokio::time::sleep(SETTLED_AFTER).await,
+            // Where nothing may be overwritten, it is not asked whether something is there.
+            Err(object_store::Error::PermissionDenied { .. }) => {}
+            Err(source) => return Err(self.fail("put", &name)(source)),
         }
-    }
-
-    /// Puts a small object, whatever is there.
-    pub(crate) async fn put_note(&self, name: &str, content: Bytes) -> Result<()> {
-        self.inner.put(&self.path(name), content.into()).await.map(drop).map_err(self.fail("put", &name))
+        Ok(self.note(name).await?.as_ref() == Some(&content))
     }
 
     /// Reads a small object; `None` when it is not there.
@@ -282,6 +277,13 @@ impl Store {
             return Err(Error::corrupt(format!("{}: it is too large for what it is", self.location(&name))));
         }
         got.bytes().await.map(Some).map_err(self.fail("get", &name))
+    }
+
+    /// Names of the small objects under a name.
+    pub(crate) async fn notes(&self, under: &str) -> Result<Vec<String>> {
+        let prefix = self.path(under);
+        let listed = self.inner.list(Some(&prefix)).map_ok(|object| self.relative(&object.location));
+        listed.try_collect().await.map_err(self.fail("list", &under))
     }
 
     /// Removes a small object that may be gone.

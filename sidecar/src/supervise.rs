@@ -193,12 +193,16 @@ impl Supervisor {
     async fn run_initialization(self: Arc<Self>) {
         // While an etcd runs nothing is touched, and its backup goes on. Otherwise what was received from it comes home first:
         // a restore must not miss it.
-        let is_in_use = datadir::check_target(&self.settings.initialize.member.data_dir, true).is_err();
-        let _quiet = if is_in_use {
-            None
-        } else {
+        if let Err(error) = datadir::check_target(&self.settings.initialize.member.data_dir, true) {
+            self.phase.send_replace(Phase::Refused(Outcome::in_use(&error)));
+            return;
+        }
+        let _quiet = loop {
+            // One may have begun meanwhile.
             self.backup.lock().unwrap_or_else(PoisonError::into_inner).cancel();
-            Some(self.data.lock().await)
+            if let Ok(held) = tokio::time::timeout(Duration::from_secs(1), self.data.lock()).await {
+                break held;
+            }
         };
         let phase = self.phase.clone();
         let see = Arc::new(move |step| drop(phase.send_replace(Phase::Running(step))));

@@ -146,11 +146,12 @@ fn upkeep(config: &SidecarConfig) -> Result<Upkeep> {
 
 /// How the other members are reached, where there are any.
 fn others(config: &SidecarConfig, member: &Member, etcd: &EtcdFlags) -> Result<Option<EtcdFlags>> {
-    if member.cluster.members().len() <= 1 {
-        return Ok(None);
-    }
+    let is_alone = member.cluster.members().len() <= 1;
     let given = &config.etcd.cluster_endpoints;
     let endpoints = if given.is_empty() { member.others.clone() } else { given.clone() };
+    if endpoints.is_empty() && is_alone {
+        return Ok(None);
+    }
     if endpoints.is_empty() {
         return Err(Error::invalid(
             "the cluster has several members: give the client URLs of the others in etcd.clusterEndpoints",

@@ -31,7 +31,7 @@ pub(super) async fn look(others: &EtcdFlags, member: &Member, data_id: Option<u6
     let mut asked: FuturesUnordered<_> = others.endpoints.iter().map(|endpoint| ask(others, endpoint.trim())).collect();
     let mut live = Live::Nobody;
     while let Some(answer) = asked.next().await {
-        let (mut etcd, status, listed) = match answer {
+        let (mut etcd, status, mut listed) = match answer {
             Ok(answer) => answer,
             Err(error) => {
                 tracing::debug!(%error, "a member does not answer");
@@ -42,17 +42,21 @@ pub(super) async fn look(others: &EtcdFlags, member: &Member, data_id: Option<u6
                 continue;
             }
         };
+        // Only who reads through a quorum knows who is a member, and only after that.
+        let has_quorum = async {
+            etcd.current_status().await?;
+            etcd.members().await
+        };
+        let is_current = has_quorum.await.map(|current| listed = current).is_ok();
         let ours = place(&listed, member, data_id);
-        // Only who reads through a quorum knows who is a member.
-        if etcd.current_status().await.is_err() {
+        if !is_current {
             let knows_us = ours.as_ref().is_some_and(|(_, place)| matches!(place, Place::Started | Place::Alive));
             live = Live::NoQuorum { knows_us: knows_us || matches!(live, Live::NoQuorum { knows_us: true }) };
             continue;
         }
         let ours = match ours {
-            Some((ours, Place::Started)) if data_id.is_none() && is_alive(others, &ours).await => {
-                Some((ours, Place::Alive))
-            }
+            // Our own etcd does not run: its data would be in use.
+            Some((ours, Place::Started)) if is_alive(others, &ours).await => Some((ours, Place::Alive)),
             ours => ours,
         };
         let us = ours.as_ref().map_or(Place::NotListed, |(_, place)| *place);
@@ -70,7 +74,8 @@ async fn ask(others: &EtcdFlags, endpoint: &str) -> Result<(Etcd, crate::etcd::S
 /// Our entry in a list: by the id of our data, or by what we are called.
 fn place(listed: &[Listed], member: &Member, data_id: Option<u64>) -> Option<(Listed, Place)> {
     if let Some(ours) = listed.iter().find(|listed| Some(listed.id) == data_id) {
-        return Some((ours.clone(), Place::Started));
+        let is_ours = ours.name.is_empty() || ours.name == member.name;
+        return Some((ours.clone(), if is_ours { Place::Started } else { Place::Another }));
     }
     let urls: BTreeSet<_> = member.peer_urls().iter().collect();
     let is_ours =
@@ -97,7 +102,10 @@ impl Serving {
     /// Makes ours a learner that has never started; what its etcd has for `initial-cluster`. Each step can be followed by a
     /// crash: the next look finds how far it came.
     pub(super) async fn join(mut self, member: &Member) -> Result<String> {
-        if let Some((ours, Place::Started)) = &self.ours {
+        // An id under which an etcd may have acknowledged anything is never used again with an empty log.
+        let has_run = member.data_dir.join("member").exists();
+        let is_unused = matches!(self.ours, Some((_, Place::Added))) && !has_run;
+        if let (Some((ours, _)), false) = (&self.ours, is_unused) {
             tracing::info!(
                 id = format!("{:x}", ours.id),
                 name = ours.name,
@@ -105,7 +113,7 @@ impl Serving {
             );
             self.etcd.remove_member(ours.id).await?;
         }
-        if !matches!(self.ours, Some((_, Place::Added))) {
+        if !is_unused {
             self.etcd.add_learner(member.peer_urls()).await?;
             tracing::info!(name = member.name, "the member is added to the cluster as a learner");
         }
@@ -151,7 +159,8 @@ mod tests {
         assert_eq!(place(&[a.clone(), listed(2, "b", "http://b:2380", "")], None), Some(Place::New));
         let added = [a.clone(), listed(2, "", "http://b:2380", "")];
         assert_eq!(place(&added, None), Some(Place::Added));
-        assert_eq!(place(&added, Some(1)), Some(Place::Started));
+        assert_eq!(place(&added, Some(1)), Some(Place::Another));
+        assert_eq!(place(&added, Some(2)), Some(Place::Started));
         assert_eq!(place(&added, Some(9)), Some(Place::Added));
         assert_eq!(initial_cluster(&added, &member), "a=http://a:2380,b=http://b:2380");
         let two = [a, listed(2, "", "http://b:2380", ""), listed(12, "", "http://c:2380", "")];

@@ -1,5 +1,7 @@
 //! What is done with a data directory, given what is known. Pure.
 
+use crate::catalog::Timeline;
+
 /// What a member's data directory is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Data {
@@ -38,10 +40,14 @@ pub enum Backups {
     NotConfigured,
     /// There is none yet.
     Empty,
+    /// There is none yet, and somebody has begun to back a cluster up.
+    Begun,
     /// Up to a revision.
     Upto {
         /// The last that can be restored.
         last: i64,
+        /// The timeline that it is in.
+        timeline: Timeline,
         /// Id of the cluster whose backups the newest are; `None` when nothing says so.
         cluster_id: Option<u64>,
     },
@@ -84,6 +90,8 @@ pub enum Place {
     Started,
     /// It runs, elsewhere than here.
     Alive,
+    /// The data is that of a member of another name.
+    Another,
 }
 
 /// What is known.
@@ -95,6 +103,8 @@ pub struct Facts {
     pub backups: Backups,
     /// Members that the cluster is to have.
     pub replicas: usize,
+    /// Whether the configuration of etcd says that the cluster exists already.
+    pub is_existing: bool,
     /// The others of them.
     pub live: Live,
     /// How many members, ours included, say now that they lost their data.
@@ -142,7 +152,7 @@ impl Decision {
 
 /// Decides, and says why.
 pub fn decide(facts: &Facts) -> (Decision, String) {
-    let is_alone = facts.replicas <= 1;
+    let is_alone = facts.replicas <= 1 && facts.live == Live::Nobody;
     match &facts.data {
         Data::Sound(sound) => with_data(sound, facts),
         Data::Absent if is_alone => without_data("there is no data", facts, true),
@@ -176,6 +186,10 @@ fn with_data(sound: &Sound, facts: &Facts) -> (Decision, String) {
         }
         (Live::Serves { us: Place::Started, .. }, _) => return keep("; what it misses the other members have"),
         (Live::Serves { us: Place::Alive, .. }, _) => return is_alive(&sound_at),
+        (Live::Serves { us: Place::Another, .. }, _) => {
+            let why = format!("{sound_at}, and is that of a member of another name: the volume is another's");
+            return (Decision::Refuse { may_pass: false }, why);
+        }
         (Live::Serves { .. }, _) => {
             return (
                 Decision::Join,
@@ -191,7 +205,7 @@ fn with_data(sound: &Sound, facts: &Facts) -> (Decision, String) {
         // A voter that forgot what it voted for may undo what a quorum has acknowledged.
         _ if facts.replicas > 1 || sound.voters > 1 => keep("; what it misses the other members have"),
         Backups::NotConfigured => keep("; there is no store to compare it with"),
-        Backups::Empty => keep("; there are no backups yet"),
+        Backups::Empty | Backups::Begun => keep("; there are no backups yet"),
         // What is there is whole. Not to start for want of a store would make an outage of two.
         Backups::Unknown { why } => keep(&format!("; whether the store has more cannot be told: {why}")),
         Backups::Upto { last, .. } => {
@@ -214,9 +228,11 @@ fn without_data(what: &str, facts: &Facts, may_start_empty: bool) -> (Decision, 
     match &facts.backups {
         Backups::Unknown { why } => refuse(true, &format!("whether there are backups cannot be told: {why}")),
         Backups::Upto { last, .. } => (Decision::Restore, format!("{what}; the backups reach revision {last}")),
-        Backups::Empty if may_start_empty => (Decision::Bootstrap, format!("{what}, and there are no backups")),
+        Backups::Empty | Backups::Begun if may_start_empty => {
+            (Decision::Bootstrap, format!("{what}, and there are no backups"))
+        }
         Backups::NotConfigured if may_start_empty => (Decision::Bootstrap, format!("{what}, and no store is given")),
-        Backups::Empty | Backups::NotConfigured => {
+        Backups::Empty | Backups::Begun | Backups::NotConfigured => {
             refuse(false, "there is nothing to restore; move the data away, or allow to start empty")
         }
     }
@@ -231,7 +247,7 @@ fn is_alive(what: &str) -> (Decision, String) {
 fn one_of_several(what: &str, facts: &Facts, is_absent: bool) -> (Decision, String) {
     let wait = |why: &str| (Decision::Wait, format!("{what}, and {why}"));
     match (&facts.live, &facts.backups) {
-        (Live::Serves { us: Place::New, .. }, _) => {
+        (Live::Serves { us: Place::New, .. }, _) if is_absent => {
             (Decision::Bootstrap, format!("{what}; the cluster has just begun and waits for this member"))
         }
         (Live::Serves { us: Place::Alive, .. }, _) => is_alive(what),
@@ -246,10 +262,20 @@ fn one_of_several(what: &str, facts: &Facts, is_absent: bool) -> (Decision, Stri
         (_, Backups::Upto { last, .. }) if facts.lost >= facts.replicas => {
             (Decision::Restore, format!("{what}, and so it is with every member; the backups reach revision {last}"))
         }
+        (_, Backups::Begun) if is_absent && facts.lost >= facts.replicas => {
+            (Decision::Bootstrap, format!("{what}, and so it is with every member; there is no backup yet"))
+        }
+        (_, Backups::Begun) => wait(&format!(
+            "no other member serves; somebody has begun to back the cluster up, and {} of {} members say that they lost their data",
+            facts.lost, facts.replicas
+        )),
         (_, Backups::Upto { .. }) => wait(&format!(
             "no other member serves; {} of {} members say that they lost their data, and one that has it may have more than the backups",
             facts.lost, facts.replicas
         )),
+        (_, Backups::Empty | Backups::NotConfigured) if is_absent && facts.is_existing => {
+            wait("no other member serves; the configuration says that the cluster exists, so it waits for them")
+        }
         (_, Backups::Empty | Backups::NotConfigured) if is_absent => {
             (Decision::Bootstrap, format!("{what}, no other member serves, and there are no backups"))
         }
@@ -270,7 +296,7 @@ mod tests {
     }
 
     fn upto(last: i64) -> Backups {
-        Backups::Upto { last, cluster_id: Some(OURS) }
+        Backups::Upto { last, timeline: 1, cluster_id: Some(OURS) }
     }
 
     fn unknown() -> Backups {
@@ -282,11 +308,11 @@ mod tests {
     }
 
     fn alone(data: Data, backups: Backups, may_start_empty: bool) -> Facts {
-        Facts { data, backups, replicas: 1, live: Live::Nobody, lost: 0, may_start_empty }
+        Facts { data, backups, replicas: 1, is_existing: false, live: Live::Nobody, lost: 0, may_start_empty }
     }
 
     fn of_three(data: Data, backups: Backups, live: Live, lost: usize) -> Facts {
-        Facts { data, backups, replicas: 3, live, lost, may_start_empty: false }
+        Facts { data, backups, replicas: 3, is_existing: false, live, lost, may_start_empty: false }
     }
 
     fn check(facts: &Facts, expected: Decision) {
@@ -310,7 +336,7 @@ mod tests {
         let restored_as_another = with(|sound| (sound.restored_since, sound.cluster_id) = (true, 99));
         let foreign = with(|sound| sound.cluster_id = 99);
         let of_several = with(|sound| sound.voters = 3);
-        let unnamed = Backups::Upto { last: 5, cluster_id: None };
+        let unnamed = Backups::Upto { last: 5, timeline: 1, cluster_id: None };
         // Data, backups, may start empty, and what follows.
         let cases = [
             (sound(5, 0), Backups::NotConfigured, false, KEEP),
@@ -328,6 +354,7 @@ mod tests {
             (foreign, Backups::Empty, false, KEEP),
             (Data::Absent, Backups::NotConfigured, false, Decision::Bootstrap),
             (Data::Absent, Backups::Empty, false, Decision::Bootstrap),
+            (Data::Absent, Backups::Begun, false, Decision::Bootstrap),
             (Data::Absent, unknown(), true, LATER),
             (Data::Absent, upto(5), false, Decision::Restore),
             (damaged(), Backups::NotConfigured, false, NEVER),
@@ -356,10 +383,17 @@ mod tests {
             (sound(5, 0), Backups::NotConfigured, started, 0, KEEP),
             (sound(5, 0), unknown(), started, 0, KEEP),
             (sound(5, 0), upto(8), foreign, 0, NEVER),
-            (sound(5, 0), Backups::Upto { last: 8, cluster_id: Some(99) }, Live::Nobody, 0, NEVER),
+            (sound(5, 0), Backups::Upto { last: 8, timeline: 1, cluster_id: Some(99) }, Live::Nobody, 0, NEVER),
             (sound(5, 0), upto(8), serves(Place::NotListed), 0, join),
             (sound(5, 0), upto(8), serves(Place::Added), 0, join),
             (sound(5, 0), upto(8), serves(Place::Alive), 0, LATER),
+            (sound(5, 0), upto(8), serves(Place::Another), 0, NEVER),
+            (sound(5, 0), Backups::Begun, Live::Nobody, 0, KEEP),
+            (Data::Absent, upto(8), serves(Place::New), 0, bootstrap),
+            (damaged(), upto(8), serves(Place::New), 0, join),
+            (Data::Absent, Backups::Begun, Live::Nobody, 2, wait),
+            (Data::Absent, Backups::Begun, Live::Nobody, 3, bootstrap),
+            (damaged(), Backups::Begun, Live::Nobody, 3, wait),
             (Data::Absent, Backups::Empty, Live::Nobody, 0, bootstrap),
             (Data::Absent, Backups::NotConfigured, strangers, 0, bootstrap),
             (Data::Absent, Backups::NotConfigured, friends, 0, wait),
@@ -378,13 +412,22 @@ mod tests {
                 (lost.clone(), Backups::NotConfigured, foreign, 0, join),
                 (lost.clone(), upto(8), serves(Place::NotListed), 3, join),
                 (lost.clone(), upto(8), serves(Place::Added), 0, join),
-                (lost.clone(), upto(8), serves(Place::Alive), 0, LATER),
-                (lost, upto(8), serves(Place::New), 0, bootstrap),
+                (lost, upto(8), serves(Place::Alive), 0, LATER),
             ]);
         }
         for (data, backups, live, lost, expected) in cases {
             check(&of_three(data, backups, live, lost), expected);
         }
+    }
+
+    #[test]
+    fn a_cluster_that_exists_is_not_begun_again() {
+        let facts = of_three(Data::Absent, Backups::NotConfigured, Live::Nobody, 0);
+        check(&Facts { is_existing: true, ..facts.clone() }, Decision::Wait);
+        check(&facts, Decision::Bootstrap);
+        // One member is left in the configuration, and others serve still.
+        let live = Live::Serves { cluster_id: OURS, us: Place::Started };
+        check(&Facts { live, ..alone(damaged(), upto(8), false) }, Decision::Join);
     }
 
     #[test]

@@ -78,6 +78,11 @@ impl Member {
         Ok(Self { name, data_dir, cluster, others, config, peer_urls, token })
     }
 
+    /// Whether its configuration says that the cluster exists already.
+    pub fn is_existing(&self) -> bool {
+        self.config.get("initial-cluster-state").and_then(Value::as_str) == Some("existing")
+    }
+
     /// Where its peers reach it.
     pub fn peer_urls(&self) -> &[String] {
         &self.peer_urls

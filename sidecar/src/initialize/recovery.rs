@@ -1,16 +1,17 @@
 //! Who restores a cluster of several members that all lost their data: exactly one.
 //!
-//! A member that lost its data and finds nobody serving says so in the store, again and again, in an object of its own. Only
-//! when every member is seen to say so, which is when its object changes, is the cluster lost: until then one that is merely
-//! away may have data that is newer than the backups. Who then creates the object that is named after the timeline restores
-//! it, also after a crash; the others wait for its cluster and join it. No clocks are compared.
+//! A member that lost its data and finds nobody serving says so in the store, again and again, each time under a new name:
+//! where nothing may be overwritten that works too. Only when every member is seen to say so, which is when a name appears,
+//! is the cluster lost: until then one that is merely away may have data that is newer than the backups. Who then creates the
+//! object that is named after the timeline restores it, also after a crash; the others wait for its cluster and join it. No
+//! clocks are compared.
 //!
 //! ```text
-//! <prefix>/recovery/lost-<member>.json      rewritten while that member has no data and nobody serves
-//! <prefix>/recovery/t<timeline:08>.json     created once: who restores that timeline
+//! <prefix>/recovery/lost/<member>/<run>-<beat>     while that member has no data and nobody serves
+//! <prefix>/recovery/t<timeline:08>.json            created once: who restores that timeline
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -26,14 +27,8 @@ pub(super) const PERIOD: Duration = Duration::from_secs(3);
 /// Who has not said anything for so long may have ended.
 const FRESH: Duration = Duration::from_secs(15);
 
-#[derive(Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-struct Report<'r> {
-    member: &'r str,
-    /// Another in each report and each run.
-    beat: String,
-    what: &'static str,
-}
+/// What is in each report; that it is there is what counts.
+const REPORT: &str = "this member has no data that etcd can start on, and no other member serves\n";
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -49,8 +44,8 @@ pub(super) struct Recovery {
     /// Makes the reports of this run differ from those of another.
     run: String,
     beats: u64,
-    /// What each of the others said last, and when that was seen to change.
-    seen: BTreeMap<String, (Bytes, Option<Instant>)>,
+    /// What each of the others has said, and when more of it was seen.
+    seen: BTreeMap<String, (BTreeSet<String>, Option<Instant>)>,
 }
 
 impl Recovery {
@@ -63,18 +58,24 @@ impl Recovery {
 
     /// Says that ours has no data; how many members, ours among them, are seen to say so.
     pub(super) async fn report(&mut self, store: &Store) -> Result<usize> {
+        let before = self.beat();
         self.beats += 1;
-        let beat = format!("{}-{}", self.run, self.beats);
-        let what = "this member has no data that etcd can start on, and no other member serves";
-        let report = Report { member: &self.member, beat, what };
-        let json =
-            serde_json::to_vec_pretty(&report).map_err(|error| Error::Bug { what: format!("report: {error}") })?;
-        store.put_note(&name_of(&self.member), json.into()).await?;
+        store.create_note(&self.beat(), Bytes::from_static(REPORT.as_bytes())).await?;
+        if self.beats > 1
+            && let Err(error) = store.remove_note(&before).await
+        {
+            tracing::debug!(%error, "an earlier report stays");
+        }
         for other in &self.others {
-            let said = store.note(&name_of(other)).await?;
-            self.seen = observe(std::mem::take(&mut self.seen), other, said, Instant::now());
+            let said = store.notes(&lost(other)).await?;
+            self.seen = observe(std::mem::take(&mut self.seen), other, said.into_iter().collect(), Instant::now());
         }
         Ok(1 + self.fresh(Instant::now()))
+    }
+
+    /// The name of the last report.
+    fn beat(&self) -> String {
+        format!("{}/{}-{:08}", lost(&self.member), self.run, self.beats)
     }
 
     fn fresh(&self, now: Instant) -> usize {
@@ -82,50 +83,66 @@ impl Recovery {
         self.seen.values().filter(|(_, changed)| changed.as_ref().is_some_and(is_fresh)).count()
     }
 
-    /// Makes ours the one that restores a timeline, unless another is: who.
+    /// Makes ours the one that restores a timeline, unless another is: who, and where that is said.
     pub(super) async fn begin(&self, store: &Store, timeline: Timeline) -> Result<Option<String>> {
-        let name = format!("recovery/t{timeline:08}.json");
+        let name = claim(timeline);
         let ours = Restorer { member: self.member.clone() };
         let json = serde_json::to_vec(&ours).map_err(|error| Error::Bug { what: format!("claim: {error}") })?;
         if store.create_note(&name, json.into()).await? {
             return Ok(None);
         }
+        let location = store.location(&name);
         let there = store.note(&name).await?.unwrap_or_default();
-        let there: Restorer = serde_json::from_slice(&there).map_err(|error| {
-            Error::corrupt(format!("{}: it does not say who restores: {error}", store.location(&name)))
-        })?;
-        Ok((there != ours).then_some(there.member))
+        let there: Restorer = serde_json::from_slice(&there)
+            .map_err(|error| Error::corrupt(format!("{location}: it does not say who restores: {error}")))?;
+        let is_one_of_us = self.others.contains(&there.member);
+        let remark = if is_one_of_us { "" } else { ", which is no member of this cluster: delete that object" };
+        Ok((there != ours).then(|| format!("{} ({location}{remark})", there.member)))
+    }
+
+    /// Leaves it to another member to restore a timeline, because ours cannot.
+    pub(super) async fn give_up(&self, store: &Store, timeline: Timeline) {
+        match store.remove_note(&claim(timeline)).await {
+            Ok(()) => tracing::warn!("another member may restore the cluster"),
+            Err(error) => tracing::warn!(%error, "no other member can restore the cluster"),
+        }
     }
 
     /// Takes back what ours said.
     pub(super) async fn end(self, store: &Store) {
         if self.beats > 0
-            && let Err(error) = store.remove_note(&name_of(&self.member)).await
+            && let Err(error) = store.remove_note(&self.beat()).await
         {
             tracing::debug!(%error, "what was said of lost data is not taken back");
         }
     }
 }
 
-fn name_of(member: &str) -> String {
+fn claim(timeline: Timeline) -> String {
+    format!("recovery/t{timeline:08}.json")
+}
+
+fn lost(member: &str) -> String {
     // Whatever a member is called, it is one name.
     let member: String = url::form_urlencoded::byte_serialize(member.as_bytes()).collect();
-    format!("recovery/lost-{member}.json")
+    format!("recovery/lost/{member}")
 }
 
 fn observe(
-    mut seen: BTreeMap<String, (Bytes, Option<Instant>)>,
+    mut seen: BTreeMap<String, (BTreeSet<String>, Option<Instant>)>,
     other: &str,
-    said: Option<Bytes>,
+    said: BTreeSet<String>,
     now: Instant,
-) -> BTreeMap<String, (Bytes, Option<Instant>)> {
-    match (said, seen.get_mut(other)) {
+) -> BTreeMap<String, (BTreeSet<String>, Option<Instant>)> {
+    match seen.get_mut(other) {
         // Taken back.
-        (None, _) => drop(seen.remove(other)),
+        _ if said.is_empty() => drop(seen.remove(other)),
         // It may be there since years.
-        (Some(said), None) => drop(seen.insert(other.to_owned(), (said, None))),
-        (Some(said), Some(before)) if said != before.0 => *before = (said, Some(now)),
-        (Some(_), Some(_)) => {}
+        None => drop(seen.insert(other.to_owned(), (said, None))),
+        Some(before) => {
+            let at = if said.is_subset(&before.0) { before.1 } else { Some(now) };
+            *before = (said, at);
+        }
     }
     seen
 }
@@ -140,7 +157,7 @@ mod tests {
         assert_eq!(recovery.others, ["b", "c"]);
         let now = Instant::now();
         let mut say = |other: &str, said: Option<&'static str>, at: u64| {
-            let said = said.map(|said| Bytes::from_static(said.as_bytes()));
+            let said = said.map(str::to_owned).into_iter().collect();
             let at = now + Duration::from_secs(at);
             recovery.seen = observe(std::mem::take(&mut recovery.seen), other, said, at);
             recovery.fresh(at)
@@ -168,9 +185,19 @@ mod tests {
         let ours: Vec<_> = begun.iter().zip(members).filter(|(other, _)| other.is_none()).collect();
         assert_eq!(ours.len(), 1, "{begun:?}");
         let restorer = ours[0].1;
-        assert!(begun.iter().flatten().all(|other| other == restorer), "{begun:?}");
+        assert!(begun.iter().flatten().all(|other| other.starts_with(restorer)), "{begun:?}");
         assert_eq!(of(restorer).begin(&store, 3).await?, None, "it goes on after a crash");
         assert_eq!(of("c").begin(&store, 4).await?, None, "another loss is another restore");
+        of("c").give_up(&store, 4).await;
+        assert_eq!(of("a").begin(&store, 4).await?, None, "who cannot leaves it to another");
+        let stranger = Recovery::new("d", ["d".to_owned()].into_iter()).begin(&store, 4).await?;
+        assert!(stranger.as_ref().is_some_and(|who| who.contains("delete that object")), "{stranger:?}");
+        let (mut a, mut b) = (of("a"), of("b"));
+        a.report(&store).await?;
+        assert_eq!((b.report(&store).await?, a.report(&store).await?), (1, 1));
+        assert_eq!((b.report(&store).await?, a.report(&store).await?), (2, 2));
+        a.end(&store).await;
+        assert_eq!(b.report(&store).await?, 1);
         Ok(())
     }
 }

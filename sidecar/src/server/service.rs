@@ -365,7 +365,9 @@ pub(super) fn probes(supervisor: Arc<Supervisor>) -> Router {
         let is_ready = match &*supervisor.phase().borrow() {
             Phase::Ready(_) => true,
             Phase::Refused(refused) => refused.in_use,
-            Phase::New | Phase::Running(_) | Phase::Failed(_) => false,
+            // A sidecar that was restarted beside an etcd that serves.
+            Phase::New => supervisor.observed().role.is_some(),
+            Phase::Running(_) | Phase::Failed(_) => false,
         };
         std::future::ready(if is_ready {
             (StatusCode::OK, "{\"health\":true}\n")

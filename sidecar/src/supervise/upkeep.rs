@@ -10,7 +10,7 @@ use croner::Cron;
 
 use super::{Supervisor, defragment};
 use crate::compact;
-use crate::etcd::{Alarm, Etcd, Role};
+use crate::etcd::{Alarm, Etcd, EtcdFlags, Role};
 use crate::gc::collect;
 use crate::restore;
 use crate::retention::Retention;
@@ -20,6 +20,8 @@ use crate::{Error, Result};
 
 /// How often it is looked whether a tail of deltas has grown long, and whether a cron schedule has come due.
 const LOOK_PERIOD: Duration = Duration::from_secs(30);
+/// Between two times that a cluster without space is seen to.
+const NO_SPACE_PERIOD: Duration = Duration::from_secs(600);
 /// How often alarms are asked for.
 const ALARM_PERIOD: Duration = Duration::from_secs(15);
 
@@ -130,8 +132,9 @@ impl Supervisor {
                 if !this.leads() {
                     continue;
                 }
+                // An etcd that does not answer, as while it is defragmented, still leads for all that is known.
                 let gone = async {
-                    while this.leads() {
+                    while !matches!(this.observed.borrow().role, Some(Role::Follower | Role::Learner)) {
                         tokio::time::sleep(super::ROLE_PERIOD).await;
                     }
                 };
@@ -225,16 +228,22 @@ impl Supervisor {
         if !alarms.iter().any(|(_, alarm)| *alarm == Alarm::NoSpace) || !self.settings.upkeep.resolve_no_space {
             return Ok(());
         }
-        let _one = self.heavy.lock().await;
         tracing::warn!("etcd has run out of space: it is compacted and defragmented");
         // What is compacted can no longer be received.
         if self.settings.backup.is_some() {
             self.take(Kind::Delta).await?;
         }
         etcd.compact(status.revision).await?;
-        for member in etcd.members().await? {
-            let flags = crate::etcd::EtcdFlags { endpoints: member.client_urls.clone(), ..self.settings.etcd.clone() };
-            let (mut etcd, _) = Etcd::connect(&flags).await?;
+        // One that is not well must not keep the others from writing.
+        for member in etcd.members().await?.into_iter().filter(|member| member.id != status.member_id) {
+            let flags = EtcdFlags { endpoints: member.client_urls.clone(), ..self.settings.etcd.clone() };
+            let defragmented = async { Etcd::connect(&flags).await?.0.defragment().await };
+            if let Err(error) = defragmented.await {
+                tracing::warn!(%error, name = member.name, "a member is not defragmented");
+            }
+        }
+        {
+            // Nobody can write anyway, so the leader leads on.
             let _quiet = self.settings.quiet.lock().await;
             etcd.defragment().await?;
         }
@@ -242,6 +251,8 @@ impl Supervisor {
             etcd.disarm_no_space(*member).await?;
         }
         tracing::info!("there is space again");
+        // Where what is live is more than the quota, it would be the same again.
+        tokio::time::sleep(NO_SPACE_PERIOD).await;
         Ok(())
     }
 }
