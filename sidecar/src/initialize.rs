@@ -191,8 +191,8 @@ async fn act(
         (Decision::Join, _) => {
             let serving = serving.ok_or_else(|| Error::Bug { what: "a cluster to join that does not serve".into() })?;
             let joined = match (facts.live, &facts.backups) {
-                (Live::Serves { cluster_id, .. }, Backups::Upto { timeline, .. }) => {
-                    Some(Joined { cluster_id, timeline: *timeline })
+                (Live::Serves { cluster_id, .. }, Backups::Upto { timeline, cluster_id: backups_of, .. }) => {
+                    Some(Joined { cluster_id, timeline: *timeline, backups_of: *backups_of })
                 }
                 _ => None,
             };
@@ -323,10 +323,12 @@ async fn look_at(store: &Store, member: &Member, data: &mut Data, verdict: Optio
         let is_of_newest = is_of_newest(store, &catalog, timeline, sound.cluster_id).await?;
         let is_of_theirs = cluster_id.is_none_or(|theirs| theirs == sound.cluster_id);
         let comes_from_here = is_of_newest
-            || Origin::of(&member.data_dir)
-                .is_some_and(|origin| origin.timeline.map_or(!is_of_theirs, |from| from == timeline))
+            || Origin::of(&member.data_dir).is_some_and(|origin| match origin.timeline {
+                None => !is_of_theirs,
+                Some(from) => from == timeline && origin.is_of(cluster_id),
+            })
             || Joined::of(&member.data_dir)
-                .is_some_and(|joined| joined.cluster_id == sound.cluster_id && joined.timeline == timeline);
+                .is_some_and(|joined| joined.is_newer(sound.cluster_id, timeline, cluster_id));
         sound.restored_since = comes_from_here;
         if let Some((term, _)) = verdict.and_then(|verdict| verdict.raft)
             && !comes_from_here
@@ -357,6 +359,8 @@ struct Joined {
     cluster_id: u64,
     /// The newest that could be restored then.
     timeline: Timeline,
+    /// Whose backups these were.
+    backups_of: Option<u64>,
 }
 
 /// etcd warns of files that it does not know beside its member, and starts.
@@ -365,6 +369,12 @@ const JOINED: &str = "joined.json";
 impl Joined {
     fn of(dir: &Path) -> Option<Self> {
         serde_json::from_slice(&std::fs::read(dir.join(JOINED)).ok()?).ok()
+    }
+
+    /// Whether that cluster lived when these were its newest backups, or after newer ones that are gone now.
+    fn is_newer(&self, cluster_id: u64, timeline: Timeline, backups_of: Option<u64>) -> bool {
+        let is_these = self.timeline == timeline && (self.backups_of.is_none() || self.backups_of == backups_of);
+        self.cluster_id == cluster_id && (is_these || self.timeline > timeline)
     }
 
     fn write(&self, dir: &Path) -> Result<()> {

@@ -18,6 +18,8 @@ use crate::{Error, Result};
 const SOON: Duration = Duration::from_secs(10);
 /// So many times in a row it may; whoever runs us tries again when it sees fit.
 const MOST_FAILURES: u32 = 3;
+/// The exit code of an etcd that somebody, or the lack of memory, killed.
+const KILLED: u8 = 128 + 9;
 /// Between two attempts, at most.
 const MOST_DELAY: Duration = Duration::from_secs(10);
 /// How long etcd has to end when asked to. Kubernetes grants 30 s in all.
@@ -43,7 +45,8 @@ pub struct Settings {
 pub async fn launch(settings: &Settings, stop: &CancellationToken, insist: &CancellationToken) -> Result<u8> {
     for failures in 1.. {
         let (code, ran) = once(settings, stop, insist).await?;
-        if code == 0 || stop.is_cancelled() || ran > SOON || failures >= MOST_FAILURES {
+        // Killed, it does not say anything about its data: whoever killed it, or the lack of memory, is to be seen outside.
+        if code == 0 || code == KILLED || stop.is_cancelled() || ran > SOON || failures >= MOST_FAILURES {
             return Ok(code);
         }
         tracing::warn!(code, failures, "etcd failed soon after its start: its data is looked at again");

@@ -108,6 +108,12 @@ impl Origin {
         serde_json::from_slice(&datadir::origin(data_dir)?).ok()
     }
 
+    /// Whether it may come from the backups of a cluster, as far as both tell.
+    pub fn is_of(&self, cluster_id: Option<u64>) -> bool {
+        let ours = u64::from_str_radix(&self.cluster_id, 16).unwrap_or(0);
+        ours == 0 || cluster_id.is_none_or(|theirs| theirs == ours)
+    }
+
     fn write(&self, staged: &Staged<RealDisk>) -> Result<()> {
         let json =
             serde_json::to_vec(self).map_err(|error| Error::Bug { what: format!("describe a restore: {error}") })?;

@@ -70,6 +70,14 @@ impl Pod {
         pods.collect()
     }
 
+    /// Another pod for the same member, on a copy of some data.
+    pub async fn twin(&self, dir: &Path, data: &Path) -> Result<Self> {
+        std::fs::create_dir_all(dir)?;
+        let member = Member { data_dir: dir.join("data"), ..self.member.clone() };
+        crate::succeed(tokio::process::Command::new("cp").arg("-r").arg(data).arg(&member.data_dir)).await?;
+        Ok(Self { dir: dir.to_owned(), member, port: free_port()?, ..self.clone() })
+    }
+
     /// The URL of its API.
     pub fn url(&self) -> String {
         let scheme = if self.tls.is_some() { "https" } else { "http" };

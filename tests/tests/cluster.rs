@@ -335,3 +335,79 @@ async fn every_member_is_defragmented() -> Result<()> {
     }
     cluster.stop_all().await
 }
+
+/// Two etcds with one id would acknowledge for each other what neither has.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_is_anothers_is_refused() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut cluster = Cluster::start(dir.path(), "3.6", None).await?;
+    write(&mut cluster.client(0).await?, 1).await?;
+    cluster.stop(2).await?;
+    let saved = dir.path().join("saved");
+    let data = &cluster.pods[2].member.data_dir;
+    tests::succeed(tokio::process::Command::new("cp").arg("-r").arg(data).arg(&saved)).await?;
+    cluster.start_one(2)?;
+    cluster.settled().await?;
+    // A second pod of the same name, on an older copy.
+    let twin = cluster.pods[2].twin(&dir.path().join("twin"), &saved).await?;
+    let serving = twin.start_serve().await?;
+    let mut launched = twin.start_launch()?;
+    launched.running()?.logs("runs as this member elsewhere", LONG).await?;
+    launched.terminate().await?.expect(1)?;
+    serving.terminate().await?.expect(0)?;
+    // Another member's pod, on that copy.
+    cluster.stop(1).await?;
+    let other = cluster.pods[1].twin(&dir.path().join("other"), &saved).await?;
+    let serving = other.start_serve().await?;
+    other.launch()?.run().await?.expect(12)?.says("of a member of another name")?;
+    serving.terminate().await?.expect(0)?;
+    cluster.start_one(1)?;
+    cluster.settled().await?;
+    cluster.stop_all().await
+}
+
+/// Until a restored cluster has backups of its own, its members tell by themselves that they are of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restored_cluster_restarts_before_its_first_backup() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut cluster = Cluster::start(dir.path(), "3.6", Some(&store)).await?;
+    write(&mut cluster.client(0).await?, 1).await?;
+    cluster.back_up().await?;
+    cluster.stop_all().await?;
+    (0..3).try_for_each(|member| cluster.wipe(member))?;
+    cluster.launch_all().await?;
+    write(&mut cluster.client(0).await?, 2).await?;
+    let before = state::read(&mut cluster.client(0).await?).await?;
+    cluster.stop_all().await?;
+    // As if the store had been away since.
+    std::fs::remove_dir_all(dir.path().join("store/t00000002"))?;
+    cluster.launch_all().await?;
+    ensure!((0..3).all(|member| cluster.log(member).contains("action=Keep")), "{}", cluster.log(1));
+    state::same(&before, &state::read(&mut cluster.client(1).await?).await?)?;
+    cluster.stop_all().await
+}
+
+/// What somebody puts in the place of damaged data is looked at, also while others are waited for.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_takes_the_place_of_damage_is_kept() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut cluster = Cluster::start(dir.path(), "3.6", None).await?;
+    write(&mut cluster.client(0).await?, 1).await?;
+    let before = state::read(&mut cluster.client(0).await?).await?;
+    cluster.stop_all().await?;
+    let pod = &cluster.pods[0];
+    let (member, good) = (pod.member.data_dir.join("member"), dir.path().join("good"));
+    tests::succeed(tokio::process::Command::new("cp").arg("-r").arg(&member).arg(&good)).await?;
+    damage(pod)?;
+    cluster.start_one(0)?;
+    cluster.launched[0].as_mut().context("it runs")?.running()?.logs("no other member serves", LONG).await?;
+    std::fs::rename(&member, dir.path().join("damaged"))?;
+    std::fs::rename(&good, &member)?;
+    cluster.start_one(1)?;
+    cluster.start_one(2)?;
+    cluster.settled().await?;
+    ensure!(cluster.log(0).contains("action=Keep"), "{}", cluster.log(0));
+    state::same(&before, &state::read(&mut cluster.client(0).await?).await?)?;
+    cluster.stop_all().await
+}
