@@ -301,6 +301,22 @@ fn describe_store(error: &object_store::Error) -> String {
     said.map_or_else(|| format!("{hint} ({})", chain(error)), |(code, message)| format!("{hint} ({code}: {message})"))
 }
 
+/// Whether nobody listens where etcd should.
+pub(crate) fn is_refused(error: &Error) -> bool {
+    let Error::Etcd { source, .. } = error else { return false };
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = match source.as_ref() {
+        etcd_client::Error::TransportError(error) => Some(error),
+        _ => None,
+    };
+    while let Some(error) = cause {
+        if error.downcast_ref().is_some_and(|error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
 fn describe_etcd(error: &etcd_client::Error) -> String {
     match error {
         etcd_client::Error::GRpcStatus(status) => {

@@ -7,7 +7,7 @@
 //! [`compact`], [`copy`] and [`gc`] keep a store in shape without any etcd; what goes is decided by [`retention`], which is
 //! pure. [`initialize`] decides, before etcd starts, what becomes of its data; [`supervise`] does that when it is asked to, and
 //! has the member backed up while it leads; [`server`] is how both are asked, [`launch`] who asks and then starts etcd.
-//! [`cli`] is what a person types.
+//! [`doctor`] says whether a configuration fits the world; [`cli`] is what a person types.
 //!
 //! # Invariants
 //! - An object is put once and never overwritten; its name says which revisions it holds. Only [`gc`] deletes.
@@ -21,6 +21,7 @@ pub mod compact;
 pub mod container;
 pub mod copy;
 pub mod delta;
+pub mod doctor;
 pub mod error;
 pub mod etcd;
 pub mod gardener;

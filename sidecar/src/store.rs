@@ -22,7 +22,6 @@ use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, P
 use proto::backup::ObjectMeta;
 
 pub use environment::Environment;
-pub use examine::{Finding, Health};
 use marks::Marks;
 pub use upload::{Staged, Upload};
 

@@ -19,6 +19,11 @@ impl Certificates {
 
     /// The same for other names.
     pub fn issue_for(dir: &Path, names: &[&str]) -> Result<Self> {
+        Self::issue_until(dir, names, 4096)
+    }
+
+    /// The same, valid until that year begins.
+    pub fn issue_until(dir: &Path, names: &[&str], year: i32) -> Result<Self> {
         std::fs::create_dir_all(dir)?;
         let this = Self { dir: dir.to_owned() };
         let ca_key = KeyPair::generate()?;
@@ -29,6 +34,7 @@ impl Certificates {
         for name in ["server", "client"] {
             let key = KeyPair::generate()?;
             let mut params = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())?;
+            params.not_after = rcgen::date_time_ymd(year, 1, 1);
             params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
             this.write(name, &params.signed_by(&key, &issuer)?.pem(), &key)?;
         }

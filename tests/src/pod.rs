@@ -125,10 +125,19 @@ impl Pod {
 
     /// The program `sidecar serve`.
     pub fn serve(&self) -> Result<Sidecar> {
+        self.configured("serve")
+    }
+
+    /// The program `sidecar doctor`, for the same configuration.
+    pub fn doctor(&self) -> Result<Sidecar> {
+        self.configured("doctor")
+    }
+
+    fn configured(&self, command: &str) -> Result<Sidecar> {
         let config = self.write_configs()?.display().to_string();
-        let serve = Sidecar::new(["serve", "--config", &config]);
+        let command = Sidecar::new([command, "--config", &config]);
         let environment = self.store.iter().flat_map(|store| &store.environment);
-        Ok(environment.fold(serve, |serve, (name, value)| serve.env(name, value)))
+        Ok(environment.fold(command, |command, (name, value)| command.env(name, value)))
     }
 
     /// Starts `sidecar serve` and waits until it serves.

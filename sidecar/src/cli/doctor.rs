@@ -2,30 +2,49 @@
 
 use serde::Serialize;
 
-use super::{Output, StoreFlag, columns, print};
-use crate::store::{Finding, Health, Open, Store};
+use super::serve::{ConfigFlags, server_settings, settings};
+use super::{Output, columns, print};
+use crate::doctor::{Finding, Health, examine};
+use crate::store::{Open, Store};
 use crate::{Class, Result};
 
-/// Check that a store does what backups need of it, and explain what it finds.
+/// Check a store, or all that a configuration names, against reality, and explain what it finds.
 ///
-/// Writes, reads and deletes small objects of its own, whose names no backup has. Exit code 12 when backups would not be safe
-/// there.
+/// Of a configuration: certificates and their time, the store, etcd, the data directory and the room for a restore, the clock.
+/// In the store it writes, reads and deletes small objects of its own, whose names no backup has. Exit code 12 when backups or
+/// restores would fail or not be safe.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// Where backups are, as for the other commands. With `--config` it counts before what that says.
+    #[arg(long, env = "SIDECAR_STORE", value_name = "URL", required_unless_present = "config")]
+    store: Option<String>,
     #[command(flatten)]
-    store: StoreFlag,
+    config: ConfigFlags,
 }
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Report {
-    store: String,
+    /// What was checked.
+    subject: String,
     findings: Vec<Finding>,
 }
 
 pub(super) async fn run(args: Args, output: Output) -> Result<u8> {
-    let store = Store::open(&args.store.store, Open::Existing)?;
-    let report = Report { store: store.url().to_owned(), findings: store.examine().await? };
+    let report = match (args.config.is_given(), args.store) {
+        (false, Some(url)) => {
+            let store = Store::open(&url, Open::Existing)?;
+            Report { subject: store.url().to_owned(), findings: store.examine().await? }
+        }
+        (_, store) => {
+            let mut flags = args.config;
+            flags.set.extend(store.map(|url| format!("store.url={url}")));
+            let config = flags.read()?;
+            let settings = settings(&config)?;
+            server_settings(&config)?;
+            Report { subject: flags.place(), findings: examine(&config, &settings).await }
+        }
+    };
     print(output, &report, table)?;
     let bad = report.findings.iter().any(|finding| finding.health == Health::Bad);
     Ok(if bad { Class::Precondition.exit_code() } else { 0 })
@@ -39,7 +58,7 @@ fn table(report: &Report) -> String {
             Health::Remark => "remark",
             Health::Bad => "BAD",
         };
-        rows.push(vec![health.to_owned(), finding.what.to_owned(), finding.found.clone()]);
+        rows.push(vec![health.to_owned(), finding.what.to_string(), finding.found.clone()]);
     }
     columns(&rows)
 }

@@ -1,6 +1,6 @@
 //! `sidecar serve`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,20 +27,46 @@ const LEAST_PERIOD: Duration = Duration::from_secs(1);
 /// Serves the API that `sidecar launch` asks before it starts etcd. Ends on SIGTERM, when the last delta is in the store.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    #[command(flatten)]
+    config: ConfigFlags,
+    /// Print the configuration as it is understood, defaults included, and end.
+    #[arg(long)]
+    print_config: bool,
+}
+
+/// What a sidecar goes by.
+#[derive(Debug, clap::Args)]
+pub(super) struct ConfigFlags {
     /// What it goes by: a YAML file, described in the README. The environment counts before it: `store.url` there is
     /// SIDECAR_STORE_URL, and so on.
     #[arg(long, env = "SIDECAR_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
     /// A field of the configuration, which counts before the file and the environment; may be given several times.
     #[arg(long, value_name = "FIELD=VALUE")]
-    set: Vec<String>,
-    /// Print the configuration as it is understood, defaults included, and end.
-    #[arg(long)]
-    print_config: bool,
+    pub(super) set: Vec<String>,
+}
+
+impl ConfigFlags {
+    pub(super) fn is_given(&self) -> bool {
+        self.config.is_some() || !self.set.is_empty()
+    }
+
+    /// Where it comes from, for messages.
+    pub(super) fn place(&self) -> String {
+        self.config.as_ref().map_or_else(|| "the configuration".to_owned(), |path| path.display().to_string())
+    }
+
+    pub(super) fn read(&self) -> Result<SidecarConfig> {
+        let place = self.place();
+        let text =
+            self.config.as_deref().map(std::fs::read_to_string).transpose().map_err(Error::io("read", &place))?;
+        let config = SidecarConfig::layered(text.as_deref(), |name| std::env::var(name).ok(), &self.set);
+        config.map_err(|error| Error::invalid(format!("{place}: {error}")))
+    }
 }
 
 pub(super) async fn run(args: Args, stop: CancellationToken) -> Result<u8> {
-    let config = read(args.config.as_deref(), &args.set)?;
+    let config = args.config.read()?;
     if args.print_config {
         let json = serde_json::to_string_pretty(&config);
         let json = json.map_err(|error| Error::Bug { what: format!("print the configuration: {error}") })?;
@@ -56,14 +82,7 @@ pub(super) async fn run(args: Args, stop: CancellationToken) -> Result<u8> {
     served.map(|()| 0)
 }
 
-fn read(path: Option<&Path>, sets: &[String]) -> Result<SidecarConfig> {
-    let place = path.map_or_else(|| "the configuration".to_owned(), |path| path.display().to_string());
-    let text = path.map(std::fs::read_to_string).transpose().map_err(Error::io("read", &place))?;
-    let config = SidecarConfig::layered(text.as_deref(), |name| std::env::var(name).ok(), sets);
-    config.map_err(|error| Error::invalid(format!("{place}: {error}")))
-}
-
-fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
+pub(super) fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
     let pod = std::env::var("POD_NAME").ok();
     let member = Member::read(&config.member.etcd_config, pod.as_deref())?;
     let store = config.store.as_ref().map(|store| Store::open(&store.url, Open::Existing)).transpose()?;
@@ -160,7 +179,7 @@ fn others(config: &SidecarConfig, member: &Member, etcd: &EtcdFlags) -> Result<O
     Ok(Some(EtcdFlags { endpoints, ..etcd.clone() }))
 }
 
-fn server_settings(config: &SidecarConfig) -> Result<server::Settings> {
+pub(super) fn server_settings(config: &SidecarConfig) -> Result<server::Settings> {
     let server = &config.server;
     let listen = server.listen.parse().map_err(|_| {
         Error::invalid(format!("server.listen {:?} is not an address and a port, such as 0.0.0.0:8080", server.listen))

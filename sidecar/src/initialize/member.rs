@@ -88,6 +88,17 @@ impl Member {
         &self.peer_urls
     }
 
+    /// Certificates that its etcd uses, and the key of each in its configuration.
+    pub fn tls_files(&self) -> Vec<(String, PathBuf)> {
+        let sections = ["client-transport-security", "peer-transport-security"];
+        let files = sections.iter().flat_map(|section| ["cert-file", "trusted-ca-file"].map(|file| (*section, file)));
+        let named = files.filter_map(|(section, file)| {
+            let path = self.config.get(section)?.get(file)?.as_str().filter(|path| !path.is_empty())?;
+            Some((format!("{section}.{file}"), PathBuf::from(path)))
+        });
+        named.collect()
+    }
+
     /// The cluster that it begins when it is restored: of it alone, and no other cluster's id, so that whoever still runs on
     /// what was before does not take it for one of theirs.
     pub fn restored_cluster(&self, unix_us: i64) -> Result<NewCluster> {

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use chrono::Utc;
 use object_store::{ObjectStoreExt, PutMode, PutOptions, PutPayload};
-use serde::Serialize;
 
 use super::Store;
 use crate::Result;
 use crate::catalog::ObjectName;
+use crate::doctor::{Finding, Health};
 
 /// A clock that is off by more than this makes times of backups misleading.
 const MOST_SKEW: Duration = Duration::from_secs(30);
@@ -18,36 +18,13 @@ const LIST_LIMIT: Duration = Duration::from_secs(10);
 /// Larger than one part of an upload.
 const LARGE_BYTES: usize = 9 << 20;
 
-/// How a store does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Health {
-    /// As it should.
-    Good,
-    /// Worth knowing.
-    Remark,
-    /// Backups would not be safe.
-    Bad,
-}
-
-/// What was found of one thing.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Finding {
-    /// How it does.
-    pub health: Health,
-    /// What was tried.
-    pub what: &'static str,
-    /// What came of it.
-    pub found: String,
-}
-
 impl Store {
     /// Tries everything that backups need, with objects that are named like uploads under way: a `gc` removes what is left
     /// of them when this is cut short. An error is a store that cannot even be listed.
     pub async fn examine(&self) -> Result<Vec<Finding>> {
         let mut findings = Vec::new();
-        let mut say = |health, what, found: String| findings.push(Finding { health, what, found });
+        let mut say =
+            |health, what: &'static str, found: String| findings.push(Finding { health, what: what.into(), found });
         let started = Instant::now();
         let catalog = self.catalog().await?;
         let (timelines, foreign, took) = (catalog.timelines.len(), catalog.foreign.len(), started.elapsed());
@@ -195,7 +172,7 @@ mod tests {
     async fn a_store_in_memory_does_all_that_is_needed() -> Result<()> {
         let store = Store::from_parts(Arc::new(InMemory::new()), "some/prefix");
         let findings = store.examine().await?;
-        let tried: Vec<_> = findings.iter().map(|finding| (finding.what, finding.health)).collect();
+        let tried: Vec<_> = findings.iter().map(|finding| (finding.what.as_ref(), finding.health)).collect();
         for what in ["list", "put", "ranged read", "create once", "clock", "delete"] {
             assert!(tried.contains(&(what, Health::Good)), "{what}: {findings:?}");
         }

@@ -1,0 +1,374 @@
+//! Whether what a configuration says is so: certificates, the store, etcd, the disk, the clock.
+//!
+//! Nothing is changed but small objects of its own in the store. Each finding says what it means, so that nobody has to know
+//! the sidecar to act on it.
+
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use chrono::{DateTime, Utc};
+use etcd_format::datadir::{self, Severity, Verify};
+use proto::config::SidecarConfig;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use serde::Serialize;
+
+use crate::error::is_refused;
+use crate::etcd::{Etcd, EtcdFlags};
+use crate::store::Store;
+use crate::{Error, Result, supervise};
+
+/// A certificate that has no more time than this is worth knowing of.
+const SOON: chrono::TimeDelta = chrono::TimeDelta::days(14);
+/// How far ahead of this clock a backup's time may be.
+const MOST_AHEAD: chrono::TimeDelta = chrono::TimeDelta::seconds(30);
+/// What a restore needs beside the database: a log segment, and room to breathe.
+const SPARE_BYTES: u64 = 128 << 20;
+
+/// How something does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Health {
+    /// As it should.
+    Good,
+    /// Worth knowing.
+    Remark,
+    /// Backups or restores would fail, or not be safe.
+    Bad,
+}
+
+/// What was found of one thing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Finding {
+    /// How it does.
+    pub health: Health,
+    /// What was tried.
+    pub what: Cow<'static, str>,
+    /// What came of it.
+    pub found: String,
+}
+
+impl Finding {
+    fn good(what: impl Into<Cow<'static, str>>, found: impl Into<String>) -> Self {
+        Self { health: Health::Good, what: what.into(), found: found.into() }
+    }
+
+    fn remark(what: impl Into<Cow<'static, str>>, found: impl Into<String>) -> Self {
+        Self { health: Health::Remark, what: what.into(), found: found.into() }
+    }
+
+    fn bad(what: impl Into<Cow<'static, str>>, found: impl Into<String>) -> Self {
+        Self { health: Health::Bad, what: what.into(), found: found.into() }
+    }
+}
+
+/// Checks everything that a configuration names.
+pub async fn examine(config: &SidecarConfig, settings: &supervise::Settings) -> Vec<Finding> {
+    let member = &settings.initialize.member;
+    let (name, count) = (&member.name, member.cluster.members().len());
+    let mut findings = vec![Finding::good("member", format!("{name}, in a cluster of {count}"))];
+    let now = Utc::now();
+    findings.extend(pairs(config).iter().map(|pair| pair.examine(now)));
+    findings.extend(member.tls_files().into_iter().map(|(what, path)| Pair { what, path, key: None }).map(|pair| {
+        if pair.path.exists() {
+            pair.examine(now)
+        } else {
+            let why = format!("{} is not there: it may be in etcd's container only", pair.path.display());
+            Finding::remark(pair.what, why)
+        }
+    }));
+    findings.push(listener(config));
+    let mut newest = Newest::default();
+    match &settings.initialize.store {
+        None => {
+            findings.push(Finding::remark("store", "none is given: no backups are taken, only the data is checked"))
+        }
+        Some(store) => match store.examine().await {
+            Ok(found) => {
+                findings.extend(found);
+                match Newest::read(store).await {
+                    Ok(read) => newest = read,
+                    Err(error) => findings.push(Finding::bad("newest backup", error.to_string())),
+                }
+                findings.push(newest.examine(now));
+            }
+            Err(error) => findings.push(Finding::bad("store", error.to_string())),
+        },
+    }
+    for endpoint in &settings.etcd.endpoints {
+        findings.extend(etcd(&settings.etcd, endpoint.trim(), newest.cluster_id).await);
+    }
+    findings.extend(data(&member.data_dir).await);
+    findings.push(room(&member.data_dir, newest.bytes));
+    let work_dirs = [
+        ("compaction.workDir", config.compaction.as_ref().map(|compaction| &compaction.work_dir)),
+        ("verification.workDir", config.verification.as_ref().map(|verification| &verification.work_dir)),
+    ];
+    for (what, dir) in work_dirs.into_iter().filter_map(|(what, dir)| Some((what, dir?))) {
+        findings.push(work_dir(what, dir, newest.bytes));
+    }
+    findings
+}
+
+/// A certificate, or several of authorities, with its key if it has one.
+struct Pair {
+    what: String,
+    path: PathBuf,
+    key: Option<PathBuf>,
+}
+
+/// What the configuration names.
+fn pairs(config: &SidecarConfig) -> Vec<Pair> {
+    let mut pairs = Vec::new();
+    let mut add = |what: &str, path: Option<&PathBuf>, key: Option<&PathBuf>| {
+        pairs.extend(path.map(|path| Pair { what: what.to_owned(), path: path.clone(), key: key.cloned() }));
+    };
+    let tls = config.server.tls.as_ref();
+    add("server.tls.cert", tls.map(|tls| &tls.cert), tls.map(|tls| &tls.key));
+    add("server.tls.clientCa", tls.map(|tls| &tls.client_ca), None);
+    add("etcd.cert", config.etcd.cert.as_ref(), config.etcd.key.as_ref());
+    add("etcd.cacert", config.etcd.cacert.as_ref(), None);
+    pairs
+}
+
+impl Pair {
+    fn examine(&self, now: DateTime<Utc>) -> Finding {
+        match self.validity() {
+            Ok((not_before, not_after)) => {
+                let (path, what) = (self.path.display(), self.what.clone());
+                let day = |at: DateTime<Utc>| at.format("%Y-%m-%d %H:%M UTC");
+                if now >= not_after {
+                    Finding::bad(what, format!("{path} has expired on {}: renew it", day(not_after)))
+                } else if now < not_before {
+                    let clock = "renew it, or set this machine's clock";
+                    Finding::bad(what, format!("{path} is not valid before {}: {clock}", day(not_before)))
+                } else if not_after - now < SOON {
+                    Finding::remark(what, format!("{path} expires soon, on {}: renew it", day(not_after)))
+                } else {
+                    Finding::good(what, format!("{path} is valid until {}", day(not_after)))
+                }
+            }
+            Err(error) => Finding::bad(self.what.clone(), error.to_string()),
+        }
+    }
+
+    /// From when until when all that is in the file is valid; an error when it, or the key, cannot be used.
+    fn validity(&self) -> Result<(DateTime<Utc>, DateTime<Utc>)> {
+        let read = |path: &Path| std::fs::read(path).map_err(Error::io("read", path.display()));
+        let bad = |path: &Path, what: &dyn std::fmt::Display| Error::invalid(format!("{}: {what}", path.display()));
+        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&read(&self.path)?).collect();
+        let chain = chain.map_err(|error| bad(&self.path, &error))?;
+        let at = |time: x509_parser::time::ASN1Time| DateTime::from_timestamp(time.timestamp(), 0).unwrap_or_default();
+        if chain.is_empty() {
+            return Err(bad(&self.path, &"no certificate is in it"));
+        }
+        let (mut first, mut last) = (DateTime::<Utc>::MIN_UTC, DateTime::<Utc>::MAX_UTC);
+        for certificate in &chain {
+            let parsed = x509_parser::parse_x509_certificate(certificate);
+            let (_, parsed) = parsed.map_err(|error| bad(&self.path, &error))?;
+            let (from, until) = (at(parsed.validity().not_before), at(parsed.validity().not_after));
+            (first, last) = (first.max(from), last.min(until));
+        }
+        if let Some(key) = &self.key {
+            let private = PrivateKeyDer::from_pem_slice(&read(key)?).map_err(|error| bad(key, &error))?;
+            let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+            let both = rustls::sign::CertifiedKey::from_der(chain, private, &provider);
+            both.map_err(|error| bad(key, &format!("it is not the key of {}: {error}", self.path.display())))?;
+        }
+        Ok((first, last))
+    }
+}
+
+fn listener(config: &SidecarConfig) -> Finding {
+    let listen = &config.server.listen;
+    match std::net::TcpListener::bind(listen) {
+        Ok(_) if config.server.insecure => Finding::remark(
+            "server.listen",
+            format!("{listen} is free; server.insecure lets everybody call everything"),
+        ),
+        Ok(_) => Finding::good("server.listen", format!("{listen} is free")),
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => Finding::remark(
+            "server.listen",
+            format!("{listen} is taken, which is right where the sidecar runs already"),
+        ),
+        Err(error) => Finding::bad("server.listen", format!("{listen}: {error}")),
+    }
+}
+
+/// The newest chain.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Newest {
+    /// When its last backup was taken, in milliseconds since 1970.
+    unix_ms: Option<i64>,
+    /// Size of the database that its full snapshot is.
+    bytes: u64,
+    cluster_id: Option<u64>,
+}
+
+impl Newest {
+    async fn read(store: &Store) -> Result<Self> {
+        let catalog = store.catalog().await?;
+        let Some((timeline, history)) = catalog.newest_restorable() else { return Ok(Self::default()) };
+        let Some(chain) = history.newest_chain() else { return Ok(Self::default()) };
+        let meta = store.meta(&chain.full.name(timeline), chain.full.size).await?;
+        let described = store.description(timeline).await?;
+        Ok(Self {
+            unix_ms: history.times().max(),
+            bytes: meta.map_or(chain.full.size, |meta| meta.content_bytes),
+            cluster_id: described.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok()),
+        })
+    }
+
+    fn examine(&self, now: DateTime<Utc>) -> Finding {
+        let what = "newest backup";
+        let Some(taken) = self.unix_ms.and_then(DateTime::from_timestamp_millis) else {
+            return Finding::remark(what, "there is none yet");
+        };
+        let of = format!("of {}, a database of {}", taken.format("%Y-%m-%d %H:%M:%S UTC"), mib(self.bytes));
+        if taken - now > MOST_AHEAD {
+            let clock = "that is in the future: a clock is wrong, and times of backups and retention go by it";
+            return Finding::remark("clock", format!("{of}; {clock}"));
+        }
+        Finding::good(what, of)
+    }
+}
+
+/// What a member says of itself, and what follows.
+async fn etcd(flags: &EtcdFlags, endpoint: &str, backed_up: Option<u64>) -> Vec<Finding> {
+    let what = "etcd";
+    let (mut etcd, status) = match Etcd::reach(flags, endpoint).await {
+        Ok(reached) => reached,
+        Err(error) if is_refused(&error) => {
+            let found = format!("nothing listens at {endpoint}, which is right before etcd is started");
+            return vec![Finding::remark(what, found)];
+        }
+        Err(error) => return vec![Finding::bad(what, error.to_string())],
+    };
+    let is = format!("{}, {:?} of cluster {:x} at {endpoint}", status.version, status.role, status.cluster_id);
+    let mut findings = vec![match datadir::Minor::parse(&status.version) {
+        Ok(_) => Finding::good(what, format!("etcd {is}")),
+        Err(error) => Finding::bad(what, format!("etcd {is}: {error}")),
+    }];
+    if let Some(theirs) = backed_up.filter(|theirs| *theirs != status.cluster_id) {
+        let why =
+            "of another cluster: right after a restore, until its first backup; a prefix must not serve two clusters";
+        findings.push(Finding::remark("cluster", format!("the newest backups are of {theirs:x}, {why}")));
+    }
+    let auth = match etcd.auth_revision().await {
+        Ok(Some((_, is_on))) => Ok(is_on),
+        // 3.4 does not tell; who may read users may all that a backup needs.
+        Ok(None) => etcd.auth_fingerprint().await.map(|_| true),
+        Err(error) => Err(error),
+    };
+    findings.push(match auth {
+        Ok(false) => Finding::good("auth", "off"),
+        Ok(true) => Finding::good("auth", "its state can be read, so the user may back up"),
+        Err(error) => Finding::bad("auth", format!("{error}: the user that backs up needs the role root")),
+    });
+    match etcd.alarms().await {
+        Ok(alarms) if alarms.is_empty() => {}
+        Ok(alarms) => findings.extend(alarms.iter().map(|(member, alarm)| {
+            Finding::bad("alarm", format!("{} of member {member:x}: writes or reads are refused", alarm.name()))
+        })),
+        Err(error) => findings.push(Finding::bad("alarm", error.to_string())),
+    }
+    findings
+}
+
+/// The data directory: who may write there, and what lies in it.
+async fn data(dir: &Path) -> Vec<Finding> {
+    let what = "data directory";
+    let parent = existing(dir);
+    if let Err(error) = tempfile::tempfile_in(&parent) {
+        let why = "what is damaged could not be moved aside, nor anything restored";
+        return vec![Finding::bad(what, format!("{} cannot be written: {error}; {why}", parent.display()))];
+    }
+    let mut findings = Vec::new();
+    if let Ok(metadata) = std::fs::metadata(dir) {
+        let (owner, us) = (std::os::unix::fs::MetadataExt::uid(&metadata), rustix::process::geteuid().as_raw());
+        if owner != us {
+            let why = "etcd may not read what is restored: run both as the same user";
+            let found = format!("{} is of user {owner}, and this is user {us}: {why}", dir.display());
+            findings.push(Finding::remark(what, found));
+        }
+    }
+    if !dir.exists() {
+        findings.push(Finding::good(what, format!("{} is not there yet", dir.display())));
+        return findings;
+    }
+    if let Err(error) = datadir::check_target(dir, true) {
+        findings.push(Finding::good(what, format!("{} is in use and not looked into: {error}", dir.display())));
+        return findings;
+    }
+    let checked = dir.to_owned();
+    let verdict = tokio::task::spawn_blocking(move || datadir::verify(&checked, &Verify::default())).await;
+    findings.push(match verdict.map_err(|error| Error::task(&error)) {
+        Ok(Ok(Some(verdict))) => {
+            let evidence: Vec<_> = verdict
+                .findings
+                .iter()
+                .filter(|finding| finding.severity == Severity::Corrupt)
+                .take(3)
+                .map(|finding| format!("{} in {}", finding.what, finding.path.display()))
+                .collect();
+            let summary = verdict.summary.as_ref();
+            let schema = summary.and_then(|summary| summary.schema).map(|minor| format!(", storage of etcd {minor}"));
+            let revision = summary.map_or(0, |summary| summary.revision);
+            match evidence.is_empty() {
+                true => Finding::good(what, format!("sound, at revision {revision}{}", schema.unwrap_or_default())),
+                false => Finding::bad(what, format!("damaged: {}", evidence.join("; "))),
+            }
+        }
+        Ok(Ok(None)) => Finding::good(what, format!("{} has no member yet", dir.display())),
+        Ok(Err(error)) => Finding::bad(what, error.to_string()),
+        Err(error) => Finding::bad(what, error.to_string()),
+    });
+    findings
+}
+
+/// The nearest directory that exists.
+fn existing(dir: &Path) -> PathBuf {
+    dir.ancestors().find(|dir| dir.is_dir()).map_or_else(|| PathBuf::from("/"), Path::to_owned)
+}
+
+/// Whether a restore fits beside what is there, which it never deletes.
+fn room(dir: &Path, database: u64) -> Finding {
+    let what = "room for a restore";
+    let dir = existing(dir);
+    let needed = database.saturating_add(SPARE_BYTES);
+    match free(&dir) {
+        Ok(free) if free < needed => {
+            let why = "a restore is written beside what is there, and needs";
+            Finding::bad(what, format!("{} has {} free: {why} {}", dir.display(), mib(free), mib(needed)))
+        }
+        Ok(free) => Finding::good(what, format!("{} has {} free, of {} needed", dir.display(), mib(free), mib(needed))),
+        Err(error) => Finding::bad(what, error.to_string()),
+    }
+}
+
+fn work_dir(what: &'static str, dir: &Path, database: u64) -> Finding {
+    let needed = database.saturating_mul(2).saturating_add(SPARE_BYTES);
+    if let Err(error) = tempfile::tempfile_in(dir) {
+        return Finding::bad(what, format!("{} cannot be written: {error}", dir.display()));
+    }
+    match free(dir) {
+        Ok(free) if free < needed => {
+            let needs = mib(needed);
+            Finding::remark(what, format!("{} has {} free, and may need {needs}", dir.display(), mib(free)))
+        }
+        Ok(free) => Finding::good(what, format!("{} has {} free", dir.display(), mib(free))),
+        Err(error) => Finding::bad(what, error.to_string()),
+    }
+}
+
+fn free(dir: &Path) -> Result<u64> {
+    let stat =
+        rustix::fs::statvfs(dir).map_err(|error| Error::io("ask for the room in", dir.display())(error.into()))?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes >> 20)
+}
