@@ -35,7 +35,7 @@ pub enum Error {
 
 /// Every field, as `--set` names it. The environment has each as `SIDECAR_` and its path in capitals, such as
 /// `SIDECAR_SNAPSHOTS_DELTA_PERIOD`.
-pub const FIELDS: [&str; 30] = [
+pub const FIELDS: [&str; 34] = [
     "member.etcdConfig",
     "etcd.endpoints",
     "etcd.clusterEndpoints",
@@ -66,6 +66,10 @@ pub const FIELDS: [&str; 30] = [
     "server.insecure",
     "server.etcdWrapper",
     "safety.mayStartEmpty",
+    "kubernetes.namespace",
+    "kubernetes.heartbeatPeriod",
+    "kubernetes.fullSnapshotLease",
+    "kubernetes.deltaSnapshotLease",
 ];
 
 /// The variable of a field.
@@ -131,7 +135,7 @@ impl SidecarConfig {
 
 /// A value as a person writes it: a list has commas, a number or a truth value is one where it reads as one.
 fn value_of(field: &str, text: &str) -> serde_json::Value {
-    let texts = [".schedule", ".fullSchedule", ".url", "Dir", ".listen"];
+    let texts = ["Lease", ".namespace", ".schedule", ".fullSchedule", ".url", "Dir", ".listen"];
     if field.ends_with("ndpoints") {
         return text.split(',').map(str::trim).filter(|url| !url.is_empty()).collect();
     }
@@ -192,6 +196,9 @@ pub struct SidecarConfig {
     /// What may be done where data would be lost.
     #[serde(default)]
     pub safety: Safety,
+    /// Leases that tell Kubernetes how the member and its backups do; without it Kubernetes is not spoken to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kubernetes: Option<Kubernetes>,
 }
 
 impl Default for SidecarConfig {
@@ -208,6 +215,7 @@ impl Default for SidecarConfig {
             defragmentation: None,
             server: Server::default(),
             safety: Safety::default(),
+            kubernetes: None,
         }
     }
 }
@@ -266,7 +274,7 @@ pub struct Store {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Snapshots {
-    /// When a full snapshot is due: cron in UTC, five fields. Empty for only when needed.
+    /// When a full snapshot is due: cron in local time, five fields. Empty for only when needed.
     pub full_schedule: String,
     /// A delta is closed at least so often, when anything changed.
     #[serde(with = "duration")]
@@ -337,7 +345,7 @@ impl Default for Compaction {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Verification {
-    /// Cron in UTC, five fields.
+    /// Cron in local time, five fields.
     pub schedule: String,
     /// Where it is restored to; it takes as much room as the database.
     pub work_dir: PathBuf,
@@ -353,7 +361,7 @@ impl Default for Verification {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct Defragmentation {
-    /// Cron in UTC, five fields.
+    /// Cron in local time, five fields.
     pub schedule: String,
     /// Only where at least this share of the file is free.
     pub least_free_share: f64,
@@ -406,6 +414,33 @@ pub struct ServerTls {
 pub struct Safety {
     /// Begin a new cluster where the data is damaged and there is no backup. What is there is moved aside.
     pub may_start_empty: bool,
+}
+
+/// Which leases are kept, with what the predecessor has in them. They must exist: who watches them makes them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Kubernetes {
+    /// Where they are; that of the service account, or of the kubeconfig, when empty.
+    pub namespace: String,
+    /// How often the member's lease, which has its name, is renewed.
+    #[serde(with = "duration")]
+    pub heartbeat_period: Duration,
+    /// The lease of the newest full snapshot; none when empty.
+    pub full_snapshot_lease: String,
+    /// The lease of the newest delta; none when empty.
+    pub delta_snapshot_lease: String,
+}
+
+impl Default for Kubernetes {
+    fn default() -> Self {
+        let (full_snapshot_lease, delta_snapshot_lease) = (String::new(), String::new());
+        Self {
+            namespace: String::new(),
+            heartbeat_period: Duration::from_secs(10),
+            full_snapshot_lease,
+            delta_snapshot_lease,
+        }
+    }
 }
 
 /// Durations such as `20s`.
@@ -564,6 +599,7 @@ mod tests {
             compaction: Some(Compaction::default()),
             verification: Some(Verification::default()),
             defragmentation: Some(Defragmentation::default()),
+            kubernetes: Some(Kubernetes::default()),
             ..SidecarConfig::default()
         };
         let tree = serde_json::to_value(&all).unwrap();

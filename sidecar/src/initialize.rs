@@ -2,9 +2,10 @@
 //!
 //! # Invariants
 //! - Always the full check, and never under a running etcd.
-//! - What is there is deleted by nobody: what is replaced moves aside. Sound data is never replaced.
+//! - What is replaced moves aside, and of what lies there a few stay. Sound data is never replaced.
 //! - Nothing begins anew where a store cannot be asked whether there is a backup.
 
+mod aside;
 mod cluster;
 mod decision;
 mod member;
@@ -135,7 +136,12 @@ async fn until_decided(
         }
         let outcome = Outcome { done: decision, reason, revision, moved_to: None, in_use: false, joins: None };
         let wait = match act(settings, Seen { facts: &facts, there }, serving, recovery, outcome, stop, see).await? {
-            Acted::Done(outcome) => return Ok(outcome),
+            Acted::Done(outcome) => {
+                if outcome.moved_to.is_some() {
+                    aside::tidy(dir, Utc::now()).await;
+                }
+                return Ok(outcome);
+            }
             Acted::Wait(why) => why,
         };
         if wait != waits_for {
@@ -174,7 +180,7 @@ async fn act(
     let (dir, facts) = (&settings.member.data_dir, seen.facts);
     let from = settings.store.as_ref().map(|store| Refill { member: &settings.member, store, stop, see: see.clone() });
     // Where nothing was, nothing is moved: what is there by now somebody else has made.
-    let aside = || if seen.there.is_none() { Ok(None) } else { move_aside(dir).map(Some) };
+    let aside = || if seen.there.is_none() { Ok(None) } else { aside::move_member(dir).map(Some) };
     let done = match (outcome.done, from) {
         (Decision::Append, Some(from)) => from.append(outcome).await?,
         (Decision::Restore, Some(from)) => match from.restore(facts.replicas, recovery, outcome).await? {
@@ -446,7 +452,7 @@ impl Refill<'_> {
             (Ok(restored), Some(timeline)) => {
                 // A store that ignores conditions may have let another in.
                 if let Some(restorer) = recovery.begin(self.store, timeline).await? {
-                    move_aside(&member.data_dir)?;
+                    aside::move_member(&member.data_dir)?;
                     return Ok(Err(restorer));
                 }
                 restored
@@ -459,14 +465,4 @@ impl Refill<'_> {
         };
         Ok(Ok(Outcome { revision: restored.revision, moved_to: restored.replaced.into_iter().next(), ..outcome }))
     }
-}
-
-/// Moves a member aside, in its data directory.
-fn move_aside(dir: &Path) -> Result<PathBuf> {
-    // An etcd that has started since must not lose it.
-    datadir::check_target(dir, true).map_err(Error::format(dir.display().to_string()))?;
-    let member = dir.join("member");
-    let aside = dir.join(format!("member.replaced-{}", Utc::now().format("%Y%m%dT%H%M%S%.3fZ")));
-    std::fs::rename(&member, &aside).map_err(Error::io("move aside", member.display()))?;
-    Ok(aside)
 }

@@ -132,6 +132,18 @@ struct Home {
     revision: i64,
     /// Since when etcd has had more than that.
     behind_since: Option<Instant>,
+    standing: Standing,
+}
+
+/// Where the backups of this run stand.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Revision of the newest full snapshot, and when it was taken in milliseconds since 1970.
+    pub full: Option<(i64, i64)>,
+    /// Last revision of the newest delta, and when that was taken.
+    pub delta: Option<(i64, i64)>,
+    /// When all that etcd was known to have was in the store.
+    pub confirmed: Option<Instant>,
 }
 
 impl std::fmt::Debug for Metrics {
@@ -254,14 +266,42 @@ impl Metrics {
                 self.latest_deltas_revisions.inc_by(last.saturating_sub(first).saturating_add(1));
             }
         }
-        self.at_home(last);
+        let mut home = self.home();
+        home.revision = home.revision.max(last);
+        home.behind_since = None;
+        match kind {
+            Kind::Full => home.standing.full = Some((last, unix_ms)),
+            Kind::Incr => {
+                home.standing.delta = Some((last, unix_ms));
+                home.standing.confirmed = Some(Instant::now());
+            }
+        }
     }
 
-    /// The store has everything up to there.
-    pub fn at_home(&self, revision: i64) {
-        let mut home = self.home.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        home.revision = home.revision.max(revision);
-        home.behind_since = None;
+    /// What a store has that is backed up to: the newest full snapshot and the newest delta, each as its last revision and
+    /// when it was taken, and the revision up to which it has everything.
+    pub fn found(&self, full: Option<(i64, i64)>, delta: Option<(i64, i64)>, revision: i64) {
+        for (kind, newest) in [(Kind::Full, full), (Kind::Incr, delta)] {
+            let (revision, unix_ms) = newest.unwrap_or_default();
+            self.latest_revision.get_or_create(&OfKind { kind }).set(revision);
+            self.latest_timestamp.get_or_create(&OfKind { kind }).set(unix_ms / 1000);
+        }
+        // Not the higher of the two: what is backed up now may have been restored to an older revision.
+        *self.home() = Home { revision, behind_since: None, standing: Standing { full, delta, confirmed: None } };
+    }
+
+    /// All that etcd is known to have is in the store.
+    pub fn confirmed(&self) {
+        self.home().standing.confirmed = Some(Instant::now());
+    }
+
+    /// Where backups stand.
+    pub fn standing(&self) -> Standing {
+        self.home().standing
+    }
+
+    fn home(&self) -> std::sync::MutexGuard<'_, Home> {
+        self.home.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// A backup that failed.
@@ -317,7 +357,7 @@ impl Metrics {
         self.revision.set(member.revision);
         self.db_size.set(member.db_size);
         self.db_size_in_use.set(member.db_size_in_use);
-        let mut home = self.home.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut home = self.home();
         // Only who backs up knows where the backups are.
         let lag = if member.backing_up { member.revision.saturating_sub(home.revision).max(0) } else { 0 };
         home.behind_since = if lag > 0 { home.behind_since.or_else(|| Some(Instant::now())) } else { None };

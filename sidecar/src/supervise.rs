@@ -5,6 +5,7 @@
 //! may touch the data.
 
 mod defragment;
+mod leases;
 mod membership;
 mod upkeep;
 
@@ -18,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use defragment::Sizes;
+pub use leases::Leases;
 pub use upkeep::{Upkeep, Verified};
 
 use crate::etcd::{Alarm, Etcd, EtcdFlags, Role, Status};
@@ -53,6 +55,8 @@ pub struct Settings {
     pub metrics: Arc<Metrics>,
     /// What is done from time to time.
     pub upkeep: Upkeep,
+    /// What Kubernetes is told.
+    pub leases: Option<Leases>,
     /// Where verifying and merging on request work.
     pub work_dir: PathBuf,
 }
@@ -137,6 +141,7 @@ impl Supervisor {
         let following = this.clone();
         this.tasks.spawn(async move { following.follow().await });
         upkeep::start(&this);
+        leases::start(&this);
         this
     }
 

@@ -16,6 +16,7 @@ use crate::{eventually, free_port, program};
 pub struct ApiServer {
     child: Child,
     client: Client,
+    certificates: Certificates,
 }
 
 /// Speaks to it as an administrator.
@@ -53,10 +54,22 @@ impl ApiServer {
             .spawn()?;
         let ca = reqwest::Certificate::from_pem(&std::fs::read(certificates.ca())?)?;
         let http = reqwest::Client::builder().tls_certs_only([ca]).build()?;
-        let server = Self { child, client: Client { http, url: format!("https://127.0.0.1:{port}") } };
+        let server = Self { child, client: Client { http, url: format!("https://127.0.0.1:{port}") }, certificates };
         let ready = || async { server.client.send(reqwest::Method::GET, "/readyz", None).await };
         eventually(Duration::from_secs(60), ready).await?;
         Ok(server)
+    }
+
+    /// Writes a configuration as kubectl takes it, for an administrator in the namespace `default`.
+    pub fn write_kubeconfig(&self, path: &Path) -> Result<()> {
+        let (url, ca) = (&self.client.url, self.certificates.ca());
+        let config = serde_json::json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "default"}}],
+            "clusters": [{"name": "c", "cluster": {"server": url, "certificate-authority": ca}}],
+            "users": [{"name": "u", "user": {"token": TOKEN}}],
+        });
+        Ok(std::fs::write(path, config.to_string())?)
     }
 
     /// A client of it.
@@ -66,7 +79,7 @@ impl ApiServer {
 }
 
 impl Client {
-    async fn send(&self, method: reqwest::Method, path: &str, body: Option<(&str, &Value)>) -> Result<()> {
+    async fn send(&self, method: reqwest::Method, path: &str, body: Option<(&str, &Value)>) -> Result<String> {
         let mut request = self.http.request(method.clone(), format!("{}{path}", self.url)).bearer_auth(TOKEN);
         if let Some((content_type, body)) = body {
             request = request.header(http::header::CONTENT_TYPE, content_type).body(body.to_string());
@@ -75,17 +88,22 @@ impl Client {
         let status = answer.status();
         let text = answer.text().await?;
         ensure!(status.is_success(), "{method} {path}: {status}: {text}");
-        Ok(())
+        Ok(text)
     }
 
     /// Creates an object in a collection such as `/api/v1/namespaces`.
     pub async fn create(&self, collection: &str, object: &Value) -> Result<()> {
-        self.send(reqwest::Method::POST, collection, Some(("application/json", object))).await
+        self.send(reqwest::Method::POST, collection, Some(("application/json", object))).await.map(drop)
+    }
+
+    /// Reads an object.
+    pub async fn get(&self, path: &str) -> Result<Value> {
+        Ok(serde_json::from_str(&self.send(reqwest::Method::GET, path, None).await?)?)
     }
 
     /// Changes some fields of an object.
     pub async fn patch(&self, path: &str, fields: &Value) -> Result<()> {
-        self.send(reqwest::Method::PATCH, path, Some(("application/merge-patch+json", fields))).await
+        self.send(reqwest::Method::PATCH, path, Some(("application/merge-patch+json", fields))).await.map(drop)
     }
 }
 

@@ -81,10 +81,13 @@ async fn a_member_is_looked_after(minor: &str) -> Result<()> {
     let data = pod.member.data_dir.clone();
 
     damage(&data)?;
+    for year in 2019..2023 {
+        std::fs::create_dir(data.join(format!("member.replaced-{year}0101T000000.000Z")))?;
+    }
     let (launched, mut client) = pod.start_etcd().await?;
     ensure!(launched.log().contains("the data is damaged"), "{}", launched.log());
     state::same(&before, &state::read(&mut client).await?)?;
-    ensure!(aside(&data)? == 1);
+    ensure!(aside(&data)? == 3 && !data.join("member.replaced-20200101T000000.000Z").exists());
     launched.terminate().await?.expect(STOPPED)?;
 
     std::fs::remove_dir_all(data.join("member"))?;

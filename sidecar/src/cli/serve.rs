@@ -16,7 +16,7 @@ use crate::metrics::Metrics;
 use crate::retention::{Policy, Retention};
 use crate::server::{self, Files};
 use crate::store::{Open, Store};
-use crate::supervise::{self, Supervisor, Upkeep};
+use crate::supervise::{self, Leases, Supervisor, Upkeep};
 use crate::{Error, Result, snapshotter};
 
 /// Looking at the store more often than that would cost more than it gains.
@@ -122,7 +122,28 @@ pub(super) fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
     let others = others(config, &member, &etcd)?;
     let initialize = initialize::Settings { member, store, others, may_start_empty: config.safety.may_start_empty };
     let work_dir = config.compaction.as_ref().map_or_else(std::env::temp_dir, |compaction| compaction.work_dir.clone());
-    Ok(supervise::Settings { initialize, etcd, backup, quiet, metrics, upkeep: upkeep(config)?, work_dir })
+    Ok(supervise::Settings {
+        initialize,
+        etcd,
+        backup,
+        quiet,
+        metrics,
+        upkeep: upkeep(config)?,
+        leases: leases(config),
+        work_dir,
+    })
+}
+
+fn leases(config: &SidecarConfig) -> Option<Leases> {
+    let kubernetes = config.kubernetes.as_ref()?;
+    let given = |name: &String| Some(name.clone()).filter(|name| !name.is_empty());
+    Some(Leases {
+        namespace: given(&kubernetes.namespace),
+        heartbeat_period: kubernetes.heartbeat_period.max(LEAST_PERIOD),
+        delta_period: config.snapshots.delta_period,
+        full: given(&kubernetes.full_snapshot_lease),
+        delta: given(&kubernetes.delta_snapshot_lease),
+    })
 }
 
 fn upkeep(config: &SidecarConfig) -> Result<Upkeep> {

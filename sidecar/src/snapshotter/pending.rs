@@ -40,6 +40,11 @@ impl Pending {
         self.builder.last()
     }
 
+    /// Whether everything that was received is elsewhere.
+    pub fn is_empty(&self) -> bool {
+        self.incoming.is_none() && self.builder.events() == 0
+    }
+
     /// Whether it has changes, and ends with a whole revision.
     pub fn is_closable(&self) -> bool {
         self.whole && self.builder.events() > 0

@@ -191,7 +191,10 @@ impl<'s> Session<'s> {
         if let Some(tip) = backed_up_to {
             session.pending = Pending::after(tip, settings.delta_max_bytes)?;
             session.home = tip;
-            settings.metrics.at_home(tip);
+            let chain = catalog.timelines.get(&session.timeline).and_then(History::newest_chain);
+            let full = chain.as_ref().map(|chain| (chain.full.revision, chain.full.unix_ms));
+            let delta = chain.as_ref().and_then(|chain| chain.deltas.last()).map(|delta| (delta.last, delta.unix_ms));
+            settings.metrics.found(full, delta, tip);
         } else {
             session.due = Some((Due::NoChain, Instant::now()));
         }
@@ -512,7 +515,12 @@ impl<'s> Session<'s> {
                     }
                     Err(error) => return Err(error),
                 },
-                _ = rotate.tick() => rotation_wanted = true,
+                _ = rotate.tick() => {
+                    rotation_wanted = true;
+                    if matches!(self.tip, Tip::At(_)) && self.pending.is_empty() && !tasks.delta {
+                        self.settings.metrics.confirmed();
+                    }
+                }
                 _ = auth_tick.tick(), if !tasks.full && self.due.is_none() => {
                     self.check_base().await?;
                     if self.auth.changed(&mut self.etcd).await? {

@@ -106,7 +106,7 @@ impl When {
         match self {
             Self::Every(period) => *period,
             Self::Cron(cron) => {
-                let now = Utc::now();
+                let now = chrono::Local::now();
                 let next = cron.find_next_occurrence(&now, false).ok();
                 // A clock that is set meanwhile is noticed at the next.
                 next.and_then(|next| (next - now).to_std().ok()).unwrap_or(Duration::from_secs(3600))
