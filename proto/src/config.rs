@@ -35,7 +35,7 @@ pub enum Error {
 
 /// Every field, as `--set` names it. The environment has each as `SIDECAR_` and its path in capitals, such as
 /// `SIDECAR_SNAPSHOTS_DELTA_PERIOD`.
-pub const FIELDS: [&str; 34] = [
+pub const FIELDS: [&str; 37] = [
     "member.etcdConfig",
     "etcd.endpoints",
     "etcd.clusterEndpoints",
@@ -63,6 +63,9 @@ pub const FIELDS: [&str; 34] = [
     "server.tls.cert",
     "server.tls.key",
     "server.tls.clientCa",
+    "server.peers.cacert",
+    "server.peers.cert",
+    "server.peers.key",
     "server.insecure",
     "server.etcdWrapper",
     "safety.mayStartEmpty",
@@ -384,6 +387,9 @@ pub struct Server {
     /// Certificates; required unless `insecure`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<ServerTls>,
+    /// How the sidecars of other members are called; with the certificates of `tls` when not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peers: Option<ServerPeers>,
     /// Serve without TLS and let everybody call everything. For trying things, and where only loopback reaches it.
     pub insecure: bool,
     /// Answer gardener/etcd-wrapper over plain HTTP, without a client's certificate, which it has not.
@@ -392,7 +398,7 @@ pub struct Server {
 
 impl Default for Server {
     fn default() -> Self {
-        Self { listen: "127.0.0.1:8080".to_owned(), tls: None, insecure: false, etcd_wrapper: false }
+        Self { listen: "127.0.0.1:8080".to_owned(), tls: None, peers: None, insecure: false, etcd_wrapper: false }
     }
 }
 
@@ -406,6 +412,18 @@ pub struct ServerTls {
     pub key: PathBuf,
     /// Whom a client's certificate must be signed by.
     pub client_ca: PathBuf,
+}
+
+/// How the sidecars of other members are called: they listen on the same port, at the host of their member's first client URL.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ServerPeers {
+    /// Whom their certificates must be signed by.
+    pub cacert: PathBuf,
+    /// A certificate that they take from a client.
+    pub cert: PathBuf,
+    /// The key of that.
+    pub key: PathBuf,
 }
 
 /// What may be done where data would be lost.
@@ -552,6 +570,9 @@ mod tests {
                 "http://a:1 http://b:2",
             ),
             (
+                "server.peers.cacert",
+                "server.peers.cert",
+                "server.peers.key",
                 "server.insecure",
                 "server: {insecure: false}",
                 None,
@@ -588,7 +609,7 @@ mod tests {
                 }
                 _ => "text",
             };
-            let tls = "server: {tls: {cert: a, key: b, clientCa: c}}\n";
+            let tls = "server: {tls: {cert: a, key: b, clientCa: c}, peers: {cacert: a, cert: b, key: c}}\n";
             let set = SidecarConfig::layered(Some(&format!("{LEAST}{tls}")), |_| None, &[format!("{field}={value}")]);
             assert!(set.is_ok(), "{field}: {set:?}");
         }

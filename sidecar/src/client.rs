@@ -9,7 +9,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use crate::{Error, Result};
 
 /// Flags that say how to reach a sidecar.
-#[derive(Debug, Clone, clap::Args)]
+#[derive(Debug, Clone, Default, clap::Args)]
 pub struct ApiFlags {
     /// The sidecar's API.
     #[arg(long, env = "SIDECAR_URL", default_value = "https://127.0.0.1:8080", value_name = "URL")]

@@ -238,6 +238,8 @@ pub struct Status {
     pub cluster_id: u64,
     /// Its id.
     pub member_id: u64,
+    /// Id of the member that leads, as this one knows it; 0 when none does.
+    pub leader_id: u64,
     /// Its current revision.
     pub revision: i64,
     /// Such as `3.6.16`.
@@ -370,6 +372,7 @@ impl Etcd {
             role,
             cluster_id: header.map_or(0, etcd_client::ResponseHeader::cluster_id),
             member_id,
+            leader_id: response.leader(),
             revision: header.map_or(0, etcd_client::ResponseHeader::revision),
             version: response.version().to_owned(),
             raft_term: response.raft_term(),

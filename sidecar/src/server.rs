@@ -22,6 +22,7 @@ use tonic::transport::Server;
 
 pub use tls::Files;
 
+use crate::client::ApiFlags;
 use crate::supervise::Supervisor;
 use crate::{Error, Result};
 use connection::Connection;
@@ -45,6 +46,8 @@ pub struct Settings {
     pub listen: SocketAddr,
     /// `None`: no TLS, and everybody may call everything.
     pub tls: Option<Files>,
+    /// How the sidecars of other members are called, but for the URL.
+    pub peers: ApiFlags,
     /// Whether etcd-wrapper is answered, which shows no certificate.
     pub etcd_wrapper: bool,
 }
@@ -68,7 +71,9 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
     let mut routes = Routes::new(api.max_decoding_message_size(MOST_REQUEST_BYTES));
     routes = routes.add_service(health_service).add_service(reflection);
     let mut router = routes.into_axum_router().merge(service::probes(supervisor.clone()));
-    router = router.merge(gardener::snapshots(supervisor.clone(), needs_certificate));
+    let port = listener.local_addr().map_err(Error::io("listen on", listen))?.port();
+    let peers = gardener::Peers { api: settings.peers, port, is_tls: needs_certificate };
+    router = router.merge(gardener::snapshots(supervisor.clone(), peers));
     if settings.etcd_wrapper {
         router = router.merge(gardener::routes(supervisor));
     }

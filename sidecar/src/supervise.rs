@@ -225,6 +225,11 @@ impl Supervisor {
         self.phase.send_replace(ended);
     }
 
+    /// Whether there is a store, and another member's sidecar backs up to it.
+    pub fn follows(&self) -> bool {
+        self.settings.backup.is_some() && matches!(self.observed.borrow().role, Some(Role::Follower | Role::Learner))
+    }
+
     /// Takes a snapshot now. Only the leader's sidecar does.
     pub async fn take(&self, kind: Kind) -> Result<Taken> {
         self.store()?;

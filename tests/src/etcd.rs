@@ -26,6 +26,8 @@ pub struct Member {
     pub name: String,
     /// Its data directory.
     pub data_dir: PathBuf,
+    /// The address that it listens on.
+    pub host: String,
     /// Port for clients.
     pub client_port: u16,
     /// Port for peers.
@@ -53,6 +55,7 @@ impl Member {
                 minor: minor.to_owned(),
                 name: (*name).to_owned(),
                 data_dir: data_dir.to_path_buf(),
+                host: "127.0.0.1".to_owned(),
                 client_port: free_port()?,
                 peer_port: free_port()?,
                 initial_cluster: String::new(),
@@ -60,12 +63,17 @@ impl Member {
                 auth: false,
             });
         }
+        Self::introduce(&mut cluster);
+        Ok(cluster)
+    }
+
+    /// Tells each of the others.
+    pub fn introduce(cluster: &mut [Self]) {
         let initial =
             cluster.iter().map(|member| format!("{}={}", member.name, member.peer_url())).collect::<Vec<_>>().join(",");
-        for member in &mut cluster {
+        for member in cluster {
             member.initial_cluster.clone_from(&initial);
         }
-        Ok(cluster)
     }
 
     /// The same member elsewhere, in the cluster of one that a restore without flags makes.
@@ -83,12 +91,12 @@ impl Member {
 
     /// Where clients reach it.
     pub fn client_url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.client_port)
+        format!("http://{}:{}", self.host, self.client_port)
     }
 
     /// Where peers reach it.
     pub fn peer_url(&self) -> String {
-        format!("http://127.0.0.1:{}", self.peer_port)
+        format!("http://{}:{}", self.host, self.peer_port)
     }
 
     /// Starts it, without waiting until it serves.

@@ -12,6 +12,7 @@ pub mod google;
 pub mod kubernetes;
 pub mod listing;
 pub mod minio;
+pub mod network;
 pub mod pod;
 pub mod program;
 pub mod proxy;

@@ -16,6 +16,7 @@ use crate::{eventually, free_port, program};
 #[derive(Debug)]
 pub struct Minio {
     child: Child,
+    host: String,
     port: u16,
     ca: Option<PathBuf>,
 }
@@ -29,8 +30,22 @@ impl Minio {
         Self::start_on(dir, bucket, free_port()?, None).await
     }
 
+    /// The same, at another address than this machine's own.
+    pub async fn start_at(dir: &Path, bucket: &str, host: &str) -> Result<Self> {
+        Self::start_server(dir, bucket, (host, free_port()?), None).await
+    }
+
     /// The same, on a given port, and with TLS when there are certificates.
     pub async fn start_on(dir: &Path, bucket: &str, port: u16, tls: Option<&Certificates>) -> Result<Self> {
+        Self::start_server(dir, bucket, ("127.0.0.1", port), tls).await
+    }
+
+    async fn start_server(
+        dir: &Path,
+        bucket: &str,
+        (host, port): (&str, u16),
+        tls: Option<&Certificates>,
+    ) -> Result<Self> {
         // A directory at the top is a bucket.
         std::fs::create_dir_all(dir.join(bucket))?;
         let log = File::options().create(true).append(true).open(dir.with_extension("log"))?;
@@ -48,7 +63,7 @@ impl Minio {
                 "server",
                 "--quiet",
                 "--address",
-                &format!("127.0.0.1:{port}"),
+                &format!("{host}:{port}"),
                 "--console-address",
                 &format!("127.0.0.1:{}", free_port()?),
             ])
@@ -60,7 +75,7 @@ impl Minio {
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()?;
-        let minio = Self { child, port, ca: tls.map(Certificates::ca) };
+        let minio = Self { child, host: host.to_owned(), port, ca: tls.map(Certificates::ca) };
         let store = minio.store(&format!("{bucket}/ready"));
         let ready = || async { store.list().await.map(drop) };
         eventually(Duration::from_secs(30), ready).await?;
@@ -75,7 +90,7 @@ impl Minio {
     /// A prefix in one of its buckets, `bucket/prefix`.
     pub fn store(&self, place: &str) -> Store {
         let scheme = if self.ca.is_some() { "https" } else { "http" };
-        let endpoint = format!("{scheme}://127.0.0.1:{}", self.port);
+        let endpoint = format!("{scheme}://{}:{}", self.host, self.port);
         let environment = [
             ("AWS_ENDPOINT_URL", endpoint.as_str()),
             ("AWS_REGION", "us-east-1"),

@@ -11,6 +11,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 
 use crate::certificates::Certificates;
 use crate::etcd::Member;
+use crate::network::Network;
 use crate::program::{Ended, Running, Sidecar};
 use crate::store::Store;
 use crate::{eventually, free_port, program};
@@ -33,6 +34,8 @@ pub struct Pod {
     pub etcd_more: String,
     /// Client URLs of the other members.
     others: Vec<String>,
+    /// The network namespace that it runs in.
+    network: Option<String>,
     port: u16,
 }
 
@@ -53,6 +56,7 @@ impl Pod {
             more: String::new(),
             etcd_more: String::new(),
             others,
+            network: None,
             port: free_port()?,
         })
     }
@@ -62,8 +66,29 @@ impl Pod {
         let dirs: Vec<_> = names.iter().map(|name| dir.join(name)).collect();
         let data: Vec<_> = dirs.iter().map(|dir| dir.join("data")).collect();
         let members: Vec<_> = names.iter().copied().zip(data.iter().map(PathBuf::as_path)).collect();
-        let members = Member::cluster(minor, &members)?;
-        let pods = members.iter().zip(&dirs).map(|(member, dir)| {
+        Self::of_members(&dirs, &Member::cluster(minor, &members)?, store)
+    }
+
+    /// The same, each on a host of its own, all with the same ports.
+    pub fn on_hosts(dir: &Path, minor: &str, network: &Network, store: Option<&Store>) -> Result<Vec<Self>> {
+        let names: Vec<_> = (0..network.hosts()).map(|host| format!("m{host}")).collect();
+        let dirs: Vec<_> = names.iter().map(|name| dir.join(name)).collect();
+        let data: Vec<_> = dirs.iter().map(|dir| dir.join("data")).collect();
+        let members: Vec<_> = names.iter().map(String::as_str).zip(data.iter().map(PathBuf::as_path)).collect();
+        let mut members = Member::cluster(minor, &members)?;
+        for (host, member) in members.iter_mut().enumerate() {
+            (member.host, member.client_port, member.peer_port) = (network.address(host), 2379, 2380);
+        }
+        Member::introduce(&mut members);
+        let mut pods = Self::of_members(&dirs, &members, store)?;
+        for (host, pod) in pods.iter_mut().enumerate() {
+            (pod.network, pod.port) = (Some(network.name(host)), 8080);
+        }
+        Ok(pods)
+    }
+
+    fn of_members(dirs: &[PathBuf], members: &[Member], store: Option<&Store>) -> Result<Vec<Self>> {
+        let pods = members.iter().zip(dirs).map(|(member, dir)| {
             let others = members.iter().filter(|other| other.name != member.name).map(Member::client_url).collect();
             Self::of_member(dir, member.clone(), store.cloned(), others)
         });
@@ -81,7 +106,7 @@ impl Pod {
     /// The URL of its API.
     pub fn url(&self) -> String {
         let scheme = if self.tls.is_some() { "https" } else { "http" };
-        format!("{scheme}://127.0.0.1:{}", self.port)
+        format!("{scheme}://{}:{}", self.member.host, self.port)
     }
 
     fn write_configs(&self) -> Result<PathBuf> {
@@ -113,9 +138,10 @@ impl Pod {
         std::fs::write(
             &config,
             format!(
-                "apiVersion: sidecar.etcd-steward.io/v1\nmember:\n  etcdConfig: {}\netcd:\n  endpoints: [{client}]\n  clusterEndpoints: [{}]\nserver:\n  listen: 127.0.0.1:{}\n  etcdWrapper: true\n{server}{store}{}",
+                "apiVersion: sidecar.etcd-steward.io/v1\nmember:\n  etcdConfig: {}\netcd:\n  endpoints: [{client}]\n  clusterEndpoints: [{}]\nserver:\n  listen: {}:{}\n  etcdWrapper: true\n{server}{store}{}",
                 etcd.display(),
                 self.others.join(", "),
+                member.host,
                 self.port,
                 self.more
             ),
@@ -135,7 +161,7 @@ impl Pod {
 
     fn configured(&self, command: &str) -> Result<Sidecar> {
         let config = self.write_configs()?.display().to_string();
-        let command = Sidecar::new([command, "--config", &config]);
+        let command = Sidecar::new([command, "--config", &config]).within(self.network.as_deref());
         let environment = self.store.iter().flat_map(|store| &store.environment);
         Ok(environment.fold(command, |command, (name, value)| command.env(name, value)))
     }
@@ -150,7 +176,7 @@ impl Pod {
     /// The program `sidecar launch`.
     pub fn launch(&self) -> Result<Sidecar> {
         let etcd = program(&format!("etcd-{}", self.member.minor), "etcd")?;
-        let launch = self.calls("launch").arg("--etcd").arg(etcd);
+        let launch = self.calls("launch").within(self.network.as_deref()).arg("--etcd").arg(etcd);
         Ok(launch.arg("--config").arg(self.dir.join("etcd.conf.yaml")))
     }
 

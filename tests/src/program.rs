@@ -17,6 +17,7 @@ use tokio::process::{Child, Command};
 pub struct Sidecar {
     arguments: Vec<OsString>,
     environment: Vec<(String, String)>,
+    network: Option<String>,
 }
 
 /// What a run left.
@@ -65,7 +66,15 @@ pub fn path() -> Result<PathBuf> {
 impl Sidecar {
     /// With these arguments.
     pub fn new<A: Into<OsString>>(arguments: impl IntoIterator<Item = A>) -> Self {
-        Self { arguments: arguments.into_iter().map(Into::into).collect(), environment: Vec::new() }
+        let arguments = arguments.into_iter().map(Into::into).collect();
+        Self { arguments, environment: Vec::new(), network: None }
+    }
+
+    /// On another host, which a network namespace is.
+    #[must_use]
+    pub fn within(mut self, network: Option<&str>) -> Self {
+        self.network = network.map(str::to_owned);
+        self
     }
 
     /// With one more argument.
@@ -100,7 +109,15 @@ impl Sidecar {
     }
 
     fn command(&self) -> Result<Command> {
-        let mut command = Command::new(path()?);
+        let mut command = match &self.network {
+            // It becomes the program, so that its pid is the program's.
+            Some(network) => {
+                let mut command = Command::new("ip");
+                command.args(["netns", "exec", network]).arg(path()?);
+                command
+            }
+            None => Command::new(path()?),
+        };
         command.args(&self.arguments).envs(self.environment.iter().cloned()).stdin(Stdio::null()).kill_on_drop(true);
         Ok(command)
     }

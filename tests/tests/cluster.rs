@@ -7,7 +7,10 @@ use anyhow::{Context, Result, ensure};
 use etcd_client::Client;
 use futures::future::{join_all, try_join_all};
 use proto::sidecar as api;
+use tests::etcd::Member;
 use tests::eventually;
+use tests::minio::Minio;
+use tests::network::{Network, STORE};
 use tests::pod::{Launched, Pod};
 use tests::program::Running;
 use tests::state;
@@ -26,9 +29,12 @@ struct Cluster {
 
 impl Cluster {
     async fn start(dir: &std::path::Path, minor: &str, store: Option<&Store>) -> Result<Self> {
-        let mut pods = Pod::cluster(dir, minor, &["a", "b", "c"], store)?;
+        Self::of(Pod::cluster(dir, minor, &["a", "b", "c"], store)?).await
+    }
+
+    async fn of(mut pods: Vec<Pod>) -> Result<Self> {
         for pod in &mut pods {
-            pod.more = "snapshots:\n  deltaPeriod: 1s\n".into();
+            pod.more += "snapshots:\n  deltaPeriod: 1s\n";
         }
         let serving = try_join_all(pods.iter().map(Pod::start_serve)).await?;
         let mut cluster = Self { pods, serving, launched: vec![None, None, None] };
@@ -410,4 +416,81 @@ async fn what_takes_the_place_of_damage_is_kept() -> Result<()> {
     ensure!(cluster.log(0).contains("action=Keep"), "{}", cluster.log(0));
     state::same(&before, &state::read(&mut cluster.client(0).await?).await?)?;
     cluster.stop_all().await
+}
+
+/// Hosts of their own: a leader that is cut off from the store loses nothing, and one that is cut off from its peers gives way.
+#[test]
+fn cut_off_from_the_store_and_from_its_peers() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let network = Network::new(3)?;
+    network.run(async || cut_off(dir.path(), &network).await)
+}
+
+async fn cut_off(dir: &std::path::Path, network: &Network) -> Result<()> {
+    let minio = Minio::start_at(&dir.join("minio"), "backups", &STORE.to_string()).await?;
+    let store = minio.store("backups/c");
+    let mut cluster = Cluster::of(Pod::on_hosts(dir, "3.6", network, Some(&store))?).await?;
+    write(&mut cluster.client(0).await?, 1).await?;
+    cluster.back_up().await?;
+    let first = cluster.leader().await?;
+    // Any member takes the predecessor's call: the leader's sidecar does what it asks for.
+    for host in 0..3 {
+        cluster.client(host).await?.put("asked", host.to_string(), None).await?;
+        let answer = reqwest::get(format!("{}/snapshot/delta", cluster.pods[host].url())).await?;
+        let (code, text) = (answer.status(), answer.text().await?);
+        ensure!(code == 200 && text.contains("\"kind\":\"Incr\""), "{host} of leader {first}: {code} {text}");
+    }
+
+    // From the store: it goes on to lead, and what is written meanwhile comes home afterwards.
+    network.cut(first, &STORE.to_string())?;
+    let mut client = cluster.client(first).await?;
+    let until = tokio::time::Instant::now() + Duration::from_secs(20);
+    let mut written = 0;
+    while tokio::time::Instant::now() < until {
+        client.put(format!("cut/{written}"), vec![b'x'; 1000], None).await?;
+        written += 1;
+    }
+    ensure!(cluster.role(first).await? == api::Role::Leader, "{}", cluster.serve_logs());
+    network.mend(first, &STORE.to_string())?;
+    cluster.back_up().await.with_context(|| cluster.serve_logs())?;
+    let here = Member::single("3.6", &dir.join("here"))?;
+    let before = state::read(&mut client).await?;
+    state::same(&before, &store.restore_and_read(&here).await?)?;
+
+    // From its peers, while it reaches the store: the others elect another, whose sidecar goes on.
+    for other in (0..3).filter(|other| *other != first) {
+        network.cut(first, &network.address(other))?;
+    }
+    let gives_way = || async {
+        ensure!(cluster.role(first).await? != api::Role::Leader, "{first} leads still");
+        Ok(())
+    };
+    eventually(LONG, gives_way).await?;
+    let second = cluster.leader().await?;
+    ensure!(second != first);
+    write(&mut cluster.client(second).await?, 2).await?;
+    cluster.back_up().await.with_context(|| cluster.serve_logs())?;
+    for other in (0..3).filter(|other| *other != first) {
+        network.mend(first, &network.address(other))?;
+    }
+    cluster.settled().await?;
+    write(&mut cluster.client(first).await?, 3).await?;
+    cluster.back_up().await?;
+    let before = state::read(&mut cluster.client(first).await?).await?;
+    state::same(&before, &store.restore_and_read(&here).await?)?;
+    store.command("verify").args(["--level", "replay"]).run().await?.expect(0)?;
+    let listed = store.list().await?;
+    ensure!(listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 1), "{listed}");
+
+    // A member whose disk is lost comes back over the network, too.
+    cluster.stop(second).await?;
+    cluster.wipe(second)?;
+    cluster.start_one(second)?;
+    cluster.settled().await?;
+    ensure!(cluster.log(second).contains("comes back to its cluster as a learner"), "{}", cluster.log(second));
+    cluster.stop_all().await?;
+    for serving in cluster.serving.drain(..) {
+        serving.terminate().await?.expect(0)?;
+    }
+    Ok(())
 }

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::snapshot::parse_schedule;
 use super::write_out;
 use crate::catalog::Layout;
+use crate::client::ApiFlags;
 use crate::etcd::{EtcdFlags, Secret};
 use crate::initialize::{self, Member};
 use crate::metrics::Metrics;
@@ -217,5 +218,19 @@ pub(super) fn server_settings(config: &SidecarConfig) -> Result<server::Settings
             ));
         }
     };
-    Ok(server::Settings { listen, tls, etcd_wrapper: server.etcd_wrapper })
+    let peers = match (&server.peers, &server.tls) {
+        (Some(peers), _) => Some((&peers.cacert, &peers.cert, &peers.key)),
+        (None, Some(tls)) => Some((&tls.client_ca, &tls.cert, &tls.key)),
+        (None, None) => None,
+    };
+    let peers = peers.map(|(cacert, cert, key)| (cacert.clone(), cert.clone(), key.clone())).map_or_else(
+        ApiFlags::default,
+        |(cacert, cert, key)| ApiFlags {
+            cacert: Some(cacert),
+            cert: Some(cert),
+            key: Some(key),
+            ..ApiFlags::default()
+        },
+    );
+    Ok(server::Settings { listen, tls, peers, etcd_wrapper: server.etcd_wrapper })
 }

@@ -8,7 +8,8 @@
 //! initialization touches nothing while etcd runs, and the configuration has no secrets in it.
 //!
 //! And what others ask of the predecessor, which needs a certificate where TLS is on: `/snapshot/full` and `/snapshot/delta`
-//! take one, `/snapshot/latest` tells the newest. A member that does not lead answers 405: it does not pass them on.
+//! take one, `/snapshot/latest` tells the newest. A member that does not lead has the leader's sidecar take it, and answers 405
+//! when that cannot be.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,10 +19,13 @@ use axum::extract::Request;
 use axum::http::{Extensions, StatusCode};
 use axum::routing::get;
 use chrono::{DateTime, SecondsFormat};
+use proto::sidecar as api;
 use serde::Serialize;
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 
 use crate::catalog::ObjectName;
+use crate::client::{ApiFlags, failed};
+use crate::etcd::Etcd;
 use crate::snapshotter::{Kind, Taken};
 use crate::supervise::{Phase, Supervisor};
 use crate::{Class, Error};
@@ -130,11 +134,43 @@ fn refused(error: &Error) -> Answer {
     (code, format!("{error}\n"))
 }
 
-async fn take(supervisor: &Supervisor, kind: Kind, is_final: bool) -> Answer {
+/// How the sidecars of the other members are called.
+#[derive(Debug, Clone)]
+pub(super) struct Peers {
+    pub api: ApiFlags,
+    /// They listen on the same.
+    pub port: u16,
+    pub is_tls: bool,
+}
+
+impl Peers {
+    /// Has the leader's sidecar take a snapshot; its name, when anything had changed.
+    async fn take(&self, supervisor: &Supervisor, kind: Kind) -> Result<Option<ObjectName>, Error> {
+        let (mut etcd, status) = Etcd::connect(&supervisor.settings().etcd).await?;
+        let members = etcd.members().await?;
+        let leader = members.iter().find(|member| member.id == status.leader_id);
+        let url = leader.and_then(|leader| leader.client_urls.first()).and_then(|url| url::Url::parse(url).ok());
+        let host = url.as_ref().and_then(url::Url::host_str);
+        let host = host.ok_or_else(|| Error::precondition("no member leads that clients could reach"))?;
+        let scheme = if self.is_tls { "https" } else { "http" };
+        let api = ApiFlags { sidecar: format!("{scheme}://{host}:{}", self.port), ..self.api.clone() };
+        let kind = if kind == Kind::Full { api::Kind::Full } else { api::Kind::Delta };
+        let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: String::new() };
+        let taken = api.connect().await?.take_snapshot(request).await;
+        let taken = taken.map_err(failed("have the leader's sidecar take a snapshot"))?.into_inner();
+        Ok(taken.snapshots.last().and_then(|snapshot| ObjectName::parse(&snapshot.name)))
+    }
+}
+
+async fn take(supervisor: &Supervisor, peers: &Peers, kind: Kind, is_final: bool) -> Answer {
     match supervisor.take(kind).await {
         Ok(Taken::Full(full)) => json(&told(&full.name, "", is_final)),
         Ok(Taken::Deltas(deltas)) => json(&deltas.last().map(|delta| told(&delta.name, "", false))),
         Ok(Taken::Nothing(_)) => json(&None::<Told>),
+        Err(_) if supervisor.follows() => match peers.take(supervisor, kind).await {
+            Ok(name) => json(&name.map(|name| told(&name, "", is_final && name.is_full()))),
+            Err(error) => (StatusCode::METHOD_NOT_ALLOWED, format!("{error}\n")),
+        },
         Err(error) => refused(&error),
     }
 }
@@ -174,12 +210,14 @@ fn parse_bool(text: &str) -> Option<bool> {
 }
 
 /// What is asked of its backups.
-pub(super) fn snapshots(supervisor: Arc<Supervisor>, needs_certificate: bool) -> Router {
+pub(super) fn snapshots(supervisor: Arc<Supervisor>, peers: Peers) -> Router {
+    let needs_certificate = peers.is_tls;
     let check = move |request: &Request| {
         let denied = || (StatusCode::UNAUTHORIZED, "this call needs a client certificate\n".to_owned());
         if needs_certificate && !is_known(request.extensions()) { Err(denied()) } else { Ok(()) }
     };
     let (of_full, of_delta, of_latest) = (supervisor.clone(), supervisor.clone(), supervisor);
+    let (leader_for_full, leader_for_delta) = (peers.clone(), peers);
     let full = move |request: Request| async move {
         if let Err(denied) = check(&request) {
             return denied;
@@ -188,12 +226,12 @@ pub(super) fn snapshots(supervisor: Arc<Supervisor>, needs_certificate: bool) ->
         let asked = pairs.filter(|(name, _)| name == "final").map(|(_, value)| parse_bool(&value)).next();
         match asked {
             Some(None) => (StatusCode::BAD_REQUEST, "final is neither true nor false\n".to_owned()),
-            asked => take(&of_full, Kind::Full, asked.flatten().unwrap_or(false)).await,
+            asked => take(&of_full, &leader_for_full, Kind::Full, asked.flatten().unwrap_or(false)).await,
         }
     };
     let delta = move |request: Request| async move {
         match check(&request) {
-            Ok(()) => take(&of_delta, Kind::Delta, false).await,
+            Ok(()) => take(&of_delta, &leader_for_delta, Kind::Delta, false).await,
             Err(denied) => denied,
         }
     };

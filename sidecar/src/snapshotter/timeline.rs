@@ -283,6 +283,7 @@ mod tests {
             role: crate::etcd::Role::Leader,
             cluster_id,
             member_id: 1,
+            leader_id: 1,
             revision,
             version: "3.6.0".into(),
             raft_term: 2,

@@ -229,6 +229,7 @@ mod tests {
             role: Role::Leader,
             cluster_id: 0xcafe,
             member_id: 0xa8,
+            leader_id: 1,
             revision: 7,
             version: "3.6.16".into(),
             raft_term: 1,
