@@ -209,7 +209,7 @@ fn format_class(error: &etcd_format::Error) -> Class {
     }
 }
 
-fn store_class(error: &object_store::Error) -> Class {
+pub(crate) fn store_class(error: &object_store::Error) -> Class {
     match error {
         object_store::Error::NotFound { .. } => Class::Missing,
         object_store::Error::AlreadyExists { .. } | object_store::Error::Precondition { .. } => Class::Precondition,

@@ -87,6 +87,21 @@ pub enum Step {
     Restore(Progress),
 }
 
+impl Step {
+    /// A word for what is being done.
+    pub fn phase(&self) -> &'static str {
+        match self {
+            Self::Check => "check",
+            Self::Decided(..) => "decide",
+            Self::Wait(_) => "wait",
+            Self::Restore(Progress::Snapshot(_) | Progress::Bytes(_)) => "snapshot",
+            Self::Restore(Progress::Deltas(_) | Progress::Delta) => "deltas",
+            Self::Restore(Progress::Members(_)) => "members",
+            Self::Restore(Progress::Verify) => "verify",
+        }
+    }
+}
+
 /// Looks, decides and acts.
 pub async fn initialize(
     settings: &Settings,

@@ -14,6 +14,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use crate::store::Store;
 use crate::{Error, Result};
 
 type Seconds = Gauge<f64, AtomicU64>;
@@ -52,6 +53,11 @@ struct Restore {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Initialized {
     action: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Phase {
+    phase: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -118,6 +124,9 @@ pub struct Metrics {
     revision: Gauge,
     db_size: Gauge,
     db_size_in_use: Gauge,
+    phases: Family<Phase, Counter<f64, AtomicU64>>,
+    window_begin: Gauge,
+    window_end: Gauge,
     lag: Gauge,
     unsaved: Seconds,
     verified_revision: Gauge,
@@ -202,6 +211,11 @@ impl Default for Metrics {
             "sidecar_etcd_db_bytes", "Size of the member's database" => Gauge::<i64>::default();
             "sidecar_etcd_db_in_use_bytes", "Of that, what is in use" => Gauge::<i64>::default();
         };
+        let (phases, window_begin, window_end) = registered! {
+            "sidecar_initialization_phase_seconds", "Time that initializations spent, by what they did" => Family::<Phase, Counter<f64, AtomicU64>>::default();
+            "sidecar_recoverable_begin_timestamp", "When the oldest full snapshot was taken that a restore can begin with" => Gauge::<i64>::default();
+            "sidecar_recoverable_end_timestamp", "When the newest backup was taken that a restore reaches" => Gauge::<i64>::default();
+        };
         let (lag, unsaved, verified_revision, verified_timestamp, verified_seconds) = registered! {
             "sidecar_backup_lag_revisions", "Revisions of etcd that are in no backup" => Gauge::<i64>::default();
             "sidecar_backup_unsaved_seconds", "For how long the oldest of them has been waiting: what would be lost now" => Seconds::default();
@@ -239,6 +253,9 @@ impl Default for Metrics {
             revision,
             db_size,
             db_size_in_use,
+            phases,
+            window_begin,
+            window_end,
             lag,
             unsaved,
             verified_revision,
@@ -250,6 +267,27 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// With what is asked of a store.
+    pub fn of(store: Option<&Store>) -> Self {
+        let mut this = Self::default();
+        if let Some(store) = store {
+            let help = "What was asked of the store, by what came of it";
+            this.registry.register("sidecar_store_operations", help, store.operations());
+        }
+        this
+    }
+
+    /// A part of an initialization has ended.
+    pub fn phase_ended(&self, phase: &'static str, took: Duration) {
+        self.phases.get_or_create(&Phase { phase }).inc_by(took.as_secs_f64());
+    }
+
+    /// What a store allows to restore: from when until when, in milliseconds since 1970, and the last revision.
+    pub fn recoverable(&self, first_ms: i64, last_ms: i64) {
+        self.window_begin.set(first_ms / 1000);
+        self.window_end.set(last_ms / 1000);
+    }
+
     /// A backup that is in the store.
     pub fn saved(&self, kind: Kind, first: i64, last: i64, unix_ms: i64, bytes: u64, took: Duration) {
         self.snapshots.get_or_create(&KindEnded { kind, succeeded: "true" }).observe(took.as_secs_f64());
@@ -298,6 +336,11 @@ impl Metrics {
     /// Where backups stand.
     pub fn standing(&self) -> Standing {
         self.home().standing
+    }
+
+    /// For how long etcd has had something that is in no backup.
+    pub fn unsaved_seconds(&self) -> f64 {
+        self.home().behind_since.map_or(0.0, |since| since.elapsed().as_secs_f64())
     }
 
     fn home(&self) -> std::sync::MutexGuard<'_, Home> {

@@ -1,7 +1,9 @@
-//! The sidecar's API: gRPC, and over plain HTTP `/healthz` and `/readyz` for probes and what etcd-wrapper asks, on one port.
+//! The sidecar's API: gRPC, and over plain HTTP `/healthz` and `/readyz` for probes, a page for a person, and what etcd-wrapper
+//! asks, on one port.
 
 mod connection;
 mod gardener;
+mod page;
 mod remembered;
 mod service;
 mod tls;
@@ -10,6 +12,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::http::Extensions;
 use futures::Stream;
 use proto::sidecar::DESCRIPTOR;
 use proto::sidecar::sidecar_server::SidecarServer;
@@ -19,6 +22,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::Server;
+use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 
 pub use tls::Files;
 
@@ -74,6 +78,7 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
     let port = listener.local_addr().map_err(Error::io("listen on", listen))?.port();
     let peers = gardener::Peers { api: settings.peers, port, is_tls: needs_certificate };
     router = router.merge(gardener::snapshots(supervisor.clone(), peers));
+    router = router.merge(page::routes(supervisor.clone(), needs_certificate));
     if settings.etcd_wrapper {
         router = router.merge(gardener::routes(supervisor));
     }
@@ -104,6 +109,12 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
     served.map_err(|error| Error::Unanswered {
         what: format!("serve the API on {listen}: {}", crate::error::chain(&error)),
     })
+}
+
+/// Whether who asks has shown a certificate of the CA.
+fn is_known(extensions: &Extensions) -> bool {
+    let info = extensions.get::<TlsConnectInfo<TcpConnectInfo>>();
+    info.and_then(TlsConnectInfo::peer_certs).is_some_and(|certificates| !certificates.is_empty())
 }
 
 /// Connections whose handshake is done. Each has its own task: one that stalls holds up none of the others.

@@ -2,6 +2,7 @@
 
 #[cfg(test)]
 mod conformance;
+mod counted;
 mod environment;
 mod examine;
 mod federation;
@@ -21,6 +22,8 @@ use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 use proto::backup::ObjectMeta;
 
+use counted::Counted;
+pub use counted::{Operation, Operations};
 pub use environment::Environment;
 use marks::Marks;
 pub use upload::{Staged, Upload};
@@ -55,6 +58,7 @@ pub enum Open {
 #[derive(Clone)]
 pub struct Store {
     inner: Arc<dyn ObjectStore>,
+    operations: Operations,
     prefix: Path,
     url: String,
     /// Objects above this many bytes are copied in parts.
@@ -76,8 +80,10 @@ impl std::fmt::Debug for Store {
 
 impl Store {
     fn new(inner: impl ObjectStore, prefix: Path, url: String) -> Self {
+        let operations = Operations::default();
         Self {
-            inner: Arc::new(inner),
+            inner: Arc::new(Counted::new(inner, operations.clone())),
+            operations,
             prefix,
             url,
             most_copied_bytes: MOST_COPIED_BYTES,
@@ -91,6 +97,11 @@ impl Store {
     #[cfg(test)]
     pub fn from_parts(inner: Arc<dyn ObjectStore>, prefix: &str) -> Self {
         Self::new(inner, Path::from(prefix), format!("test:///{prefix}"))
+    }
+
+    /// How often what was asked of it.
+    pub fn operations(&self) -> Operations {
+        self.operations.clone()
     }
 
     /// The URL it was opened with, without a slash at the end.

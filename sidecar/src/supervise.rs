@@ -22,6 +22,7 @@ pub use defragment::Sizes;
 pub use leases::Leases;
 pub use upkeep::{Upkeep, Verified};
 
+use crate::catalog::Catalog;
 use crate::etcd::{Alarm, Etcd, EtcdFlags, Role, Status};
 use crate::initialize::{self, Decision, Outcome, Step, initialize};
 use crate::metrics::{self, Metrics};
@@ -35,6 +36,10 @@ const ROLE_PERIOD: Duration = Duration::from_secs(2);
 /// How long backing up may take to bring its last delta home when it ends; it sees to it itself.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(25);
 
+/// Metrics do not wait longer for a listing.
+const MOST_LISTING: Duration = Duration::from_secs(3);
+/// How old a listing of the store may be that somebody looks at.
+const LISTED_FOR: Duration = Duration::from_secs(30);
 /// Requests for snapshots at once.
 const MOST_REQUESTS: usize = 16;
 /// How long somebody who wants one waits at most.
@@ -109,6 +114,8 @@ pub struct Supervisor {
     backup: Mutex<CancellationToken>,
     /// Leads to the backup that runs.
     requests: Mutex<Option<mpsc::Sender<Request>>>,
+    /// What the store had when it was last listed for somebody who looks.
+    listed: tokio::sync::Mutex<Option<(Instant, Arc<Catalog>)>>,
     /// Held by what costs disk and processor: one at a time.
     heavy: tokio::sync::Mutex<()>,
     tasks: TaskTracker,
@@ -134,6 +141,7 @@ impl Supervisor {
             data,
             backup,
             requests: Mutex::default(),
+            listed: tokio::sync::Mutex::default(),
             heavy: tokio::sync::Mutex::default(),
             tasks,
             stop,
@@ -210,9 +218,15 @@ impl Supervisor {
             }
         };
         let phase = self.phase.clone();
-        let see = Arc::new(move |step| drop(phase.send_replace(Phase::Running(step))));
+        let clock = Arc::new(PhaseClock::start(self.settings.metrics.clone()));
+        let ticking = clock.clone();
+        let see = Arc::new(move |step: Step| {
+            ticking.enter(step.phase());
+            drop(phase.send_replace(Phase::Running(step)));
+        });
         let started = Instant::now();
         let initialized = initialize(&self.settings.initialize, &self.stop, see).await;
+        clock.enter("end");
         self.count(&initialized, started.elapsed());
         let ended = match initialized {
             Ok(outcome) if matches!(outcome.done, Decision::Refuse { .. }) => Phase::Refused(outcome),
@@ -259,7 +273,19 @@ impl Supervisor {
     }
 
     /// What is counted, as Prometheus reads it.
-    pub fn metrics(&self) -> Result<String> {
+    pub async fn metrics(&self) -> Result<String> {
+        if self.observed.borrow().backing_up {
+            match tokio::time::timeout(MOST_LISTING, self.catalog()).await {
+                Ok(Ok(catalog)) => self.recoverable(&catalog),
+                Ok(Err(error)) => tracing::debug!(%error, "the store cannot be listed for the metrics"),
+                Err(_) => tracing::debug!("the store is slow to be listed for the metrics"),
+            }
+        }
+        self.measure();
+        self.settings.metrics.text()
+    }
+
+    fn measure(&self) {
         let observed = self.observed();
         let status = observed.status.as_ref();
         let role = match observed.role {
@@ -276,13 +302,35 @@ impl Supervisor {
             alarms: observed.alarms.iter().map(|(_, alarm)| alarm.name()).collect(),
             backing_up: observed.backing_up,
         });
-        self.settings.metrics.text()
+    }
+
+    fn recoverable(&self, catalog: &Catalog) {
+        let runs: Vec<_> = catalog.newest_restorable().map(|(_, history)| history.restorable()).unwrap_or_default();
+        if let (Some(first), Some(last)) = (runs.first(), runs.last()) {
+            self.settings.metrics.recoverable(first.first_unix_ms, last.last_unix_ms);
+        }
     }
 
     /// The store, where there is one.
     pub fn store(&self) -> Result<&Store> {
         let store = self.settings.initialize.store.as_ref();
         store.ok_or_else(|| Error::precondition("no store is configured: there are no backups"))
+    }
+
+    /// What the store has, as of a little while ago at most: to look at, not to act upon.
+    pub async fn catalog(&self) -> Result<Arc<Catalog>> {
+        let mut listed = self.listed.lock().await;
+        if let Some((_, catalog)) = listed.as_ref().filter(|(at, _)| at.elapsed() < LISTED_FOR) {
+            return Ok(catalog.clone());
+        }
+        let catalog = Arc::new(self.store()?.catalog().await?);
+        *listed = Some((Instant::now(), catalog.clone()));
+        Ok(catalog)
+    }
+
+    /// For how long etcd has had something that is in no backup.
+    pub fn unsaved_seconds(&self) -> f64 {
+        self.settings.metrics.unsaved_seconds()
     }
 
     /// Checks everything in the store.
@@ -338,6 +386,7 @@ impl Supervisor {
                 observed.role = role;
                 observed.status = status.or_else(|| observed.status.take());
             });
+            self.measure();
             match role {
                 Some(Role::Leader) => self.begin_backup(),
                 // An etcd that cannot be reached for a while still leads, for all that is known; the backup waits for it.
@@ -401,5 +450,25 @@ impl Supervisor {
             });
             drop(held);
         });
+    }
+}
+
+/// Measures what an initialization spends its time with.
+struct PhaseClock {
+    metrics: Arc<Metrics>,
+    current: Mutex<(&'static str, Instant)>,
+}
+
+impl PhaseClock {
+    fn start(metrics: Arc<Metrics>) -> Self {
+        Self { metrics, current: Mutex::new(("check", Instant::now())) }
+    }
+
+    fn enter(&self, phase: &'static str) {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        if current.0 != phase {
+            self.metrics.phase_ended(current.0, current.1.elapsed());
+            *current = (phase, Instant::now());
+        }
     }
 }

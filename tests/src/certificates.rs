@@ -41,6 +41,25 @@ impl Certificates {
         Ok(this)
     }
 
+    /// Those that lie in a directory.
+    pub fn at(dir: &Path) -> Self {
+        Self { dir: dir.to_owned() }
+    }
+
+    /// Puts the CAs of some, together, and the certificates of another into a directory.
+    pub fn mixed(dir: &Path, cas: &[&Self], of: &Self) -> Result<Self> {
+        std::fs::create_dir_all(dir)?;
+        let this = Self { dir: dir.to_owned() };
+        let pems: Vec<String> = cas.iter().map(|ca| std::fs::read_to_string(ca.ca())).collect::<Result<_, _>>()?;
+        std::fs::write(this.ca(), pems.concat())?;
+        for name in ["server", "client"] {
+            let ((cert, key), (to_cert, to_key)) = (of.pair(name), this.pair(name));
+            std::fs::copy(cert, to_cert)?;
+            std::fs::copy(key, to_key)?;
+        }
+        Ok(this)
+    }
+
     fn write(&self, name: &str, certificate: &str, key: &KeyPair) -> Result<()> {
         std::fs::write(self.dir.join(format!("{name}.crt")), certificate)?;
         Ok(std::fs::write(self.dir.join(format!("{name}.key")), key.serialize_pem())?)

@@ -103,6 +103,12 @@ impl Pod {
         Ok(Self { dir: dir.to_owned(), member, port: free_port()?, ..self.clone() })
     }
 
+    /// The same, called with other certificates.
+    #[must_use]
+    pub fn with_tls(&self, tls: Certificates) -> Self {
+        Self { tls: Some(tls), ..self.clone() }
+    }
+
     /// The URL of its API.
     pub fn url(&self) -> String {
         let scheme = if self.tls.is_some() { "https" } else { "http" };

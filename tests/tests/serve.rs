@@ -362,6 +362,126 @@ async fn callers_show_a_certificate() -> Result<()> {
     Ok(())
 }
 
+/// A new CA and new certificates, as Kubernetes puts them in place, while somebody calls and etcd is backed up.
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_rotate_under_load() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store.clone()))?;
+    pod.more = "snapshots: {deltaPeriod: 1s}\n".into();
+    let (old, new) = (Certificates::issue(&dir.path().join("old"))?, Certificates::issue(&dir.path().join("new"))?);
+    let expired = Certificates::issue_until(&dir.path().join("expired"), &["127.0.0.1"], 2020)?;
+    let live = dir.path().join("live");
+    let put = |version: u32, cas: &[&Certificates], of: &Certificates| -> Result<()> {
+        let place = dir.path().join(format!("v{version}"));
+        Certificates::mixed(&place, cas, of)?;
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink(&place, &link)?;
+        Ok(std::fs::rename(&link, &live)?)
+    };
+    put(1, &[&old], &old)?;
+    pod.tls = Some(Certificates::at(&live));
+    let serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    backed_up(&pod).await?;
+
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let mut standing = pod.client(true).await?;
+    let watched = stopped.clone();
+    let one_connection = tokio::spawn(async move {
+        let mut calls = 0;
+        while !*watched.borrow() {
+            standing.status(api::StatusRequest {}).await?;
+            calls += 1;
+        }
+        anyhow::Ok(calls)
+    });
+    let (caller, place) = (pod.clone(), live.clone());
+    let many_connections = tokio::spawn(async move {
+        let mut calls = 0;
+        while !*stopped.borrow() {
+            // All files of one version, as who mounts them reads them.
+            let now = caller.with_tls(Certificates::at(&place.canonicalize()?));
+            now.client(true).await?.status(api::StatusRequest {}).await?;
+            calls += 1;
+        }
+        anyhow::Ok(calls)
+    });
+    let mut written = 0;
+    for (version, cas, of) in [(2, vec![&old, &new], &old), (3, vec![&old, &new], &new), (4, vec![&new], &new)] {
+        for _ in 0..100 {
+            client.put(format!("k{written}"), "v", None).await?;
+            written += 1;
+            tokio::time::sleep(Duration::from_millis(15)).await;
+        }
+        put(version, &cas, of)?;
+    }
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    stop.send(true)?;
+    let calls = (one_connection.await??, many_connections.await??);
+    ensure!(calls.0 > 100 && calls.1 > 20, "{calls:?}");
+    take_delta(&pod).await?;
+    let ca = reqwest::Certificate::from_pem(&std::fs::read(new.ca())?)?;
+    let http = reqwest::Client::builder().tls_certs_only([ca]).build()?;
+    let metrics = http.get(format!("{}/metrics", pod.url())).send().await?.text().await?;
+    for kind in ["Full", "Incr"] {
+        let failed = format!("etcdbr_snapshot_duration_seconds_count{{kind=\"{kind}\",succeeded=\"false\"}} 0\n");
+        ensure!(metrics.contains(&failed), "{metrics}");
+    }
+    // Who comes with the old CA's, with one that has expired, or with a stranger's, is not let in.
+    put(5, &[&new, &expired], &new)?;
+    let nobody = [
+        Certificates::mixed(&dir.path().join("n1"), &[&new], &old)?,
+        Certificates::mixed(&dir.path().join("n2"), &[&new], &expired)?,
+    ];
+    for tls in nobody {
+        let caller = pod.with_tls(tls);
+        let answer = async { anyhow::Ok(caller.client(true).await?.status(api::StatusRequest {}).await?) };
+        ensure!(answer.await.is_err(), "{:?} is let in", caller.tls);
+    }
+    pod.ctl(["status"]).run().await?.expect(0)?;
+    let before = state::read(&mut client).await?;
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    state::same(&before, &store.restore_and_read(&pod.member).await?)
+}
+
+/// A person looks at the page, with a browser.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_browser_shows_the_page() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store))?;
+    let serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    backed_up(&pod).await?;
+    workload(9).run(&mut client).await?;
+    take_delta(&pod).await?;
+    // A listing to look at may be half a minute old.
+    let url = pod.url();
+    let shown = || async {
+        let chromium = tokio::process::Command::new("chromium")
+            .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"])
+            .args(["--disable-background-networking", "--disable-component-update", "--disable-sync"])
+            .args(["--window-size=1000,900", "--virtual-time-budget=2000", "--dump-dom"])
+            .arg(format!("--user-data-dir={}", dir.path().join("browser").display()))
+            .arg(&url)
+            .kill_on_drop(true)
+            .output();
+        let output = tokio::time::timeout(LONG, chromium).await?.context("chromium: run cargo tools fetch")?;
+        let page = String::from_utf8_lossy(&output.stdout).into_owned();
+        for told in ["leads", "Timeline 1", "class=\"delta\"", "class=\"full\"", "class=\"member\"", "3.6.16"] {
+            ensure!(page.contains(told), "{told} is not in {page}\n{}", String::from_utf8_lossy(&output.stderr));
+        }
+        ensure!(!page.contains("<script"), "{page}");
+        Ok(())
+    };
+    eventually(2 * LONG, shown).await?;
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
 /// The predecessor's etcd-wrapper, as it asks: status until it is `New`, start, status until `Successful`, configuration.
 #[tokio::test(flavor = "multi_thread")]
 async fn who_asks_as_etcd_wrapper_gets_its_answers() -> Result<()> {

@@ -109,7 +109,7 @@ pub(super) fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
         command_timeout: 5,
     };
     let full_schedule = parse_schedule(&config.snapshots.full_schedule)?;
-    let (quiet, metrics) = (Arc::<tokio::sync::Mutex<()>>::default(), Arc::<Metrics>::default());
+    let (quiet, metrics) = (Arc::<tokio::sync::Mutex<()>>::default(), Arc::new(Metrics::of(store.as_ref())));
     let backup = store.clone().map(|store| snapshotter::Settings {
         etcd: etcd.clone(),
         store,

@@ -16,13 +16,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::{Extensions, StatusCode};
+use axum::http::StatusCode;
 use axum::routing::get;
 use chrono::{DateTime, SecondsFormat};
 use proto::sidecar as api;
 use serde::Serialize;
-use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 
+use super::is_known;
 use crate::catalog::ObjectName;
 use crate::client::{ApiFlags, failed};
 use crate::etcd::Etcd;
@@ -192,12 +192,6 @@ async fn latest(supervisor: &Supervisor) -> Answer {
         Ok(None) => json(&Latest { full_snapshot: None, delta_snapshots: None }),
         Err(error) => refused(&error),
     }
-}
-
-/// Whether who asks has shown a certificate of the CA.
-fn is_known(extensions: &Extensions) -> bool {
-    let info = extensions.get::<TlsConnectInfo<TcpConnectInfo>>();
-    info.and_then(TlsConnectInfo::peer_certs).is_some_and(|certificates| !certificates.is_empty())
 }
 
 /// Go's `strconv.ParseBool`.

@@ -375,12 +375,12 @@ pub(super) fn probes(supervisor: Arc<Supervisor>) -> Router {
             (StatusCode::SERVICE_UNAVAILABLE, "{\"health\":false}\n")
         })
     };
-    let metrics = move || {
-        // Which has no secrets: Prometheus has no certificate by default.
-        std::future::ready(match counted.metrics() {
+    // Which has no secrets: Prometheus has no certificate by default.
+    let metrics = move || async move {
+        match counted.metrics().await {
             Ok(text) => (StatusCode::OK, text),
             Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
-        })
+        }
     };
     Router::new()
         .route("/metrics", get(metrics))

@@ -38,6 +38,9 @@ pub struct Tool {
     origin: Origin,
 }
 
+/// Programs of Debian's that tests need in whatever version there is, and the package of each.
+pub const INSTALLED: &[(&str, &str)] = &[("ip", "iproute2"), ("chromium", "chromium")];
+
 /// Every tool that tests need, in the order in which it is fetched.
 pub const TOOLS: &[Tool] = &[
     Tool {
@@ -315,21 +318,24 @@ fn from_go(name: &str, packages: &[(&str, &str)], directory: &Path) -> Result<()
     Ok(())
 }
 
-/// Has `npm` on PATH, from a Debian package where it is missing.
-fn need_npm() -> Result<()> {
-    if Command::new("npm").arg("--version").output().is_ok_and(|output| output.status.success()) {
+/// Has a program on PATH, from a Debian package where it is missing.
+pub fn need(program: &str, package: &str) -> Result<()> {
+    let is_there = |dir: &Path| dir.join(program).is_file();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if std::env::split_paths(&path).any(|dir| is_there(&dir)) {
         return Ok(());
     }
     if !is_root() {
-        return Err("npm is missing; as root, run: apt-get install npm".into());
+        return Err(format!("{program} is missing; as root, run: apt-get install {package}"));
     }
-    eprintln!("tools: apt-get install npm");
+    eprintln!("tools: apt-get install {package}");
     run(Command::new("apt-get").args(["-q", "update"]).stdout(Stdio::null()))?;
-    run(Command::new("apt-get").args(["-q", "-y", "install", "--no-install-recommends", "npm"]).stdout(Stdio::null()))
+    let install = ["-q", "-y", "install", "--no-install-recommends", package];
+    run(Command::new("apt-get").args(install).env("DEBIAN_FRONTEND", "noninteractive").stdout(Stdio::null()))
 }
 
 fn from_npm(name: &str, version: &str, programs: &[&str], directory: &Path) -> Result<()> {
-    need_npm()?;
+    need("npm", "npm")?;
     run(Command::new("npm")
         .args(["install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix"])
         .arg(directory)

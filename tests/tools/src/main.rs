@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
-use tools::{BENCH_TOOLS, Result, TOOLS, Tool, lay_out_protoc, tool};
+use tools::{BENCH_TOOLS, INSTALLED, Result, TOOLS, Tool, lay_out_protoc, need, tool};
 
 const USAGE: &str = "\
 usage:
@@ -63,10 +63,14 @@ fn fetch(names: &[&str]) -> Result<()> {
         // protoc is no tool of the tests; it was laid out above.
         names.iter().filter(|name| **name != "protoc").map(|name| tool(name)).collect::<Result<_>>()?
     };
-    let failed: Vec<String> = wanted
+    let mut failed: Vec<String> = wanted
         .iter()
         .filter_map(|tool| tool.fetch().err().map(|error| format!("  {} {}: {error}", tool.name, tool.version)))
         .collect();
+    if names.is_empty() {
+        let needed = INSTALLED.iter().filter_map(|(program, package)| need(program, package).err());
+        failed.extend(needed.map(|error| format!("  {error}")));
+    }
     if failed.is_empty() { Ok(()) } else { Err(format!("some tools could not be had:\n{}", failed.join("\n"))) }
 }
 
