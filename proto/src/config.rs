@@ -570,9 +570,6 @@ mod tests {
                 "http://a:1 http://b:2",
             ),
             (
-                "server.peers.cacert",
-                "server.peers.cert",
-                "server.peers.key",
                 "server.insecure",
                 "server: {insecure: false}",
                 None,

@@ -83,7 +83,7 @@ pub async fn examine(config: &SidecarConfig, settings: &supervise::Settings) -> 
     let mut newest = Newest::default();
     match &settings.initialize.store {
         None => {
-            findings.push(Finding::remark("store", "none is given: no backups are taken, only the data is checked"))
+            findings.push(Finding::remark("store", "none is given: no backups are taken, only the data is checked"));
         }
         Some(store) => match store.examine().await {
             Ok(found) => {
@@ -316,9 +316,10 @@ async fn data(dir: &Path) -> Vec<Finding> {
             let summary = verdict.summary.as_ref();
             let schema = summary.and_then(|summary| summary.schema).map(|minor| format!(", storage of etcd {minor}"));
             let revision = summary.map_or(0, |summary| summary.revision);
-            match evidence.is_empty() {
-                true => Finding::good(what, format!("sound, at revision {revision}{}", schema.unwrap_or_default())),
-                false => Finding::bad(what, format!("damaged: {}", evidence.join("; "))),
+            if evidence.is_empty() {
+                Finding::good(what, format!("sound, at revision {revision}{}", schema.unwrap_or_default()))
+            } else {
+                Finding::bad(what, format!("damaged: {}", evidence.join("; ")))
             }
         }
         Ok(Ok(None)) => Finding::good(what, format!("{} has no member yet", dir.display())),

@@ -12,7 +12,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::http::Extensions;
 use futures::Stream;
 use proto::sidecar::DESCRIPTOR;
 use proto::sidecar::sidecar_server::SidecarServer;
@@ -22,7 +21,6 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::Server;
-use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 
 pub use tls::Files;
 
@@ -82,6 +80,7 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
     if settings.etcd_wrapper {
         router = router.merge(gardener::routes(supervisor));
     }
+    let router = router.layer(axum::middleware::from_fn(connection::keep));
     tracing::info!(listen = %listener.local_addr().map_err(Error::io("listen on", listen))?, "the API is served");
     let server = Server::builder()
         .accept_http1(true)
@@ -109,12 +108,6 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
     served.map_err(|error| Error::Unanswered {
         what: format!("serve the API on {listen}: {}", crate::error::chain(&error)),
     })
-}
-
-/// Whether who asks has shown a certificate of the CA.
-fn is_known(extensions: &Extensions) -> bool {
-    let info = extensions.get::<TlsConnectInfo<TcpConnectInfo>>();
-    info.and_then(TlsConnectInfo::peer_certs).is_some_and(|certificates| !certificates.is_empty())
 }
 
 /// Connections whose handshake is done. Each has its own task: one that stalls holds up none of the others.

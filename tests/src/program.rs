@@ -17,7 +17,8 @@ use tokio::process::{Child, Command};
 pub struct Sidecar {
     arguments: Vec<OsString>,
     environment: Vec<(String, String)>,
-    network: Option<String>,
+    /// What it is run by.
+    by: Vec<String>,
 }
 
 /// What a run left.
@@ -67,13 +68,27 @@ impl Sidecar {
     /// With these arguments.
     pub fn new<A: Into<OsString>>(arguments: impl IntoIterator<Item = A>) -> Self {
         let arguments = arguments.into_iter().map(Into::into).collect();
-        Self { arguments, environment: Vec::new(), network: None }
+        Self { arguments, environment: Vec::new(), by: Vec::new() }
     }
 
     /// On another host, which a network namespace is.
     #[must_use]
-    pub fn within(mut self, network: Option<&str>) -> Self {
-        self.network = network.map(str::to_owned);
+    pub fn within(self, network: Option<&str>) -> Self {
+        match network {
+            Some(network) => self.by(&["ip", "netns", "exec", network]),
+            None => self,
+        }
+    }
+
+    /// As a user who may do nothing in particular.
+    #[must_use]
+    pub fn as_nobody(self) -> Self {
+        self.by(&["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"])
+    }
+
+    /// By a program that becomes it, so that its pid stays.
+    fn by(mut self, program: &[&str]) -> Self {
+        self.by.extend(program.iter().map(|word| (*word).to_owned()));
         self
     }
 
@@ -109,11 +124,10 @@ impl Sidecar {
     }
 
     fn command(&self) -> Result<Command> {
-        let mut command = match &self.network {
-            // It becomes the program, so that its pid is the program's.
-            Some(network) => {
-                let mut command = Command::new("ip");
-                command.args(["netns", "exec", network]).arg(path()?);
+        let mut command = match self.by.split_first() {
+            Some((program, arguments)) => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(path()?);
                 command
             }
             None => Command::new(path()?),

@@ -85,7 +85,7 @@ async fn what_would_fail_is_bad_and_says_what_to_do() -> Result<()> {
     let member = pod.member.data_dir.join("member");
     std::fs::create_dir_all(member.join("snap"))?;
     std::fs::create_dir_all(member.join("wal"))?;
-    std::fs::write(member.join("snap/db"), [7; 40_000])?;
+    std::fs::write(member.join("snap/db"), vec![7; 40_000])?;
     says(&findings(&pod, 12).await?, "data directory", "bad", "damaged")?;
     pod.doctor()?.args(["--set", "no.such=1"]).run().await?.expect(2)?.says("no.such")?;
     Ok(())

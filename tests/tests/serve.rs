@@ -1,5 +1,6 @@
 //! A member under its sidecar's care: what becomes of its data before etcd starts, and its backups while it runs.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -478,6 +479,86 @@ async fn a_browser_shows_the_page() -> Result<()> {
     };
     eventually(2 * LONG, shown).await?;
     launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// Who may not read the data, or not write beside it, is told so; nothing is touched, and etcd does not start.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_permission_nothing_is_touched() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store))?;
+    let serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    backed_up(&pod).await?;
+    workload(5).run(&mut client).await?;
+    tests::workload::expire(&mut client).await?;
+    take_delta(&pod).await?;
+    let before = state::read(&mut client).await?;
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    let data = pod.member.data_dir.clone();
+    damage(&data)?;
+    let damaged = std::fs::read(data.join("member/snap/db"))?;
+    let open = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode));
+    open(dir.path(), 0o755)?;
+    for (mode, said) in [(0o700, "Permission denied"), (0o755, "Permission denied")] {
+        open(&data, mode)?;
+        for path in ["member", "member/snap", "member/wal"] {
+            open(&data.join(path), mode)?;
+        }
+        for file in std::fs::read_dir(data.join("member/snap"))?.chain(std::fs::read_dir(data.join("member/wal"))?) {
+            open(&file?.path(), 0o644)?;
+        }
+        let mut nobody = pod.serve()?.as_nobody().spawn()?;
+        nobody.logs("the API is served", LONG).await?;
+        let mut launched = pod.start_launch()?;
+        launched.running()?.logs(said, LONG).await?;
+        ensure!(!launched.log().contains("etcd is started"), "{}", launched.log());
+        let _ = launched.terminate().await?;
+        nobody.terminate().await?;
+        ensure!(std::fs::read(data.join("member/snap/db"))? == damaged && aside(&data)? == 0, "mode {mode:o}");
+    }
+    let serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    state::same(&before, &state::read(&mut client).await?)?;
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// Many who never end their request keep nobody from being answered, and go.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_never_ends_a_request_goes() -> Result<()> {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let dir = tempfile::tempdir()?;
+    let pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
+    let serving = pod.start_serve().await?;
+    let address = pod.url().trim_start_matches("http://").to_owned();
+    let mut slow = Vec::new();
+    for _ in 0..300 {
+        let mut stream = tokio::net::TcpStream::connect(&address).await?;
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: ").await?;
+        slow.push(tokio::spawn(async move {
+            let (mut read, mut write) = stream.into_split();
+            let mut answer = [0; 512];
+            let drip = async {
+                while write.write_all(b"y").await.is_ok() {
+                    tokio::time::sleep(Duration::from_secs(3)).await;
+                }
+            };
+            tokio::select! {
+                () = drip => 0,
+                read = read.read(&mut answer) => read.unwrap_or(0),
+            }
+        }));
+    }
+    let answered = tokio::time::timeout(Duration::from_secs(5), reqwest::get(format!("{}/healthz", pod.url()))).await;
+    ensure!(answered??.status() == 200);
+    pod.ctl(["status"]).run().await?.expect(0)?;
+    let ended = tokio::time::timeout(Duration::from_secs(100), futures::future::join_all(slow)).await;
+    ended.context("slow clients are still there")?;
     serving.terminate().await?.expect(0)?;
     Ok(())
 }

@@ -1,37 +1,99 @@
-//! Connections of the API: so many at once, and none that says nothing for long.
+//! Connections of the API: so many at once, and none that is of no use for long.
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use axum::extract::Request;
+use axum::http::Extensions;
+use axum::middleware::Next;
+use axum::response::Response;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
-use tonic::transport::server::Connected;
+use tonic::transport::server::{Connected, TcpConnectInfo, TlsConnectInfo};
 
-/// Clients of HTTP/2 answer pings more often than this.
+/// A client of HTTP/2 is sent pings more often than this.
 const IDLE: Duration = Duration::from_secs(60);
-/// A connection that ends when nothing was read for a while.
+
+/// A connection that ends when nothing was answered for a while, and nothing is being worked on: what a client sends does not
+/// count, for one that never ends its request may send a byte from time to time.
 pub(super) struct Connection<S> {
     stream: S,
     idle: Pin<Box<Sleep>>,
+    calls: Arc<AtomicUsize>,
     /// Its place among those that are allowed.
     _permit: OwnedSemaphorePermit,
 }
 
 impl<S> Connection<S> {
     pub(super) fn new(stream: S, permit: OwnedSemaphorePermit) -> Self {
-        Self { stream, idle: Box::pin(tokio::time::sleep(IDLE)), _permit: permit }
+        Self { stream, idle: Box::pin(tokio::time::sleep(IDLE)), calls: Arc::default(), _permit: permit }
     }
 }
 
-impl<S: Connected> Connected for Connection<S> {
-    type ConnectInfo = S::ConnectInfo;
+/// Who is at the other end of a connection; each of its requests has it.
+#[derive(Debug, Clone)]
+pub(super) struct Peer {
+    /// Whether it has shown a certificate of the CA.
+    is_known: bool,
+    /// How many of its requests are being worked on.
+    calls: Arc<AtomicUsize>,
+}
 
-    fn connect_info(&self) -> Self::ConnectInfo {
-        self.stream.connect_info()
+impl Peer {
+    /// Whether who asks has shown a certificate of the CA.
+    pub(super) fn is_known(extensions: &Extensions) -> bool {
+        extensions.get::<Self>().is_some_and(|peer| peer.is_known)
     }
+}
+
+/// Says of a connection whether its client has shown a certificate that was found good.
+pub(super) trait Shown {
+    fn has_shown(&self) -> bool;
+}
+
+impl Shown for TcpConnectInfo {
+    fn has_shown(&self) -> bool {
+        false
+    }
+}
+
+impl Shown for TlsConnectInfo<TcpConnectInfo> {
+    fn has_shown(&self) -> bool {
+        self.peer_certs().is_some_and(|certificates| !certificates.is_empty())
+    }
+}
+
+impl<S: Connected> Connected for Connection<S>
+where
+    S::ConnectInfo: Shown,
+{
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        Peer { is_known: self.stream.connect_info().has_shown(), calls: self.calls.clone() }
+    }
+}
+
+/// Keeps the connection of a request that is being worked on.
+pub(super) async fn keep(request: Request, next: Next) -> Response {
+    struct Call(Arc<AtomicUsize>);
+    impl Drop for Call {
+        fn drop(&mut self) {
+            self.0.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+    let call = request.extensions().get::<Peer>().map(|peer| {
+        peer.calls.fetch_add(1, Ordering::Relaxed);
+        Call(peer.calls.clone())
+    });
+    let response = next.run(request).await;
+    drop(call);
+    response
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
@@ -41,21 +103,26 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
-        if read.is_ready() {
-            let next = Instant::now() + IDLE;
-            self.idle.as_mut().reset(next);
+        if read.is_ready() && !self.idle.is_elapsed() {
             return read;
         }
-        match self.idle.as_mut().poll(context) {
-            Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
-            Poll::Pending => Poll::Pending,
+        while self.idle.as_mut().poll(context).is_ready() {
+            if self.calls.load(Ordering::Relaxed) == 0 {
+                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+            }
+            self.idle.as_mut().reset(Instant::now() + IDLE);
         }
+        read
     }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
+        let written = Pin::new(&mut self.stream).poll_write(context, bytes);
+        if written.is_ready() {
+            self.idle.as_mut().reset(Instant::now() + IDLE);
+        }
+        written
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -77,7 +144,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn who_says_nothing_goes() {
+    async fn who_gets_no_answer_goes() {
         let places = Arc::new(Semaphore::new(1));
         let permit = places.clone().acquire_owned().await.unwrap();
         let (mut client, server) = tokio::io::duplex(64);
@@ -86,9 +153,25 @@ mod tests {
             tokio::time::sleep(IDLE / 2).await;
             client.write_all(b"x").await.unwrap();
             assert_eq!(connection.read_u8().await.unwrap(), b'x');
+            connection.write_all(b"y").await.unwrap();
         }
-        let ended = connection.read_u8().await.unwrap_err();
-        assert_eq!(ended.kind(), io::ErrorKind::TimedOut);
+        // Long work, and a client that asks again meanwhile.
+        connection.calls.store(1, Ordering::Relaxed);
+        assert!(tokio::time::timeout(IDLE * 5, connection.read_u8()).await.is_err());
+        client.write_all(b"x").await.unwrap();
+        assert_eq!(connection.read_u8().await.unwrap(), b'x');
+        connection.calls.store(0, Ordering::Relaxed);
+        // A byte from time to time, and never a whole request.
+        let mut ended = None;
+        for _ in 0..20 {
+            client.write_all(b"x").await.unwrap();
+            tokio::time::sleep(IDLE / 7).await;
+            if let Err(error) = connection.read_u8().await {
+                ended = Some(error.kind());
+                break;
+            }
+        }
+        assert_eq!(ended, Some(io::ErrorKind::TimedOut));
         assert_eq!(places.available_permits(), 0);
         drop(connection);
         assert_eq!(places.available_permits(), 1);

@@ -22,7 +22,7 @@ use chrono::{DateTime, SecondsFormat};
 use proto::sidecar as api;
 use serde::Serialize;
 
-use super::is_known;
+use super::connection::Peer;
 use crate::catalog::ObjectName;
 use crate::client::{ApiFlags, failed};
 use crate::etcd::Etcd;
@@ -208,7 +208,7 @@ pub(super) fn snapshots(supervisor: Arc<Supervisor>, peers: Peers) -> Router {
     let needs_certificate = peers.is_tls;
     let check = move |request: &Request| {
         let denied = || (StatusCode::UNAUTHORIZED, "this call needs a client certificate\n".to_owned());
-        if needs_certificate && !is_known(request.extensions()) { Err(denied()) } else { Ok(()) }
+        if needs_certificate && !Peer::is_known(request.extensions()) { Err(denied()) } else { Ok(()) }
     };
     let (of_full, of_delta, of_latest) = (supervisor.clone(), supervisor.clone(), supervisor);
     let (leader_for_full, leader_for_delta) = (peers.clone(), peers);

@@ -11,7 +11,7 @@ use axum::routing::get;
 use chrono::{DateTime, Utc};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use super::is_known;
+use super::connection::Peer;
 use crate::catalog::{Catalog, History, Timeline};
 use crate::etcd::{Etcd, Listed, Role};
 use crate::supervise::{Observed, Phase, Supervisor};
@@ -47,7 +47,7 @@ struct Shown<'s> {
 /// The page, at `/`.
 pub(super) fn routes(supervisor: Arc<Supervisor>, needs_certificate: bool) -> Router {
     let show = move |request: Request| async move {
-        if needs_certificate && !is_known(request.extensions()) {
+        if needs_certificate && !Peer::is_known(request.extensions()) {
             return (StatusCode::UNAUTHORIZED, "this page needs a client certificate\n").into_response();
         }
         show(&supervisor).await

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 
+use super::connection::Peer;
 use super::remembered::Remembered;
 use crate::catalog::{Catalog, Delta, Full, ObjectName, Timeline};
 use crate::etcd::Role;
@@ -62,7 +63,7 @@ impl Api {
     }
 
     fn check<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        if self.needs_certificate && request.peer_certs().is_none_or(|certificates| certificates.is_empty()) {
+        if self.needs_certificate && !Peer::is_known(request.extensions()) {
             return Err(Status::unauthenticated("this call needs a client certificate"));
         }
         Ok(())

@@ -68,7 +68,7 @@ async fn beat(supervisor: &Supervisor, leases: &Leases) {
         // What cannot be asked is not known to live: its lease runs out.
         let (Some(role), Some(status)) = (observed.role, &observed.status) else { continue };
         let written = writer.write(&member.name, &heartbeat(role, status, is_tls, Utc::now())).await;
-        writer.tell(&member.name, written);
+        writer.tell(&member.name, &written);
     }
 }
 
@@ -95,7 +95,7 @@ async fn follow_backups(supervisor: &Supervisor, leases: &Leases) {
                 Ok(()) => full_told = Some(full),
                 Err(_) => full_retry = Instant::now() + RETRY_PERIOD,
             }
-            writer.tell(name, written);
+            writer.tell(name, &written);
         }
         // Many small deltas in a short time are told once.
         let is_due = delta_told.is_none_or(|told| told.elapsed() >= leases.delta_period / 2);
@@ -106,7 +106,7 @@ async fn follow_backups(supervisor: &Supervisor, leases: &Leases) {
             let revision = standing.delta.map_or(0, |(last, _)| last);
             let written = writer.write(name, &held(&revision.to_string(), Utc::now())).await;
             delta_told = Some(Instant::now());
-            writer.tell(name, written);
+            writer.tell(name, &written);
         }
     }
 }
@@ -181,8 +181,8 @@ impl<'l> Writer<'l> {
         }
     }
 
-    fn tell(&mut self, name: &str, written: Result<()>) {
-        match &written {
+    fn tell(&mut self, name: &str, written: &Result<()>) {
+        match written {
             Ok(()) if self.fails => tracing::info!(lease = name, "the lease is renewed again"),
             Err(error) if !self.fails => tracing::warn!(lease = name, %error, "the lease cannot be renewed"),
             Ok(()) | Err(_) => {}
