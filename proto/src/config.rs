@@ -35,7 +35,7 @@ pub enum Error {
 
 /// Every field, as `--set` names it. The environment has each as `SIDECAR_` and its path in capitals, such as
 /// `SIDECAR_SNAPSHOTS_DELTA_PERIOD`.
-pub const FIELDS: [&str; 37] = [
+pub const FIELDS: [&str; 38] = [
     "member.etcdConfig",
     "etcd.endpoints",
     "etcd.clusterEndpoints",
@@ -44,6 +44,7 @@ pub const FIELDS: [&str; 37] = [
     "etcd.key",
     "etcd.user",
     "etcd.passwordFile",
+    "etcd.removeMembersAfter",
     "store.url",
     "snapshots.fullSchedule",
     "snapshots.deltaPeriod",
@@ -255,13 +256,18 @@ pub struct Etcd {
     /// A file with that user's password.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
+    /// A member that the configuration of etcd does not name, and that cannot be reached for so long, is removed from the
+    /// cluster; without it none ever is.
+    #[serde(with = "optional_duration", skip_serializing_if = "Option::is_none")]
+    pub remove_members_after: Option<Duration>,
 }
 
 impl Default for Etcd {
     fn default() -> Self {
         let endpoints = vec!["http://127.0.0.1:2379".to_owned()];
         let (cluster_endpoints, user, password_file) = (Vec::new(), None, None);
-        Self { endpoints, cluster_endpoints, cacert: None, cert: None, key: None, user, password_file }
+        let (cacert, cert, key, remove_members_after) = (None, None, None, None);
+        Self { endpoints, cluster_endpoints, cacert, cert, key, user, password_file, remove_members_after }
     }
 }
 
@@ -489,6 +495,24 @@ mod duration {
     }
 }
 
+/// The same, where there may be none.
+mod optional_duration {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Wrapped(#[serde(with = "super::duration")] Duration);
+
+    pub(super) fn serialize<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+        duration.map(Wrapped).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+        Ok(Option::<Wrapped>::deserialize(deserializer)?.map(|wrapped| wrapped.0))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -593,7 +617,7 @@ mod tests {
     fn every_field_can_be_set_and_no_other() {
         for field in FIELDS {
             let value = match field {
-                _ if field.ends_with("eriod") || field == "retention.deltas" => "3s",
+                _ if field.ends_with("eriod") || field.ends_with("After") || field == "retention.deltas" => "3s",
                 _ if field.ends_with("policy") => "exponential",
                 _ if field.ends_with("Bytes") || field.ends_with("ackups") || field == "compaction.deltas" => "3",
                 _ if field.ends_with("Share") => "0.5",

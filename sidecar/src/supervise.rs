@@ -60,6 +60,8 @@ pub struct Settings {
     pub metrics: Arc<Metrics>,
     /// What is done from time to time.
     pub upkeep: Upkeep,
+    /// After how long a member is removed that is not configured and cannot be reached; none ever without.
+    pub remove_members_after: Option<Duration>,
     /// What Kubernetes is told.
     pub leases: Option<Leases>,
     /// Where verifying and merging on request work.
@@ -378,6 +380,9 @@ impl Supervisor {
             let role = status.as_ref().map(|status| status.role);
             if let (Some(etcd), Some(status)) = (&mut etcd, &status) {
                 membership.see_to(&self.settings.initialize, etcd, status).await;
+                if let (Role::Leader, Some(after)) = (status.role, self.settings.remove_members_after) {
+                    membership.remove_gone(&self.settings.initialize, &self.settings.etcd, after, etcd).await;
+                }
             }
             self.observed.send_modify(|observed| {
                 if observed.role != role {

@@ -30,6 +30,8 @@ pub struct Pod {
     pub tls: Option<Certificates>,
     /// More lines for the sidecar's configuration.
     pub more: String,
+    /// More lines for its section `etcd`.
+    pub reach_more: String,
     /// More lines for etcd's.
     pub etcd_more: String,
     /// Client URLs of the other members.
@@ -54,6 +56,7 @@ impl Pod {
             store,
             tls: None,
             more: String::new(),
+            reach_more: String::new(),
             etcd_more: String::new(),
             others,
             network: None,
@@ -144,9 +147,10 @@ impl Pod {
         std::fs::write(
             &config,
             format!(
-                "apiVersion: sidecar.etcd-steward.io/v1\nmember:\n  etcdConfig: {}\netcd:\n  endpoints: [{client}]\n  clusterEndpoints: [{}]\nserver:\n  listen: {}:{}\n  etcdWrapper: true\n{server}{store}{}",
+                "apiVersion: sidecar.etcd-steward.io/v1\nmember:\n  etcdConfig: {}\netcd:\n  endpoints: [{client}]\n  clusterEndpoints: [{}]\n{}server:\n  listen: {}:{}\n  etcdWrapper: true\n{server}{store}{}",
                 etcd.display(),
                 self.others.join(", "),
+                self.reach_more,
                 member.host,
                 self.port,
                 self.more

@@ -494,3 +494,35 @@ async fn cut_off(dir: &std::path::Path, network: &Network) -> Result<()> {
     }
     Ok(())
 }
+
+/// A member that was taken out of the configuration, and is away, leaves the cluster; one that is merely away stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_member_that_nobody_configures_leaves() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut pods = Pod::cluster(dir.path(), "3.6", &["a", "b", "c"], None)?;
+    for pod in &mut pods {
+        pod.reach_more = "  removeMembersAfter: 6s\n".into();
+    }
+    let mut cluster = Cluster::of(pods).await?;
+    write(&mut cluster.client(0).await?, 1).await?;
+    cluster.stop(2).await?;
+    tokio::time::sleep(Duration::from_secs(15)).await;
+    let members = async |cluster: &Cluster| anyhow::Ok(cluster.client(0).await?.member_list().await?.members().len());
+    ensure!(members(&cluster).await? == 3, "{}", cluster.serve_logs());
+    let initial: Vec<_> = cluster.pods[0].member.initial_cluster.split(',').map(str::to_owned).collect();
+    let left: Vec<_> = initial.into_iter().filter(|member| !member.starts_with("c=")).collect();
+    for member in [0, 1] {
+        cluster.pods[member].member.initial_cluster = left.join(",");
+        cluster.serving.remove(0).terminate().await?.expect(0)?;
+        let serving = cluster.pods[member].start_serve().await?;
+        cluster.serving.push(serving);
+    }
+    eventually(LONG, || async {
+        let left = members(&cluster).await?;
+        ensure!(left == 2, "{left}\n{}", cluster.serve_logs());
+        Ok(())
+    })
+    .await?;
+    write(&mut cluster.client(1).await?, 2).await?;
+    cluster.stop_all().await
+}

@@ -130,6 +130,7 @@ pub(super) fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
         quiet,
         metrics,
         upkeep: upkeep(config)?,
+        remove_members_after: config.etcd.remove_members_after,
         leases: leases(config),
         work_dir,
     })
