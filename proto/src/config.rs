@@ -504,6 +504,7 @@ mod optional_duration {
     #[derive(Serialize, Deserialize)]
     struct Wrapped(#[serde(with = "super::duration")] Duration);
 
+    #[expect(clippy::ref_option, reason = "as serde calls it")]
     pub(super) fn serialize<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
         duration.map(Wrapped).serialize(serializer)
     }

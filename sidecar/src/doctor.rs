@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
-use etcd_format::datadir::{self, Severity, Verify};
+use etcd_format::datadir;
 use proto::config::SidecarConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -16,8 +16,9 @@ use serde::Serialize;
 
 use crate::error::is_refused;
 use crate::etcd::{Etcd, EtcdFlags};
+use crate::initialize::{self, Data};
 use crate::store::Store;
-use crate::{Error, Result, supervise};
+use crate::{Class, Error, Result, supervise};
 
 /// A certificate that has no more time than this is worth knowing of.
 const SOON: chrono::TimeDelta = chrono::TimeDelta::days(14);
@@ -100,6 +101,9 @@ pub async fn examine(config: &SidecarConfig, settings: &supervise::Settings) -> 
     for endpoint in &settings.etcd.endpoints {
         findings.extend(etcd(&settings.etcd, endpoint.trim(), newest.cluster_id).await);
     }
+    if let Some(others) = &settings.initialize.others {
+        findings.extend(others_reached(others).await);
+    }
     findings.extend(data(&member.data_dir).await);
     findings.push(room(&member.data_dir, newest.bytes));
     let work_dirs = [
@@ -128,6 +132,9 @@ fn pairs(config: &SidecarConfig) -> Vec<Pair> {
     let tls = config.server.tls.as_ref();
     add("server.tls.cert", tls.map(|tls| &tls.cert), tls.map(|tls| &tls.key));
     add("server.tls.clientCa", tls.map(|tls| &tls.client_ca), None);
+    let peers = config.server.peers.as_ref();
+    add("server.peers.cert", peers.map(|peers| &peers.cert), peers.map(|peers| &peers.key));
+    add("server.peers.cacert", peers.map(|peers| &peers.cacert), None);
     add("etcd.cert", config.etcd.cert.as_ref(), config.etcd.key.as_ref());
     add("etcd.cacert", config.etcd.cacert.as_ref(), None);
     pairs
@@ -164,12 +171,12 @@ impl Pair {
         if chain.is_empty() {
             return Err(bad(&self.path, &"no certificate is in it"));
         }
-        let (mut first, mut last) = (DateTime::<Utc>::MIN_UTC, DateTime::<Utc>::MAX_UTC);
+        let mut times = Vec::new();
         for certificate in &chain {
             let parsed = x509_parser::parse_x509_certificate(certificate);
             let (_, parsed) = parsed.map_err(|error| bad(&self.path, &error))?;
             let (from, until) = (at(parsed.validity().not_before), at(parsed.validity().not_after));
-            (first, last) = (first.max(from), last.min(until));
+            times.push((from, until));
         }
         if let Some(key) = &self.key {
             let private = PrivateKeyDer::from_pem_slice(&read(key)?).map_err(|error| bad(key, &error))?;
@@ -177,7 +184,10 @@ impl Pair {
             let both = rustls::sign::CertifiedKey::from_der(chain, private, &provider);
             both.map_err(|error| bad(key, &format!("it is not the key of {}: {error}", self.path.display())))?;
         }
-        Ok((first, last))
+        // A chain is as good as its shortest part; of authorities, one that is valid is enough.
+        let (first, last) = (times.iter().map(|(from, _)| *from), times.iter().map(|(_, until)| *until));
+        let times = if self.key.is_some() { (first.max(), last.min()) } else { (first.min(), last.max()) };
+        Ok((times.0.unwrap_or_default(), times.1.unwrap_or_default()))
     }
 }
 
@@ -277,6 +287,18 @@ async fn etcd(flags: &EtcdFlags, endpoint: &str, backed_up: Option<u64>) -> Vec<
     findings
 }
 
+/// Whether the other members answer: without them one that lost its data cannot come back.
+async fn others_reached(others: &EtcdFlags) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for endpoint in &others.endpoints {
+        findings.push(match Etcd::reach(others, endpoint.trim()).await {
+            Ok((_, status)) => Finding::good("other members", format!("{:?} at {endpoint}", status.role)),
+            Err(error) => Finding::remark("other members", error.to_string()),
+        });
+    }
+    findings
+}
+
 /// The data directory: who may write there, and what lies in it.
 async fn data(dir: &Path) -> Vec<Finding> {
     let what = "data directory";
@@ -298,32 +320,16 @@ async fn data(dir: &Path) -> Vec<Finding> {
         findings.push(Finding::good(what, format!("{} is not there yet", dir.display())));
         return findings;
     }
-    if let Err(error) = datadir::check_target(dir, true) {
-        findings.push(Finding::good(what, format!("{} is in use and not looked into: {error}", dir.display())));
-        return findings;
-    }
-    let checked = dir.to_owned();
-    let verdict = tokio::task::spawn_blocking(move || datadir::verify(&checked, &Verify::default())).await;
-    findings.push(match verdict.map_err(|error| Error::task(&error)) {
-        Ok(Ok(Some(verdict))) => {
-            let evidence: Vec<_> = verdict
-                .findings
-                .iter()
-                .filter(|finding| finding.severity == Severity::Corrupt)
-                .take(3)
-                .map(|finding| format!("{} in {}", finding.what, finding.path.display()))
-                .collect();
-            let summary = verdict.summary.as_ref();
-            let schema = summary.and_then(|summary| summary.schema).map(|minor| format!(", storage of etcd {minor}"));
-            let revision = summary.map_or(0, |summary| summary.revision);
-            if evidence.is_empty() {
-                Finding::good(what, format!("sound, at revision {revision}{}", schema.unwrap_or_default()))
-            } else {
-                Finding::bad(what, format!("damaged: {}", evidence.join("; ")))
-            }
+    findings.push(match initialize::look_into(dir).await {
+        Ok((Data::Absent, _)) => Finding::good(what, format!("{} has no member yet", dir.display())),
+        Ok((Data::Sound(sound), schema)) => {
+            let schema = schema.map(|minor| format!(", storage of etcd {minor}")).unwrap_or_default();
+            Finding::good(what, format!("sound, at revision {}{schema}", sound.revision))
         }
-        Ok(Ok(None)) => Finding::good(what, format!("{} has no member yet", dir.display())),
-        Ok(Err(error)) => Finding::bad(what, error.to_string()),
+        Ok((Data::Damaged { evidence }, _)) => Finding::bad(what, format!("damaged: {evidence}")),
+        Err(error) if error.class() == Class::Precondition => {
+            Finding::good(what, format!("in use, and not looked into: {error}"))
+        }
         Err(error) => Finding::bad(what, error.to_string()),
     });
     findings
@@ -334,7 +340,7 @@ fn existing(dir: &Path) -> PathBuf {
     dir.ancestors().find(|dir| dir.is_dir()).map_or_else(|| PathBuf::from("/"), Path::to_owned)
 }
 
-/// Whether a restore fits beside what is there, which it never deletes.
+/// Whether a restore fits beside what is there, which it moves aside.
 fn room(dir: &Path, database: u64) -> Finding {
     let what = "room for a restore";
     let dir = existing(dir);

@@ -11,6 +11,7 @@ mod decision;
 mod member;
 mod recovery;
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -152,7 +153,8 @@ async fn until_decided(
         let outcome = Outcome { done: decision, reason, revision, moved_to: None, in_use: false, joins: None };
         let wait = match act(settings, Seen { facts: &facts, there }, serving, recovery, outcome, stop, see).await? {
             Acted::Done(outcome) => {
-                if outcome.moved_to.is_some() {
+                // Where nothing was got from elsewhere, what was there may be all there is.
+                if matches!(outcome.done, Decision::Restore | Decision::Join) && outcome.moved_to.is_some() {
                     aside::tidy(dir, Utc::now()).await;
                 }
                 return Ok(outcome);
@@ -211,10 +213,8 @@ async fn act(
         }
         (Decision::Join, _) => {
             let serving = serving.ok_or_else(|| Error::Bug { what: "a cluster to join that does not serve".into() })?;
-            let joined = match (facts.live, &facts.backups) {
-                (Live::Serves { cluster_id, .. }, Backups::Upto { timeline, cluster_id: backups_of, .. }) => {
-                    Some(Joined { cluster_id, timeline: *timeline, backups_of: *backups_of })
-                }
+            let joined = match (facts.live, &settings.store) {
+                (Live::Serves { cluster_id, .. }, Some(store)) => Joined::now(cluster_id, store).await,
                 _ => None,
             };
             match serving.join(&settings.member).await {
@@ -239,6 +239,20 @@ fn identity(dir: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(dir.join("member")).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
+/// What a data directory is, and which minor's schema it has. Fails where an etcd runs on it.
+pub async fn look_into(dir: &Path) -> Result<(Data, Option<datadir::Minor>)> {
+    let verdict = check(dir).await?;
+    let schema = verdict.as_ref().and_then(|verdict| verdict.summary.as_ref()).and_then(|summary| summary.schema);
+    Ok((data_in(dir, verdict.as_ref()), schema))
+}
+
+fn data_in(dir: &Path, verdict: Option<&Verdict>) -> Data {
+    match verdict {
+        Some(verdict) if !has_never_run(dir, verdict) => data_of(verdict),
+        _ => Data::Absent,
+    }
+}
+
 async fn check(dir: &Path) -> Result<Option<Verdict>> {
     if !dir.try_exists().map_err(Error::io("look at", dir.display()))? {
         return Ok(None);
@@ -250,10 +264,7 @@ async fn check(dir: &Path) -> Result<Option<Verdict>> {
 
 async fn observe(settings: &Settings, verdict: Option<&Verdict>, recovery: &mut Recovery) -> (Facts, Option<Serving>) {
     let member = &settings.member;
-    let mut data = verdict.map_or(Data::Absent, data_of);
-    if verdict.is_some_and(|verdict| has_never_run(&member.data_dir, verdict)) {
-        data = Data::Absent;
-    }
+    let mut data = data_in(&member.data_dir, verdict);
     let replicas = member.cluster.members().len();
     let (live, serving) = match &settings.others {
         None => (Live::Nobody, None),
@@ -348,8 +359,7 @@ async fn look_at(store: &Store, member: &Member, data: &mut Data, verdict: Optio
                 None => !is_of_theirs,
                 Some(from) => from == timeline && origin.is_of(cluster_id),
             })
-            || Joined::of(&member.data_dir)
-                .is_some_and(|joined| joined.is_newer(sound.cluster_id, timeline, cluster_id));
+            || Joined::of(&member.data_dir).is_some_and(|joined| joined.knows(sound.cluster_id, timeline, cluster_id));
         sound.restored_since = comes_from_here;
         if let Some((term, _)) = verdict.and_then(|verdict| verdict.raft)
             && !comes_from_here
@@ -378,10 +388,8 @@ async fn is_of_newest(store: &Store, catalog: &Catalog, restorable: Timeline, cl
 #[serde(rename_all = "camelCase")]
 struct Joined {
     cluster_id: u64,
-    /// The newest that could be restored then.
-    timeline: Timeline,
-    /// Whose backups these were.
-    backups_of: Option<u64>,
+    /// The timelines that the store had then, with the cluster that each is of, hexadecimal.
+    timelines: BTreeMap<Timeline, String>,
 }
 
 /// etcd warns of files that it does not know beside its member, and starts.
@@ -392,10 +400,21 @@ impl Joined {
         serde_json::from_slice(&std::fs::read(dir.join(JOINED)).ok()?).ok()
     }
 
-    /// Whether that cluster lived when these were its newest backups, or after newer ones that are gone now.
-    fn is_newer(&self, cluster_id: u64, timeline: Timeline, backups_of: Option<u64>) -> bool {
-        let is_these = self.timeline == timeline && (self.backups_of.is_none() || self.backups_of == backups_of);
-        self.cluster_id == cluster_id && (is_these || self.timeline > timeline)
+    /// `None` when the store does not tell: it is asked for the sake of a start that there may never be.
+    async fn now(cluster_id: u64, store: &Store) -> Option<Self> {
+        let catalog = store.catalog().await.ok()?;
+        let mut timelines = BTreeMap::new();
+        for timeline in catalog.timelines.keys().filter(|timeline| **timeline != PREDECESSOR) {
+            let described = store.description(*timeline).await.ok()??;
+            timelines.insert(*timeline, described.cluster_id);
+        }
+        Some(Self { cluster_id, timelines })
+    }
+
+    /// Whether that cluster lived when those were among the backups: then it is not theirs, and not older than they are.
+    fn knows(&self, cluster_id: u64, timeline: Timeline, backups_of: Option<u64>) -> bool {
+        let theirs = backups_of.map(|id| format!("{id:x}"));
+        self.cluster_id == cluster_id && theirs.is_some() && self.timelines.get(&timeline) == theirs.as_ref()
     }
 
     fn write(&self, dir: &Path) -> Result<()> {

@@ -3,6 +3,7 @@
 //!
 //! Labels take few values. Histograms reach half an hour: those of the predecessor end at ten seconds.
 
+use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
@@ -16,6 +17,9 @@ use prometheus_client::registry::Registry;
 
 use crate::store::Store;
 use crate::{Error, Result};
+
+/// So many are remembered; beyond that the oldest still is, which is what counts.
+const MOST_WAITING: usize = 4096;
 
 type Seconds = Gauge<f64, AtomicU64>;
 
@@ -139,9 +143,24 @@ pub struct Metrics {
 #[derive(Debug, Default)]
 struct Home {
     revision: i64,
-    /// Since when etcd has had more than that.
-    behind_since: Option<Instant>,
+    /// Revisions that etcd had, and when it was seen to have them first, beyond that.
+    waiting: VecDeque<(Instant, i64)>,
     standing: Standing,
+}
+
+impl Home {
+    /// etcd has that revision now.
+    fn see(&mut self, revision: i64) {
+        while self.waiting.front().is_some_and(|(_, waiting)| *waiting <= self.revision) {
+            self.waiting.pop_front();
+        }
+        let newest = self.waiting.back().map_or(self.revision, |(_, newest)| *newest);
+        if revision <= self.revision {
+            self.waiting.clear();
+        } else if revision > newest && self.waiting.len() < MOST_WAITING {
+            self.waiting.push_back((Instant::now(), revision));
+        }
+    }
 }
 
 /// Where the backups of this run stand.
@@ -282,16 +301,20 @@ impl Metrics {
         self.phases.get_or_create(&Phase { phase }).inc_by(took.as_secs_f64());
     }
 
-    /// What a store allows to restore: from when until when, in milliseconds since 1970, and the last revision.
-    pub fn recoverable(&self, first_ms: i64, last_ms: i64) {
+    /// From when until when a restore reaches, in milliseconds since 1970; zeros where nothing can be restored.
+    pub fn recoverable(&self, (first_ms, last_ms): (i64, i64)) {
         self.window_begin.set(first_ms / 1000);
         self.window_end.set(last_ms / 1000);
     }
 
-    /// A backup that is in the store.
-    pub fn saved(&self, kind: Kind, first: i64, last: i64, unix_ms: i64, bytes: u64, took: Duration) {
+    /// An object that is in the store.
+    pub fn put(&self, kind: Kind, bytes: u64, took: Duration) {
         self.snapshots.get_or_create(&KindEnded { kind, succeeded: "true" }).observe(took.as_secs_f64());
         self.snapshot_bytes.get_or_create(&OfKind { kind }).inc_by(bytes);
+    }
+
+    /// A backup that can be restored; with it the store has everything up to `home`.
+    pub fn saved(&self, kind: Kind, (first, last): (i64, i64), home_revision: i64, unix_ms: i64) {
         self.latest_revision.get_or_create(&OfKind { kind }).set(last);
         self.latest_timestamp.get_or_create(&OfKind { kind }).set(unix_ms / 1000);
         match kind {
@@ -305,8 +328,7 @@ impl Metrics {
             }
         }
         let mut home = self.home();
-        home.revision = home.revision.max(last);
-        home.behind_since = None;
+        home.revision = home.revision.max(home_revision);
         match kind {
             Kind::Full => home.standing.full = Some((last, unix_ms)),
             Kind::Incr => {
@@ -325,7 +347,12 @@ impl Metrics {
             self.latest_timestamp.get_or_create(&OfKind { kind }).set(unix_ms / 1000);
         }
         // Not the higher of the two: what is backed up now may have been restored to an older revision.
-        *self.home() = Home { revision, behind_since: None, standing: Standing { full, delta, confirmed: None } };
+        *self.home() = Home { revision, waiting: VecDeque::new(), standing: Standing { full, delta, confirmed: None } };
+    }
+
+    /// A backup begins: what is known of an earlier one says nothing of this one.
+    pub fn begun(&self) {
+        self.home().standing = Standing::default();
     }
 
     /// All that etcd is known to have is in the store.
@@ -340,7 +367,7 @@ impl Metrics {
 
     /// For how long etcd has had something that is in no backup.
     pub fn unsaved_seconds(&self) -> f64 {
-        self.home().behind_since.map_or(0.0, |since| since.elapsed().as_secs_f64())
+        self.home().waiting.front().map_or(0.0, |(since, _)| since.elapsed().as_secs_f64())
     }
 
     fn home(&self) -> std::sync::MutexGuard<'_, Home> {
@@ -403,9 +430,9 @@ impl Metrics {
         let mut home = self.home();
         // Only who backs up knows where the backups are.
         let lag = if member.backing_up { member.revision.saturating_sub(home.revision).max(0) } else { 0 };
-        home.behind_since = if lag > 0 { home.behind_since.or_else(|| Some(Instant::now())) } else { None };
+        home.see(if member.backing_up { member.revision } else { 0 });
         self.lag.set(lag);
-        self.unsaved.set(home.behind_since.map_or(0.0, |since| since.elapsed().as_secs_f64()));
+        self.unsaved.set(home.waiting.front().map_or(0.0, |(since, _)| since.elapsed().as_secs_f64()));
         self.required.get_or_create(&OfKind { kind: Kind::Incr }).set(i64::from(lag > 0));
     }
 
@@ -426,7 +453,8 @@ mod tests {
     fn what_happened_is_told() -> Result<()> {
         let metrics = Metrics::default();
         let of = |revision| Member { role: "leader", revision, backing_up: true, ..Member::default() };
-        metrics.saved(Kind::Full, 5, 5, 9_000, 100, Duration::from_secs(1));
+        metrics.put(Kind::Full, 100, Duration::from_secs(1));
+        metrics.saved(Kind::Full, (5, 5), 5, 9_000);
         metrics.observe(&of(5));
         assert!(metrics.text()?.contains("sidecar_backup_lag_revisions 0\n"));
         metrics.observe(&of(8));
@@ -442,13 +470,24 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line} is not in {text}");
         }
-        metrics.saved(Kind::Incr, 6, 8, 9_000, 10, Duration::from_secs(1));
-        metrics.observe(&of(8));
+        metrics.observe(&of(9));
+        metrics.put(Kind::Incr, 10, Duration::from_secs(1));
+        metrics.saved(Kind::Incr, (6, 7), 7, 9_000);
+        metrics.observe(&of(9));
+        // Some of what has been waiting is home, and some has been waiting as long.
+        assert!(metrics.text()?.contains("sidecar_backup_lag_revisions 2\n") && metrics.unsaved_seconds() > 0.0);
+        metrics.saved(Kind::Incr, (8, 9), 9, 9_000);
+        metrics.observe(&of(9));
         let text = metrics.text()?;
         assert!(
-            text.contains("sidecar_backup_lag_revisions 0\n") && text.contains("deltas_revisions_total 3\n"),
+            text.contains("sidecar_backup_lag_revisions 0\n") && text.contains("deltas_revisions_total 4\n"),
             "{text}"
         );
+        assert!(metrics.unsaved_seconds() == 0.0);
+        // Restored to an older revision, what it writes from there on is in no backup.
+        metrics.found(Some((3, 9_000)), None, 3);
+        metrics.observe(&of(4));
+        assert!(metrics.text()?.contains("sidecar_backup_lag_revisions 1\n"));
         assert!(text.contains("sidecar_snapshot_bytes_total{kind=\"Incr\"} 10\n"), "{text}");
         Ok(())
     }

@@ -6,6 +6,7 @@
 
 mod defragment;
 mod leases;
+mod listing;
 mod membership;
 mod upkeep;
 
@@ -20,9 +21,10 @@ use tokio_util::task::TaskTracker;
 
 pub use defragment::Sizes;
 pub use leases::Leases;
+pub use listing::Listed;
+use listing::Listing;
 pub use upkeep::{Upkeep, Verified};
 
-use crate::catalog::Catalog;
 use crate::etcd::{Alarm, Etcd, EtcdFlags, Role, Status};
 use crate::initialize::{self, Decision, Outcome, Step, initialize};
 use crate::metrics::{self, Metrics};
@@ -36,10 +38,6 @@ const ROLE_PERIOD: Duration = Duration::from_secs(2);
 /// How long backing up may take to bring its last delta home when it ends; it sees to it itself.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(25);
 
-/// Metrics do not wait longer for a listing.
-const MOST_LISTING: Duration = Duration::from_secs(3);
-/// How old a listing of the store may be that somebody looks at.
-const LISTED_FOR: Duration = Duration::from_secs(30);
 /// Requests for snapshots at once.
 const MOST_REQUESTS: usize = 16;
 /// How long somebody who wants one waits at most.
@@ -116,8 +114,7 @@ pub struct Supervisor {
     backup: Mutex<CancellationToken>,
     /// Leads to the backup that runs.
     requests: Mutex<Option<mpsc::Sender<Request>>>,
-    /// What the store had when it was last listed for somebody who looks.
-    listed: tokio::sync::Mutex<Option<(Instant, Arc<Catalog>)>>,
+    listing: Arc<Listing>,
     /// Held by what costs disk and processor: one at a time.
     heavy: tokio::sync::Mutex<()>,
     tasks: TaskTracker,
@@ -143,7 +140,7 @@ impl Supervisor {
             data,
             backup,
             requests: Mutex::default(),
-            listed: tokio::sync::Mutex::default(),
+            listing: Arc::default(),
             heavy: tokio::sync::Mutex::default(),
             tasks,
             stop,
@@ -276,13 +273,13 @@ impl Supervisor {
 
     /// What is counted, as Prometheus reads it.
     pub async fn metrics(&self) -> Result<String> {
-        if self.observed.borrow().backing_up {
-            match tokio::time::timeout(MOST_LISTING, self.catalog()).await {
-                Ok(Ok(catalog)) => self.recoverable(&catalog),
-                Ok(Err(error)) => tracing::debug!(%error, "the store cannot be listed for the metrics"),
-                Err(_) => tracing::debug!("the store is slow to be listed for the metrics"),
-            }
-        }
+        // Who does not back up leaves it to who does.
+        let is_ours = self.observed.borrow().backing_up;
+        let listed = if is_ours { self.listed().await } else { None };
+        let catalog = listed.and_then(Result::ok);
+        let runs = catalog.and_then(|catalog| Some(catalog.newest_restorable()?.1.restorable())).unwrap_or_default();
+        let window = runs.last().map_or((0, 0), |run| (run.first_unix_ms, run.last_unix_ms));
+        self.settings.metrics.recoverable(window);
         self.measure();
         self.settings.metrics.text()
     }
@@ -306,28 +303,16 @@ impl Supervisor {
         });
     }
 
-    fn recoverable(&self, catalog: &Catalog) {
-        let runs: Vec<_> = catalog.newest_restorable().map(|(_, history)| history.restorable()).unwrap_or_default();
-        if let (Some(first), Some(last)) = (runs.first(), runs.last()) {
-            self.settings.metrics.recoverable(first.first_unix_ms, last.last_unix_ms);
-        }
-    }
-
     /// The store, where there is one.
     pub fn store(&self) -> Result<&Store> {
         let store = self.settings.initialize.store.as_ref();
         store.ok_or_else(|| Error::precondition("no store is configured: there are no backups"))
     }
 
-    /// What the store has, as of a little while ago at most: to look at, not to act upon.
-    pub async fn catalog(&self) -> Result<Arc<Catalog>> {
-        let mut listed = self.listed.lock().await;
-        if let Some((_, catalog)) = listed.as_ref().filter(|(at, _)| at.elapsed() < LISTED_FOR) {
-            return Ok(catalog.clone());
-        }
-        let catalog = Arc::new(self.store()?.catalog().await?);
-        *listed = Some((Instant::now(), catalog.clone()));
-        Ok(catalog)
+    /// What the store has, as of a little while ago: to look at, not to act upon. `None` without a store.
+    pub async fn listed(&self) -> Option<Listed> {
+        let store = self.settings.initialize.store.as_ref()?;
+        Some(self.listing.newest(store).await)
     }
 
     /// For how long etcd has had something that is in no backup.
@@ -380,9 +365,6 @@ impl Supervisor {
             let role = status.as_ref().map(|status| status.role);
             if let (Some(etcd), Some(status)) = (&mut etcd, &status) {
                 membership.see_to(&self.settings.initialize, etcd, status).await;
-                if let (Role::Leader, Some(after)) = (status.role, self.settings.remove_members_after) {
-                    membership.remove_gone(&self.settings.initialize, &self.settings.etcd, after, etcd).await;
-                }
             }
             self.observed.send_modify(|observed| {
                 if observed.role != role {
@@ -433,6 +415,7 @@ impl Supervisor {
         let Ok(held) = self.data.clone().try_lock_owned() else { return };
         let stop = self.stop.child_token();
         *self.backup.lock().unwrap_or_else(PoisonError::into_inner) = stop.clone();
+        settings.metrics.begun();
         self.observed.send_modify(|observed| observed.backing_up = true);
         let (sender, mut requests) = mpsc::channel(MOST_REQUESTS);
         *self.requests.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);

@@ -81,7 +81,7 @@ async fn what_would_fail_is_bad_and_says_what_to_do() -> Result<()> {
     let doctor = pod.doctor()?.args(["-o", "json", "--set", &format!("etcd.endpoints=http://{address}")]);
     doctor.run().await?.expect(12)?;
     // A store that cannot be reached, and data that is damaged.
-    pod.doctor()?.args(["--store", "file:///no/such/place"]).run().await?.says("/no/such/place")?;
+    pod.doctor()?.args(["--set", "store.url=file:///no/such/place"]).run().await?.says("/no/such/place")?;
     let member = pod.member.data_dir.join("member");
     std::fs::create_dir_all(member.join("snap"))?;
     std::fs::create_dir_all(member.join("wal"))?;

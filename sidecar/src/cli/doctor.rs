@@ -15,7 +15,7 @@ use crate::{Class, Result};
 /// restores would fail or not be safe.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Where backups are, as for the other commands. With `--config` it counts before what that says.
+    /// Where backups are, as for the other commands. Not looked at with a configuration, which says where.
     #[arg(long, env = "SIDECAR_STORE", value_name = "URL", required_unless_present = "config")]
     store: Option<String>,
     #[command(flatten)]
@@ -31,19 +31,14 @@ struct Report {
 }
 
 pub(super) async fn run(args: Args, output: Output) -> Result<u8> {
-    let report = match (args.config.is_given(), args.store) {
-        (false, Some(url)) => {
-            let store = Store::open(&url, Open::Existing)?;
-            Report { subject: store.url().to_owned(), findings: store.examine().await? }
-        }
-        (_, store) => {
-            let mut flags = args.config;
-            flags.set.extend(store.map(|url| format!("store.url={url}")));
-            let config = flags.read()?;
-            let settings = settings(&config)?;
-            server_settings(&config)?;
-            Report { subject: flags.place(), findings: examine(&config, &settings).await }
-        }
+    let report = if let (false, Some(url)) = (args.config.is_given(), args.store) {
+        let store = Store::open(&url, Open::Existing)?;
+        Report { subject: store.url().to_owned(), findings: store.examine().await? }
+    } else {
+        let config = args.config.read()?;
+        let settings = settings(&config)?;
+        server_settings(&config)?;
+        Report { subject: args.config.place(), findings: examine(&config, &settings).await }
     };
     print(output, &report, table)?;
     let bad = report.findings.iter().any(|finding| finding.health == Health::Bad);

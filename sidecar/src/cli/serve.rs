@@ -44,7 +44,7 @@ pub(super) struct ConfigFlags {
     config: Option<PathBuf>,
     /// A field of the configuration, which counts before the file and the environment; may be given several times.
     #[arg(long, value_name = "FIELD=VALUE")]
-    pub(super) set: Vec<String>,
+    set: Vec<String>,
 }
 
 impl ConfigFlags {

@@ -19,8 +19,9 @@ use tonic::transport::server::{Connected, TcpConnectInfo, TlsConnectInfo};
 /// A client of HTTP/2 is sent pings more often than this.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// A connection that ends when nothing was answered for a while, and nothing is being worked on: what a client sends does not
-/// count, for one that never ends its request may send a byte from time to time.
+/// A connection that ends when nothing was written for a while, and nothing is being worked on: what a client sends does not
+/// count, for one that never ends its request may send a byte from time to time. Over HTTP/2 pings are written, and one that
+/// answers them stays: how many there are is what bounds these.
 pub(super) struct Connection<S> {
     stream: S,
     idle: Pin<Box<Sleep>>,
@@ -40,6 +41,8 @@ impl<S> Connection<S> {
 pub(super) struct Peer {
     /// Whether it has shown a certificate of the CA.
     is_known: bool,
+    /// Whether nobody needs one.
+    is_open: bool,
     /// How many of its requests are being worked on.
     calls: Arc<AtomicUsize>,
 }
@@ -54,17 +57,28 @@ impl Peer {
 /// Says of a connection whether its client has shown a certificate that was found good.
 pub(super) trait Shown {
     fn has_shown(&self) -> bool;
+
+    /// Whether it is without TLS, where everybody may do everything.
+    fn is_open(&self) -> bool;
 }
 
 impl Shown for TcpConnectInfo {
     fn has_shown(&self) -> bool {
         false
     }
+
+    fn is_open(&self) -> bool {
+        true
+    }
 }
 
 impl Shown for TlsConnectInfo<TcpConnectInfo> {
     fn has_shown(&self) -> bool {
         self.peer_certs().is_some_and(|certificates| !certificates.is_empty())
+    }
+
+    fn is_open(&self) -> bool {
+        false
     }
 }
 
@@ -75,7 +89,8 @@ where
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
-        Peer { is_known: self.stream.connect_info().has_shown(), calls: self.calls.clone() }
+        let info = self.stream.connect_info();
+        Peer { is_known: info.has_shown(), is_open: info.is_open(), calls: self.calls.clone() }
     }
 }
 
@@ -87,7 +102,9 @@ pub(super) async fn keep(request: Request, next: Next) -> Response {
             self.0.fetch_sub(1, Ordering::Relaxed);
         }
     }
-    let call = request.extensions().get::<Peer>().map(|peer| {
+    // One that is nobody may call what is answered at once; what it does not send is not waited for.
+    let peer = request.extensions().get::<Peer>().filter(|peer| peer.is_known || peer.is_open);
+    let call = peer.map(|peer| {
         peer.calls.fetch_add(1, Ordering::Relaxed);
         Call(peer.calls.clone())
     });

@@ -32,13 +32,13 @@ svg{width:100%;height:auto;background:#f5f7f9;border-radius:4px}code{font-size:.
 @media(prefers-color-scheme:dark){body{background:#14191f;color:#d7dee6}th,td{border-color:#2c3642}svg{background:#1c232b}.badge{color:#14191f}}";
 
 /// What is shown.
-struct Shown<'s> {
+struct View<'s> {
     name: &'s str,
     phase: &'s Phase,
     observed: &'s Observed,
     store: Option<&'s str>,
     /// Or why it cannot be listed.
-    catalog: Option<Result<&'s Catalog, String>>,
+    catalog: Option<Result<&'s Catalog, &'s str>>,
     unsaved_seconds: f64,
     members: &'s [Listed],
     now: DateTime<Utc>,
@@ -59,19 +59,19 @@ async fn show(supervisor: &Supervisor) -> Response {
     let settings = supervisor.settings();
     let observed = supervisor.observed();
     let phase = supervisor.phase().borrow().clone();
-    let listed = supervisor.catalog().await;
+    let listed = supervisor.listed().await;
     let members = async {
         let endpoint = settings.etcd.endpoints.first()?;
         Etcd::reach(&settings.etcd, endpoint.trim()).await.ok()?.0.members().await.ok()
     };
     let members = if observed.role.is_some() { members.await.unwrap_or_default() } else { Vec::new() };
     let store = settings.initialize.store.as_ref();
-    let shown = Shown {
+    let shown = View {
         name: &settings.initialize.member.name,
         phase: &phase,
         observed: &observed,
         store: store.map(crate::store::Store::url),
-        catalog: store.map(|_| listed.as_ref().map(AsRef::as_ref).map_err(ToString::to_string)),
+        catalog: listed.as_ref().map(|listed| listed.as_ref().map(AsRef::as_ref).map_err(String::as_str)),
         unsaved_seconds: supervisor.unsaved_seconds(),
         members: &members,
         now: Utc::now(),
@@ -84,7 +84,7 @@ async fn show(supervisor: &Supervisor) -> Response {
     (headers, page(&shown).into_string()).into_response()
 }
 
-fn page(shown: &Shown<'_>) -> Markup {
+fn page(shown: &View<'_>) -> Markup {
     html! {
         (DOCTYPE)
         html lang="en" {
@@ -119,7 +119,7 @@ fn badge(observed: &Observed) -> Markup {
     html! { span.(class) id="role" { (word) } }
 }
 
-fn member(shown: &Shown<'_>) -> Markup {
+fn member(shown: &View<'_>) -> Markup {
     let (phase, why) = match shown.phase {
         Phase::New => ("nobody has asked to start etcd yet", String::new()),
         Phase::Running(_) => ("the data is being looked at", String::new()),
@@ -146,7 +146,7 @@ fn member(shown: &Shown<'_>) -> Markup {
     }
 }
 
-fn backups(shown: &Shown<'_>) -> Markup {
+fn backups(shown: &View<'_>) -> Markup {
     let Some(store) = shown.store else {
         return html! { p { "No store is given: there are no backups, the data is only checked." } };
     };
@@ -154,7 +154,7 @@ fn backups(shown: &Shown<'_>) -> Markup {
     html! {
         table {
             tr { th { "Store" } td { code { (store) } } }
-            tr { th { "Backed up by" } td id="active" { @if observed.backing_up { "this sidecar" } @else { "the sidecar of the member that leads" } } }
+            tr { th { "Backed up by" } td id="active" { (backed_up_by(observed)) } }
             @if let Some(error) = &observed.error { tr { th { "Trouble" } td { span.badge.bad { (error) } } } }
             @if observed.backing_up {
                 tr { th { "Would be lost now" } td id="lag" { (format!("{:.0} s", shown.unsaved_seconds)) } }
@@ -173,6 +173,15 @@ fn backups(shown: &Shown<'_>) -> Markup {
                 }
             }
         }
+    }
+}
+
+fn backed_up_by(observed: &Observed) -> &'static str {
+    match (observed.backing_up, observed.role) {
+        (true, _) => "this sidecar",
+        (false, Some(Role::Leader)) => "nobody now: this member leads, and its backup has not begun",
+        (false, Some(_)) => "the sidecar of the member that leads",
+        (false, None) => "nobody from here: the member is not reached",
     }
 }
 
@@ -205,7 +214,7 @@ fn drawn(timeline: Timeline, history: &History, now: DateTime<Utc>) -> Markup {
     }
 }
 
-fn members(shown: &Shown<'_>) -> Markup {
+fn members(shown: &View<'_>) -> Markup {
     let own = shown.observed.status.as_ref();
     let leader = own.map_or(0, |status| status.leader_id);
     html! {
@@ -261,7 +270,7 @@ mod tests {
             "t00000001/delta/00000000000000000009-00000000000000000012-1700000020000.delta.zst",
         ];
         let catalog = Catalog::new(names.map(|name| (name.to_owned(), 100)));
-        let shown = Shown {
+        let shown = View {
             name: "<b>",
             phase: &phase,
             observed: &observed,
@@ -278,7 +287,7 @@ mod tests {
         for said in ["Any revision from 5 to 5", "after 5 and before 9 are missing", "not reached"] {
             assert!(text.contains(said), "{said} is not in {text}");
         }
-        let broken = Shown { catalog: Some(Err("denied".into())), ..shown };
+        let broken = View { catalog: Some(Err("denied")), ..shown };
         assert!(page(&broken).into_string().contains("cannot be listed: denied"));
     }
 }

@@ -196,6 +196,7 @@ impl<'s> Session<'s> {
             let delta = chain.as_ref().and_then(|chain| chain.deltas.last()).map(|delta| (delta.last, delta.unix_ms));
             settings.metrics.found(full, delta, tip);
         } else {
+            settings.metrics.found(None, None, 0);
             session.due = Some((Due::NoChain, Instant::now()));
         }
         tracing::info!(
@@ -517,7 +518,7 @@ impl<'s> Session<'s> {
                 },
                 _ = rotate.tick() => {
                     rotation_wanted = true;
-                    if matches!(self.tip, Tip::At(_)) && self.pending.is_empty() && !tasks.delta {
+                    if self.is_all_home(tasks).await? {
                         self.settings.metrics.confirmed();
                     }
                 }
@@ -538,6 +539,13 @@ impl<'s> Session<'s> {
                 () = tokio::time::sleep(Duration::from_secs(1)) => {}
             }
         }
+    }
+
+    /// Whether the store has all that etcd has: nothing may have been received because there was nothing, or because it is
+    /// on its way.
+    async fn is_all_home(&mut self, tasks: &Tasks) -> Result<bool> {
+        let is_quiet = matches!(self.tip, Tip::At(_)) && self.pending.is_empty() && !tasks.delta;
+        Ok(is_quiet && self.etcd.status().await?.revision <= self.home.max(self.pending.last()))
     }
 
     /// Takes in what somebody wants now.
@@ -725,11 +733,16 @@ impl<'s> Session<'s> {
         match done {
             Done::Delta(Ok(taken), _, took) => {
                 let (first, last) = taken.name.revisions().unwrap_or_default();
-                metrics.saved(metrics::Kind::Incr, first, last, taken.name.unix_ms(), taken.size, *took);
+                metrics.put(metrics::Kind::Incr, taken.size, *took);
+                // Deltas that follow nothing are no backup.
+                if matches!(self.tip, Tip::At(_)) {
+                    metrics.saved(metrics::Kind::Incr, (first, last), last, taken.name.unix_ms());
+                }
             }
             Done::Full(Ok(taken), took) => {
                 let (revision, unix_ms) = (taken.revision, taken.unix_ms);
-                metrics.saved(metrics::Kind::Full, revision, revision, unix_ms, taken.size, *took);
+                metrics.put(metrics::Kind::Full, taken.size, *took);
+                metrics.saved(metrics::Kind::Full, (revision, revision), revision.max(self.home), unix_ms);
             }
             Done::Delta(Err(_), _, took) => metrics.not_saved(metrics::Kind::Incr, *took),
             Done::Full(Err(_), took) => metrics.not_saved(metrics::Kind::Full, *took),

@@ -75,7 +75,7 @@ impl<T: ObjectStore> ObjectStore for Counted<T> {
         self.inner.delete_stream(paths).map(move |path| count(&operations, "delete", path)).boxed()
     }
 
-    /// One for each page would be right; one for each time that it is asked is what can be seen from here.
+    /// Counted when the first comes: pages cannot be seen from here.
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         let (operations, mut is_first) = (self.operations.clone(), true);
         let listed = self.inner.list(prefix).map(move |listed| {

@@ -73,9 +73,10 @@ async fn beat(supervisor: &Supervisor, leases: &Leases) {
 }
 
 async fn follow_backups(supervisor: &Supervisor, leases: &Leases) {
-    let mut writer = Writer::new(leases);
+    // One each: trouble with one lease is none with the other.
+    let (mut full_writer, mut delta_writer) = (Writer::new(leases), Writer::new(leases));
     let (mut full_told, mut delta_told) = (None, None::<Instant>);
-    let mut full_retry = Instant::now();
+    let (mut full_retry, mut delta_retry) = (Instant::now(), Instant::now());
     let mut tick = tokio::time::interval(LOOK_PERIOD);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -90,23 +91,27 @@ async fn follow_backups(supervisor: &Supervisor, leases: &Leases) {
             && full_told != Some(full)
             && full_retry <= Instant::now()
         {
-            let written = writer.raise(name, full).await;
+            let written = full_writer.raise(name, full).await;
             match &written {
                 Ok(()) => full_told = Some(full),
                 Err(_) => full_retry = Instant::now() + RETRY_PERIOD,
             }
-            writer.tell(name, &written);
+            full_writer.tell(name, &written);
         }
         // Many small deltas in a short time are told once.
         let is_due = delta_told.is_none_or(|told| told.elapsed() >= leases.delta_period / 2);
         if let (Some(name), Some(confirmed)) = (&leases.delta, standing.confirmed)
             && is_due
             && delta_told.is_none_or(|told| confirmed > told)
+            && delta_retry <= Instant::now()
         {
             let revision = standing.delta.map_or(0, |(last, _)| last);
-            let written = writer.write(name, &held(&revision.to_string(), Utc::now())).await;
-            delta_told = Some(Instant::now());
-            writer.tell(name, &written);
+            let written = delta_writer.write(name, &held(&revision.to_string(), Utc::now())).await;
+            match &written {
+                Ok(()) => delta_told = Some(Instant::now()),
+                Err(_) => delta_retry = Instant::now() + RETRY_PERIOD.min(leases.delta_period),
+            }
+            delta_writer.tell(name, &written);
         }
     }
 }

@@ -7,60 +7,22 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::Result;
-use crate::etcd::{Etcd, EtcdFlags, Listed, Role, Status};
+use crate::etcd::{Etcd, Listed, Role, Status};
 use crate::initialize::Settings;
 
 /// How often it is looked whether the cluster has the member's peer URLs.
 const URLS_PERIOD: Duration = Duration::from_secs(30);
 
+/// How long a member has to let itself be reached.
+const MOST_LOOKING: Duration = Duration::from_secs(2);
+
 /// Sees to it.
 #[derive(Debug, Default)]
 pub(super) struct Keeper {
     looked_at: Option<Instant>,
-    /// Since when members that nobody configures cannot be reached, by id.
-    gone_since: HashMap<u64, Instant>,
-    looked_for_gone_at: Option<Instant>,
 }
 
 impl Keeper {
-    /// Removes members that the configuration does not name and that have not been reached for so long. Only the leader does.
-    pub(super) async fn remove_gone(
-        &mut self,
-        settings: &Settings,
-        flags: &EtcdFlags,
-        after: Duration,
-        etcd: &mut Etcd,
-    ) {
-        // Whoever is not there takes a while to be found so.
-        if self.looked_for_gone_at.is_some_and(|at| at.elapsed() < (after / 3).min(URLS_PERIOD)) {
-            return;
-        }
-        self.looked_for_gone_at = Some(Instant::now());
-        let configured: BTreeSet<_> = settings.member.cluster.members().iter().map(|member| &member.name).collect();
-        let listed = match etcd.members().await {
-            Ok(listed) => listed,
-            Err(error) => return tracing::debug!(%error, "the members cannot be listed"),
-        };
-        self.gone_since.retain(|id, _| listed.iter().any(|member| member.id == *id));
-        for member in &listed {
-            // One without a name was added, and may be on its way.
-            if configured.contains(&member.name) || member.name.is_empty() || answers(flags, member).await {
-                self.gone_since.remove(&member.id);
-                continue;
-            }
-            let since = *self.gone_since.entry(member.id).or_insert_with(Instant::now);
-            if since.elapsed() < after {
-                continue;
-            }
-            let name = &member.name;
-            match etcd.remove_member(member.id).await {
-                Ok(()) => tracing::warn!(name, "a member that is not configured and not reached is removed"),
-                // Such as when too few others are up.
-                Err(error) => tracing::warn!(name, %error, "a member that is gone cannot be removed"),
-            }
-        }
-    }
-
     pub(super) async fn see_to(&mut self, settings: &Settings, etcd: &mut Etcd, status: &Status) {
         let done = match status.role {
             Role::Learner => promote(settings, status.member_id).await,
@@ -76,11 +38,52 @@ impl Keeper {
     }
 }
 
-/// Whether an etcd is there.
-async fn answers(flags: &EtcdFlags, member: &Listed) -> bool {
-    for url in &member.client_urls {
-        let flags = EtcdFlags { endpoints: vec![url.clone()], command_timeout: 2, ..flags.clone() };
-        if Etcd::reach(&flags, url).await.is_ok() {
+/// Since when members that nobody configures cannot be reached, by id.
+#[derive(Debug, Default)]
+pub(super) struct Gone {
+    since: HashMap<u64, Instant>,
+    looked_at: Option<Instant>,
+}
+
+impl Gone {
+    /// How often it is looked, so that one is removed after about so long.
+    pub(super) fn period(after: Duration) -> Duration {
+        (after / 3).min(URLS_PERIOD)
+    }
+
+    /// Removes members that the configuration does not name and that have not been reached for so long.
+    pub(super) async fn remove(&mut self, settings: &Settings, after: Duration, etcd: &mut Etcd) -> Result<()> {
+        // Who has not looked for a while, as while another led, knows nothing of that time.
+        if self.looked_at.is_none_or(|at| at.elapsed() > 3 * Self::period(after) + MOST_LOOKING) {
+            self.since.clear();
+        }
+        self.looked_at = Some(Instant::now());
+        let configured: BTreeSet<_> = settings.member.cluster.members().iter().map(|member| &member.name).collect();
+        let listed = etcd.members().await?;
+        self.since.retain(|id, _| listed.iter().any(|member| member.id == *id));
+        for member in &listed {
+            // One without a name was added, and may be on its way.
+            if configured.contains(&member.name) || member.name.is_empty() || listens(member).await {
+                self.since.remove(&member.id);
+                continue;
+            }
+            let since = *self.since.entry(member.id).or_insert_with(Instant::now);
+            if since.elapsed() >= after {
+                etcd.remove_member(member.id).await?;
+                tracing::warn!(name = member.name, "a member that is not configured and not reached is removed");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether anything is where a member is to be reached. An etcd whose certificates or users are not ours lives, too.
+async fn listens(member: &Listed) -> bool {
+    for url in member.client_urls.iter().chain(&member.peer_urls) {
+        let Ok(url) = url::Url::parse(url) else { return true };
+        let (Some(host), Some(port)) = (url.host_str(), url.port_or_known_default()) else { return true };
+        let connecting = tokio::net::TcpStream::connect((host.trim_matches(['[', ']']), port));
+        if matches!(tokio::time::timeout(MOST_LOOKING, connecting).await, Ok(Ok(_))) {
             return true;
         }
     }

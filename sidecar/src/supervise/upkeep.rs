@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use chrono::Utc;
 use croner::Cron;
 
+use super::membership::Gone;
 use super::{Supervisor, defragment};
 use crate::compact;
 use crate::etcd::{Alarm, Etcd, EtcdFlags, Role};
@@ -89,6 +90,16 @@ pub(super) fn start(supervisor: &Arc<Supervisor>) {
             let done = defragment::cluster(&this.settings.etcd, share, &this.settings.quiet).await;
             this.settings.metrics.defragmented(done.is_ok(), started.elapsed());
             done.map(drop)
+        });
+    }
+    if let Some(after) = supervisor.settings.remove_members_after {
+        let gone = Arc::<tokio::sync::Mutex<Gone>>::default();
+        supervisor.repeat("remove members that are gone", When::Every(Gone::period(after)), move |this| {
+            let gone = gone.clone();
+            async move {
+                let (mut etcd, _) = Etcd::connect(&this.settings.etcd).await?;
+                gone.lock().await.remove(&this.settings.initialize, after, &mut etcd).await
+            }
         });
     }
     supervisor.repeat("see to alarms", When::Every(ALARM_PERIOD), |this| async move { this.see_to_alarms().await });

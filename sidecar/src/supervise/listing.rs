@@ -1,0 +1,79 @@
+//! What the store has, for whoever looks: a person's page and metrics. Nobody acts upon it.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use crate::catalog::Catalog;
+use crate::store::Store;
+
+/// How old it may be.
+const FRESH: Duration = Duration::from_secs(30);
+/// Who waits for a first one waits no longer.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// A listing, or why there is none.
+pub type Listed = Result<Arc<Catalog>, String>;
+
+/// The last listing of a store. One is made at a time, however many look, and it is made to its end.
+#[derive(Debug, Default)]
+pub(super) struct Listing {
+    state: Mutex<State>,
+    made: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    last: Option<(Instant, Listed)>,
+    is_running: bool,
+}
+
+impl Listing {
+    /// The last one; an older one than it might be while the next is made.
+    pub(super) async fn newest(self: &Arc<Self>, store: &Store) -> Listed {
+        let made = self.made.notified();
+        if let Some(last) = self.last_or_begin(store) {
+            return last;
+        }
+        let _ = tokio::time::timeout(PATIENCE, made).await;
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let none = || Err("the store has not answered yet".to_owned());
+        state.last.as_ref().map_or_else(none, |(_, listed)| listed.clone())
+    }
+
+    fn last_or_begin(self: &Arc<Self>, store: &Store) -> Option<Listed> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_fresh = state.last.as_ref().is_some_and(|(at, _)| at.elapsed() < FRESH);
+        if !is_fresh && !state.is_running {
+            state.is_running = true;
+            let (this, store) = (self.clone(), store.clone());
+            tokio::spawn(async move {
+                let listed = store.catalog().await.map(Arc::new).map_err(|error| error.to_string());
+                let mut state = this.state.lock().unwrap_or_else(PoisonError::into_inner);
+                *state = State { last: Some((Instant::now(), listed)), is_running: false };
+                drop(state);
+                this.made.notify_waiters();
+            });
+        }
+        state.last.as_ref().map(|(_, listed)| listed.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use object_store::memory::InMemory;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_looks_first_waits_and_the_next_get_the_same() {
+        let store = Store::from_parts(Arc::new(InMemory::new()), "some/prefix");
+        let listing = Arc::new(Listing::default());
+        let (first, second) = tokio::join!(listing.newest(&store), listing.newest(&store));
+        let third = listing.newest(&store).await;
+        for listed in [second, third] {
+            assert!(matches!((&first, &listed), (Ok(first), Ok(listed)) if Arc::ptr_eq(first, listed)));
+        }
+    }
+}
