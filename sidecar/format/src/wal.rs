@@ -10,7 +10,7 @@
 //! - A log is *torn*, which etcd repairs by itself, only when its last frame of all was cut by a crash; any other damage is
 //!   corruption.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -32,6 +32,13 @@ mod kind {
 
 /// Entry type of a change of members.
 pub const ENTRY_CONF_CHANGE: i32 = 1;
+/// Types of a change of members.
+const ADD_NODE: i32 = 0;
+const REMOVE_NODE: i32 = 1;
+const ADD_LEARNER: i32 = 3;
+/// Entries that may make a revision are told apart from the others as far back as this; etcd applies many more than it has
+/// not committed.
+const MOST_KEY_CHANGES: usize = 200_000;
 /// Crash tears writes at these boundaries.
 const SECTOR: u64 = 512;
 /// No record is larger than the largest segment etcd can produce.
@@ -99,6 +106,8 @@ pub struct Log {
     pub terms: Vec<(u64, u64, u64)>,
     /// Changes of members among the entries that count.
     pub member_changes: Vec<MemberChange>,
+    /// Indexes of the newest entries that may make a revision, ascending.
+    key_changes: VecDeque<u64>,
     /// Index of the last entry that changes members, users, roles, whether auth is on, or the version of the cluster
     /// downwards: everything that is neither in keys nor set again by an etcd that starts. 0 for none.
     pub other_changes: u64,
@@ -120,19 +129,53 @@ impl Log {
         self.terms.iter().find(|run| (run.0..=run.1).contains(&index)).map(|run| run.2)
     }
 
-    /// Ids of those that vote at the end of the log.
-    pub fn voters(&self) -> BTreeSet<u64> {
+    /// How many entries after an index may make a revision, at the most: a transaction whose condition does not hold makes
+    /// none.
+    pub fn key_changes_after(&self, index: u64) -> u64 {
+        let after = self.key_changes.iter().rev().take_while(|change| **change > index).count();
+        if after == MOST_KEY_CHANGES { self.last_index().saturating_sub(index) } else { after as u64 }
+    }
+
+    /// Whether it shows that it began with a restore: its first segment has a snapshot of an etcd that had done nothing yet
+    /// but to add its members.
+    pub fn began_restored(&self) -> bool {
+        let is_first = self.segments.first().is_some_and(|segment| (segment.seq, segment.index) == (0, 0));
+        let first =
+            self.snapshots.iter().filter(|snapshot| snapshot.index() > 0).min_by_key(|snapshot| snapshot.index());
+        let members =
+            |snapshot: &WalSnapshot| snapshot.conf_state.as_ref().map_or(9, |state| state.voters.len() as u64);
+        is_first && first.is_some_and(|snapshot| snapshot.index() <= members(snapshot))
+    }
+
+    /// Who is a member at the end of the log.
+    pub fn members(&self) -> Members {
         let start = self.newest_snapshot().cloned().unwrap_or_default();
-        let conf_state = start.conf_state.clone().unwrap_or_default();
-        let mut voters: BTreeSet<u64> = conf_state.voters.iter().chain(&conf_state.learners).copied().collect();
-        for change in self.member_changes.iter().filter(|change| change.index > start.index()) {
+        self.members_at(&start.conf_state.clone().unwrap_or_default(), start.index(), u64::MAX)
+    }
+
+    /// Who is a member at an index, given who was at an earlier one.
+    pub fn members_at(&self, conf_state: &ConfState, after: u64, upto: u64) -> Members {
+        let mut members = Members {
+            voters: conf_state.voters.iter().copied().collect(),
+            learners: conf_state.learners.iter().copied().collect(),
+        };
+        for change in self.member_changes.iter().filter(|change| change.index > after && change.index <= upto) {
             let id = change.change.node_id();
             match change.change.r#type() {
-                1 => drop(voters.remove(&id)),
-                _ => drop(voters.insert(id)),
+                ADD_NODE => {
+                    members.learners.remove(&id);
+                    members.voters.insert(id);
+                }
+                REMOVE_NODE => {
+                    members.learners.remove(&id);
+                    members.voters.remove(&id);
+                }
+                ADD_LEARNER => drop(members.learners.insert(id)),
+                // Only its URLs change.
+                _ => {}
             }
         }
-        voters
+        members
     }
 
     /// The newest snapshot record that is committed; etcd starts from it.
@@ -144,18 +187,49 @@ impl Log {
     }
 }
 
-/// Whether a request to raft, an `InternalRaftRequest`, does more than change keys, leases, alarms and what a starting etcd
-/// publishes anew. One that is not understood does.
-fn changes_more_than_keys(request: &[u8]) -> bool {
-    // header, id; v2; range, put, delete range, txn, compaction; leases and their checkpoints, alarm; authenticate; version
-    // of the cluster, attributes of a member. Up to 17: a bare request of v2, which is applied anew at each start.
-    let is_harmless = |number| matches!(number, 1..=17 | 100 | 1012 | 1300 | 1301);
-    let mut fields = Fields::new(request);
-    loop {
-        match fields.next() {
-            Ok(None) => return false,
-            Ok(Some(Field::Varint(number, _) | Field::Bytes(number, _))) if is_harmless(number) => {}
-            Ok(Some(_)) | Err(_) => return true,
+/// Ids of the members of a cluster.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Members {
+    /// Those that vote.
+    pub voters: BTreeSet<u64>,
+    /// Those that do not yet.
+    pub learners: BTreeSet<u64>,
+}
+
+impl Members {
+    /// All of them.
+    pub fn all(&self) -> BTreeSet<u64> {
+        self.voters.union(&self.learners).copied().collect()
+    }
+}
+
+/// What a request to raft, an `InternalRaftRequest`, may do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Effect {
+    /// It may make a revision.
+    on_keys: bool,
+    /// It does more than change keys, leases, alarms and what a starting etcd publishes anew.
+    on_more: bool,
+}
+
+impl Effect {
+    /// What is not understood may do everything.
+    fn of(request: &[u8]) -> Self {
+        // header, id; v2; range, put, delete range, txn, compaction; leases and their checkpoints, alarm; authenticate;
+        // version of the cluster, attributes of a member. Up to 17: a bare request of v2, which is applied anew at each start.
+        let is_harmless = |number| matches!(number, 1..=17 | 100 | 1012 | 1300 | 1301);
+        // put, delete range, txn, and a lease that is revoked with its keys.
+        let is_of_keys = |number| matches!(number, 4..=6 | 9);
+        let mut effect = Self::default();
+        let mut fields = Fields::new(request);
+        loop {
+            match fields.next() {
+                Ok(None) => return effect,
+                Ok(Some(Field::Varint(number, _) | Field::Bytes(number, _))) if is_harmless(number) => {
+                    effect.on_keys |= is_of_keys(number);
+                }
+                Ok(Some(_)) | Err(_) => return Self { on_keys: true, on_more: true },
+            }
         }
     }
 }
@@ -222,6 +296,7 @@ struct Reader {
     snapshots: Vec<WalSnapshot>,
     terms: Vec<(u64, u64, u64)>,
     member_changes: Vec<MemberChange>,
+    key_changes: VecDeque<u64>,
     other_changes: u64,
     tail: Option<Tail>,
 }
@@ -392,6 +467,7 @@ impl Reader {
             self.terms.pop();
         }
         while self.member_changes.pop_if(|change| change.index >= index).is_some() {}
+        while self.key_changes.pop_back_if(|change| *change >= index).is_some() {}
         match self.terms.last_mut() {
             Some(run) if run.1.checked_add(1) != Some(index) => {
                 let snapshot = self.snapshots.last().map_or(0, proto::disk::WalSnapshot::index);
@@ -414,8 +490,15 @@ impl Reader {
         }
         match entry.r#type() {
             0 => {
-                if changes_more_than_keys(entry.data()) {
+                let effect = Effect::of(entry.data());
+                if effect.on_more {
                     self.other_changes = index;
+                }
+                if effect.on_keys {
+                    if self.key_changes.len() == MOST_KEY_CHANGES {
+                        self.key_changes.pop_front();
+                    }
+                    self.key_changes.push_back(index);
                 }
                 Ok(())
             }
@@ -448,6 +531,7 @@ impl Reader {
             snapshots: self.snapshots,
             terms: self.terms,
             member_changes: self.member_changes,
+            key_changes: self.key_changes,
             other_changes: self.other_changes,
             tail: self.tail.unwrap_or(Tail::Clean),
             segments,

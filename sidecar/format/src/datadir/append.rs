@@ -81,9 +81,8 @@ impl<D: Disk> Behind<D> {
         }
         let log = wal::read(&layout.wal()).map_err(|damage| damage.error)?;
         let summary = verdict.summary.unwrap_or_default();
-        let voters = log.voters();
-        if voters.len() != 1 {
-            let count = voters.len();
+        let count = log.members().all().len();
+        if count != 1 {
             return Err(refuse(format!("it is one of {count} members; the others bring it up to date when it starts")));
         }
         let (applied, last) = (summary.consistent_index, log.last_index());

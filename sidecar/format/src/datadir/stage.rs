@@ -25,6 +25,10 @@ const HASH_SIZE: u64 = 32;
 const RESTORING: &str = "member.restoring";
 /// Lies in a member that was restored, and says from what. etcd does not look at it.
 const ORIGIN: &str = "origin.json";
+/// Written beside a member by whoever looks after it: what it has joined.
+pub const JOINED: &str = "joined.json";
+/// The same: how its etcd ended.
+pub const LAST_EXIT: &str = "last-exit.json";
 /// Lies in a staged member until it is whole. Without it, what is staged is a member that was replaced and not moved on yet.
 const UNFINISHED: &str = "unfinished";
 /// Lies beside what is staged and has the inode of its directory: whole or not, what has that inode was not in its place yet.
@@ -369,7 +373,7 @@ pub fn check_target(data_dir: &Path, replace: bool) -> Result<()> {
     for entry in std::fs::read_dir(data_dir).map_err(Error::io("list", data_dir))? {
         let name = entry.map_err(Error::io("list", data_dir))?.file_name();
         match name.to_str() {
-            Some(RESTORING | NOTE | "lost+found") => {}
+            Some(RESTORING | NOTE | "lost+found" | JOINED | LAST_EXIT) => {}
             Some(name) if name.starts_with("member.replaced-") => {}
             _ if replace => {}
             _ => {
@@ -381,7 +385,7 @@ pub fn check_target(data_dir: &Path, replace: bool) -> Result<()> {
             }
         }
     }
-    if replace { super::verify::check_not_in_use(&Layout::new(data_dir)) } else { Ok(()) }
+    if replace { super::verify::hold(data_dir).map(drop) } else { Ok(()) }
 }
 
 impl<D: Disk> Drop for Staged<D> {

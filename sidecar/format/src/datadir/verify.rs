@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use proto::Message;
-use proto::disk::{ConfState, Lease};
+use proto::disk::Lease;
 
 use super::{Layout, Minor};
 use crate::bolt::{Db, Visited};
@@ -94,10 +94,17 @@ pub struct Verdict {
     pub member: Option<(MemberId, ClusterId)>,
     /// Raft term and commit index, as the log says.
     pub raft: Option<(u64, u64)>,
-    /// Index of the log's last entry, which may be beyond the commit index that was written last.
-    pub log_end: Option<u64>,
+    /// Entries of the log that the database lacks and that may make a revision.
+    pub unapplied: u64,
+    /// Index of the last entry of the log.
+    pub log_end: u64,
+    /// Whether the log still shows that it began with a restore.
+    pub began_restored: bool,
     /// Voting members of the cluster, as the log says.
     pub voters: Option<usize>,
+    /// Whether no etcd got far enough on it to begin: it has nothing, and etcd would wait for ever for a cluster that there
+    /// is not.
+    pub never_ran: bool,
 }
 
 impl Verdict {
@@ -151,17 +158,24 @@ pub struct Verify {
     pub compaction: Option<Compaction>,
 }
 
-/// Fails when a running etcd holds the database.
-pub(crate) fn check_not_in_use(layout: &Layout) -> Result<()> {
+/// A database that no etcd can open as long as this is held: one that starts waits.
+#[derive(Debug, Default)]
+pub struct Hold {
+    _file: Option<File>,
+}
+
+/// Holds the database in a data directory, if there is one. Fails when a running etcd holds it.
+pub fn hold(data_dir: &Path) -> Result<Hold> {
     use rustix::fs::{FlockOperation, flock};
-    let path = layout.db();
-    let Ok(file) = File::open(&path) else { return Ok(()) };
+    let path = Layout::new(data_dir).db();
+    let Ok(file) = File::open(&path) else { return Ok(Hold { _file: None }) };
     match flock(&file, FlockOperation::NonBlockingLockShared) {
         Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::precondition(format!(
             "{} is in use: an etcd runs on this data directory; stop it first",
             path.display()
         ))),
-        _ => Ok(()),
+        // Where there are no locks, etcd has none either.
+        _ => Ok(Hold { _file: Some(file) }),
     }
 }
 
@@ -177,7 +191,7 @@ pub fn verify(data_dir: &Path, options: &Verify) -> Result<Option<Verdict>> {
     if !layout.member().try_exists().map_err(Error::io("look at", layout.member()))? {
         return Ok(None);
     }
-    check_not_in_use(&layout)?;
+    let _held = hold(data_dir)?;
     verify_member(&layout, options).map(Some)
 }
 
@@ -193,23 +207,85 @@ fn verify_member(layout: &Layout, options: &Verify) -> Result<Verdict> {
     let log = verify_log(layout, &mut verdict)?;
     let snapshots = verify_snapshots(layout, log.as_ref(), &mut verdict)?;
     let path = layout.db();
+    // etcd creates its database, then its log, then writes into that who its members are.
+    let has_begun = log.as_ref().map_or_else(
+        || has_entries(&layout.wal()),
+        |log| {
+            let committed = log.state.commit();
+            let has_members = log.member_changes.iter().any(|change| change.index <= committed);
+            has_members || log.newest_snapshot().is_some_and(|snapshot| snapshot.index() > 0)
+        },
+    );
     if !path.exists() {
+        verdict.never_ran = !has_begun;
         verdict.add(Severity::Corrupt, &path, None, "the database is missing");
         return Ok(verdict);
     }
     let file = File::open(&path).map_err(Error::io("open", &path))?;
+    let size = file.metadata().map_err(Error::io("look at", &path))?.len();
+    if size == 0 {
+        verdict.never_ran = !has_begun;
+        verify_young(&path, size, log.as_ref(), &mut verdict);
+        return Ok(verdict);
+    }
     let opened = Db::open(file);
     let Some(db) = verdict.take(&path, opened)? else { return Ok(verdict) };
+    if is_young(&db).unwrap_or(false) {
+        let visited = db.check_small_buckets(&[KEY_BUCKET], Visited::new(db.meta()));
+        if verdict.take(&path, visited)?.is_some() {
+            verdict.never_ran = !has_begun;
+            verify_young(&path, size, log.as_ref(), &mut verdict);
+        }
+        return Ok(verdict);
+    }
     let checked = verify_database(&db, options);
     if let Some((summary, findings)) = verdict.take(&path, checked)? {
         verdict.findings.extend(findings.into_iter().map(|finding| Finding { path: path.clone(), ..finding }));
         if let Some(log) = &log {
+            verdict.unapplied = log.key_changes_after(summary.consistent_index);
             let agreed = verify_agreement(&db, &summary, log, snapshots.as_ref(), &path, &mut verdict);
             verdict.take(&path, agreed)?;
         }
         verdict.summary = Some(summary);
     }
     Ok(verdict)
+}
+
+/// Whether anything is in a directory, or cannot be told.
+fn has_entries(dir: &Path) -> bool {
+    std::fs::read_dir(dir)
+        .map_or_else(|error| error.kind() != std::io::ErrorKind::NotFound, |mut entries| entries.next().is_some())
+}
+
+/// Whether nothing was ever committed to a database but the buckets that etcd creates first.
+fn is_young<R: ReadAt>(db: &Db<R>) -> Result<bool> {
+    let is_empty = |bucket| db.bucket(bucket)?.map_or(Ok(true), |root| Ok::<_, Error>(db.last(&root)?.is_none()));
+    Ok(is_empty(KEY_BUCKET)?
+        && is_empty(LEASE_BUCKET)?
+        && mvcc::read_u64(db, META_BUCKET, CONSISTENT_INDEX)?.unwrap_or(0) == 0
+        // As which it begins.
+        && mvcc::read_u64(db, AUTH_BUCKET, AUTH_REVISION)?.unwrap_or(0) <= 1)
+}
+
+/// etcd commits what it applies a while later, and a log that reaches back to the beginning has all of it.
+fn verify_young(path: &Path, db_size: u64, log: Option<&Log>, verdict: &mut Verdict) {
+    let reaches_back = log.is_some_and(|log| {
+        let is_first = log.segments.first().is_some_and(|segment| (segment.seq, segment.index) == (0, 0));
+        let starts_at = log.newest_snapshot().map_or(0, proto::disk::WalSnapshot::index);
+        is_first && starts_at == 0 && log.terms.first().is_some_and(|run| run.0 <= 1)
+    });
+    let is_received = !reaches_back && log.is_some_and(|log| verify_received(path, log, verdict));
+    if reaches_back {
+        let what = "nothing has been committed to the database yet; etcd fills it from the log, which has all of it";
+        verdict.add(Severity::Repairable, path, None, what);
+    }
+    if reaches_back || is_received {
+        verdict.unapplied = log.map_or(0, |log| log.key_changes_after(0));
+        verdict.summary = Some(Summary { revision: 1, db_size, ..Summary::default() });
+    } else {
+        let what = "nothing has been committed to the database, and the log does not reach back to its beginning";
+        verdict.add(Severity::Corrupt, path, None, what);
+    }
 }
 
 fn verify_log(layout: &Layout, verdict: &mut Verdict) -> Result<Option<Log>> {
@@ -228,8 +304,9 @@ fn verify_log(layout: &Layout, verdict: &mut Verdict) -> Result<Option<Log>> {
     }
     verdict.member = Some((MemberId(log.metadata.node_id()), ClusterId(log.metadata.cluster_id())));
     verdict.raft = Some((log.state.term(), log.state.commit()));
-    verdict.log_end = Some(log.last_index());
-    verdict.voters = Some(log.voters().len());
+    verdict.log_end = log.last_index();
+    verdict.began_restored = log.began_restored();
+    verdict.voters = Some(log.members().voters.len());
     Ok(Some(log))
 }
 
@@ -443,6 +520,18 @@ fn read_leases<R: ReadAt>(db: &Db<R>) -> Result<HashSet<i64>> {
     Ok(leases)
 }
 
+/// Whether the database that the leader sent with the snapshot that the log starts from lies beside; etcd then takes that.
+fn verify_received(path: &Path, log: &Log, verdict: &mut Verdict) -> bool {
+    let at = log.newest_snapshot().map_or(0, proto::disk::WalSnapshot::index);
+    let received = path.with_file_name(format!("{at:016x}.snap.db"));
+    if at == 0 || !received.exists() {
+        return false;
+    }
+    let what = format!("the database is behind the one its leader sent at raft index {at}; etcd takes that at start");
+    verdict.add(Severity::Repairable, &received, None, what);
+    true
+}
+
 /// Log, raft snapshot and database must tell one story.
 fn verify_agreement<R: ReadAt>(
     db: &Db<R>,
@@ -455,13 +544,8 @@ fn verify_agreement<R: ReadAt>(
     let applied = summary.consistent_index;
     let start = log.newest_snapshot().cloned().unwrap_or_default();
     if start.index() > applied {
-        let received = path.with_file_name(format!("{:016x}.snap.db", start.index()));
         let at = start.index();
-        if received.exists() {
-            let what =
-                format!("the database is behind the one its leader sent at raft index {at}; etcd takes that at start");
-            verdict.add(Severity::Repairable, &received, None, what);
-        } else {
+        if !verify_received(path, log, verdict) {
             let what = format!(
                 "the database is at raft index {applied}, behind the snapshot at {at} that the log starts from; etcd would panic"
             );
@@ -502,7 +586,7 @@ fn verify_members<R: ReadAt>(
 ) -> Result<()> {
     let from_file = || snapshot.and_then(|(_, snapshot)| snapshot.metadata.clone()?.conf_state);
     let conf_state = start.conf_state.clone().or_else(from_file).unwrap_or_default();
-    let expected = replay_members(&conf_state, log, start.index(), summary.consistent_index);
+    let expected = log.members_at(&conf_state, start.index(), summary.consistent_index).all();
     let local = log.metadata.node_id();
     if !expected.is_empty() && !expected.contains(&local) {
         let what = format!("this member, {local:x}, was removed from its cluster; etcd refuses to start it");
@@ -532,16 +616,4 @@ fn verify_members<R: ReadAt>(
         verdict.add(severity, path, None, what);
     }
     Ok(())
-}
-
-fn replay_members(conf_state: &ConfState, log: &Log, after: u64, upto: u64) -> BTreeSet<u64> {
-    let mut members: BTreeSet<u64> = conf_state.voters.iter().chain(&conf_state.learners).copied().collect();
-    for change in log.member_changes.iter().filter(|change| change.index > after && change.index <= upto) {
-        let id = change.change.node_id();
-        match change.change.r#type() {
-            1 => drop(members.remove(&id)),
-            _ => drop(members.insert(id)),
-        }
-    }
-    members
 }
