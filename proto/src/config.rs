@@ -31,11 +31,14 @@ pub enum Error {
     /// What is needed is nowhere.
     #[error("{0} is missing")]
     Missing(&'static str),
+    /// A URL has what must not be seen; it is not repeated.
+    #[error("{0} has a user, a password or a query in its URL: credentials have files and variables of their own")]
+    Secret(&'static str),
 }
 
 /// Every field, as `--set` names it. The environment has each as `SIDECAR_` and its path in capitals, such as
 /// `SIDECAR_SNAPSHOTS_DELTA_PERIOD`.
-pub const FIELDS: [&str; 38] = [
+pub const FIELDS: [&str; 40] = [
     "member.etcdConfig",
     "etcd.endpoints",
     "etcd.clusterEndpoints",
@@ -59,7 +62,9 @@ pub const FIELDS: [&str; 38] = [
     "verification.workDir",
     "defragmentation.schedule",
     "defragmentation.leastFreeShare",
+    "defragmentation.urgentFreeShare",
     "defragmentation.resolveNoSpace",
+    "background.bytesPerSecond",
     "server.listen",
     "server.tls.cert",
     "server.tls.key",
@@ -133,7 +138,24 @@ impl SidecarConfig {
         if config.member.etcd_config.as_os_str().is_empty() {
             return Err(Error::Missing("member.etcdConfig"));
         }
+        config.has_no_secrets()?;
         Ok(config)
+    }
+
+    /// A configuration is printed, logged and kept where many may read it.
+    fn has_no_secrets(&self) -> Result<(), Error> {
+        let store = self.store.iter().map(|store| ("store.url", &store.url));
+        let endpoints = self.etcd.endpoints.iter().map(|url| ("etcd.endpoints", url));
+        let others = self.etcd.cluster_endpoints.iter().map(|url| ("etcd.clusterEndpoints", url));
+        let has_secret = |url: &str| {
+            let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+            let authority = rest.split('/').next().unwrap_or_default();
+            authority.contains('@') || url.contains('?')
+        };
+        match store.chain(endpoints).chain(others).find(|(_, url)| has_secret(url)) {
+            Some((field, _)) => Err(Error::Secret(field)),
+            None => Ok(()),
+        }
     }
 }
 
@@ -194,6 +216,9 @@ pub struct SidecarConfig {
     /// When etcd's database is defragmented; without it only on request.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub defragmentation: Option<Defragmentation>,
+    /// How fast what is done beside backups may be.
+    #[serde(default)]
+    pub background: Background,
     /// The API.
     #[serde(default)]
     pub server: Server,
@@ -217,6 +242,7 @@ impl Default for SidecarConfig {
             compaction: None,
             verification: None,
             defragmentation: None,
+            background: Background::default(),
             server: Server::default(),
             safety: Safety::default(),
             kubernetes: None,
@@ -374,13 +400,34 @@ pub struct Defragmentation {
     pub schedule: String,
     /// Only where at least this share of the file is free.
     pub least_free_share: f64,
+    /// Where at least this share is free, and 64 MiB, it does not wait for the schedule; 0 for it always does.
+    pub urgent_free_share: f64,
     /// Compact, defragment and clear the alarm when etcd has run out of space.
     pub resolve_no_space: bool,
 }
 
 impl Default for Defragmentation {
     fn default() -> Self {
-        Self { schedule: "0 */72 * * *".to_owned(), least_free_share: 0.3, resolve_no_space: false }
+        Self {
+            schedule: "0 0 */3 * *".to_owned(),
+            least_free_share: 0.3,
+            urgent_free_share: 0.75,
+            resolve_no_space: false,
+        }
+    }
+}
+
+/// How fast what is done beside backups may be: merging, verifying, deleting. etcd comes first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Background {
+    /// Bytes read from and written to the store a second; 0 for as fast as it goes.
+    pub bytes_per_second: u64,
+}
+
+impl Default for Background {
+    fn default() -> Self {
+        Self { bytes_per_second: 16 << 20 }
     }
 }
 
@@ -547,6 +594,22 @@ mod tests {
         assert!(SidecarConfig::parse(&other).is_err_and(|error| error.to_string().contains("/v9")));
     }
 
+    #[test]
+    fn credentials_in_urls_are_refused_and_not_repeated() {
+        for (set, field) in [
+            ("store.url=s3://key:hidden@bucket/a", "store.url"),
+            ("store.url=az://container/a?sig=hidden", "store.url"),
+            ("etcd.endpoints=http://a:1,https://root:hidden@b:2", "etcd.endpoints"),
+            ("etcd.clusterEndpoints=hidden@b:2", "etcd.clusterEndpoints"),
+        ] {
+            let refused = SidecarConfig::layered(Some(LEAST), |_| None, &[set.to_owned()]);
+            let said = refused.map_err(|error| error.to_string());
+            assert!(said.as_ref().is_err_and(|said| said.contains(field) && !said.contains("hidden")), "{said:?}");
+        }
+        let fine = ["store.url=file:///a@b".to_owned(), "etcd.endpoints=http://[::1]:2379".to_owned()];
+        assert!(SidecarConfig::layered(Some(LEAST), |_| None, &fine).is_ok());
+    }
+
     /// Of each: what the file has, the environment, a flag, and what follows.
     #[test]
     fn flags_count_before_the_environment_before_the_file() -> Result<(), Error> {
@@ -620,7 +683,13 @@ mod tests {
             let value = match field {
                 _ if field.ends_with("eriod") || field.ends_with("After") || field == "retention.deltas" => "3s",
                 _ if field.ends_with("policy") => "exponential",
-                _ if field.ends_with("Bytes") || field.ends_with("ackups") || field == "compaction.deltas" => "3",
+                _ if field.ends_with("Bytes")
+                    || field.ends_with("PerSecond")
+                    || field.ends_with("ackups")
+                    || field == "compaction.deltas" =>
+                {
+                    "3"
+                }
                 _ if field.ends_with("Share") => "0.5",
                 _ if field.ends_with("nsecure")
                     || field.ends_with("Empty")

@@ -316,16 +316,30 @@ impl Chain {
 }
 
 impl History {
-    /// Runs of deltas without a gap, as (first, last), ascending.
-    fn runs(&self) -> Vec<(i64, i64)> {
-        let mut runs: Vec<(i64, i64)> = Vec::new();
+    /// Runs of deltas without a gap, ascending: first and last revision, and when the delta with the last was closed.
+    fn runs(&self) -> Vec<(i64, i64, i64)> {
+        let mut runs: Vec<(i64, i64, i64)> = Vec::new();
         for delta in &self.deltas {
             match runs.last_mut() {
-                Some(run) if delta.first <= run.1.saturating_add(1) => run.1 = run.1.max(delta.last),
-                _ => runs.push((delta.first, delta.last)),
+                Some(run) if delta.first <= run.1.saturating_add(1) => {
+                    (run.1, run.2) = (run.1, run.2).max((delta.last, delta.unix_ms));
+                }
+                _ => runs.push((delta.first, delta.last, delta.unix_ms)),
             }
         }
         runs
+    }
+
+    /// The last revision that the chain from each full reaches, and when what has it was taken.
+    fn reaches(&self) -> impl Iterator<Item = (&Full, i64, i64)> {
+        let runs = self.runs();
+        self.fulls.iter().map(move |full| {
+            let joining = runs.partition_point(|run| run.0 <= full.revision.saturating_add(1));
+            match runs.get(joining.wrapping_sub(1)) {
+                Some(run) if run.1 > full.revision => (full, run.1, run.2),
+                _ => (full, full.revision, full.unix_ms),
+            }
+        })
     }
 
     /// The chain that starts at `full`, and the gap where it ends early.
@@ -358,13 +372,8 @@ impl History {
     /// The chain that reaches furthest; of those that reach equally far the one with the newest full snapshot, which has
     /// the least to replay.
     pub fn newest_chain(&self) -> Option<Chain> {
-        let runs = self.runs();
-        let reach = |full: &Full| {
-            let joining = runs.partition_point(|run| run.0 <= full.revision.saturating_add(1));
-            runs.get(joining.wrapping_sub(1)).map_or(full.revision, |run| run.1.max(full.revision))
-        };
-        let best = self.fulls.iter().max_by_key(|full| (reach(full), full.revision, full.unix_ms));
-        best.map(|full| self.chain_from(*full))
+        let best = self.reaches().max_by_key(|(full, last, _)| (*last, full.revision, full.unix_ms));
+        best.map(|(full, ..)| self.chain_from(*full))
     }
 
     /// The chain with the least to replay to reach a revision; when none does, one that comes nearest. `None` when no full
@@ -386,21 +395,16 @@ impl History {
     /// The runs of revisions that can be restored, ascending: each from a full snapshot to where its chain ends.
     pub fn restorable(&self) -> Vec<Restorable> {
         let mut runs: Vec<Restorable> = Vec::new();
-        for full in &self.fulls {
-            let chain = self.chain_from(*full);
-            let last_unix_ms = chain.deltas.last().map_or(full.unix_ms, |delta| delta.unix_ms);
+        for (full, last, last_unix_ms) in self.reaches() {
             match runs.last_mut() {
                 Some(run) if full.revision <= run.last => {
-                    if chain.last > run.last {
-                        (run.last, run.last_unix_ms) = (chain.last, last_unix_ms);
+                    if last > run.last {
+                        (run.last, run.last_unix_ms) = (last, last_unix_ms);
                     }
                 }
-                _ => runs.push(Restorable {
-                    first: full.revision,
-                    first_unix_ms: full.unix_ms,
-                    last: chain.last,
-                    last_unix_ms,
-                }),
+                _ => {
+                    runs.push(Restorable { first: full.revision, first_unix_ms: full.unix_ms, last, last_unix_ms });
+                }
             }
         }
         runs
@@ -508,6 +512,12 @@ impl Catalog {
             history.deltas.sort_unstable_by_key(|delta| (delta.first, delta.last, delta.unix_ms));
         }
         catalog
+    }
+
+    /// The newest chain of the newest timeline from which something can be restored.
+    pub fn newest_chain(&self) -> Option<(Timeline, Chain)> {
+        let (timeline, history) = self.newest_restorable()?;
+        Some((timeline, history.newest_chain()?))
     }
 
     /// The newest timeline from which something can be restored.

@@ -12,9 +12,10 @@ mod manual;
 mod restore;
 mod serve;
 mod snapshot;
+mod telemetry;
 mod verify;
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
@@ -95,19 +96,18 @@ pub struct StoreFlag {
 }
 
 impl Cli {
-    /// Starts logging to standard error.
-    pub fn init_logging(&self) {
-        use tracing_subscriber::EnvFilter;
-        let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,object_store=warn"));
-        let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
-        match self.log_format {
-            LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).init(),
-            LogFormat::Json => builder.json().init(),
-        }
-    }
-
     /// Runs the command; returns the exit code. An error is printed.
     pub async fn run(self) -> u8 {
+        let spans = match telemetry::begin(self.log_format) {
+            Ok(spans) => spans,
+            Err(error) => return fail(&error),
+        };
+        let code = self.carry_out().await;
+        spans.end();
+        code
+    }
+
+    async fn carry_out(self) -> u8 {
         let stop = CancellationToken::new();
         let insist = CancellationToken::new();
         // Whose child must not outlive it sees to its end.
@@ -132,12 +132,15 @@ impl Cli {
         signals.abort();
         match result {
             Ok(code) => code,
-            Err(error) => {
-                let _ = writeln!(std::io::stderr(), "error: {error}");
-                error.class().exit_code()
-            }
+            Err(error) => fail(&error),
         }
     }
+}
+
+/// Says what went wrong; the exit code.
+fn fail(error: &Error) -> u8 {
+    let _ = writeln!(std::io::stderr(), "error: {error}");
+    error.class().exit_code()
 }
 
 /// Gives up what changes nothing when somebody asks to stop.

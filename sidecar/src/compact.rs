@@ -64,6 +64,7 @@ pub struct Compacted {
 }
 
 /// Merges the newest chain. What is there stays; `gc` deletes what the new full snapshot replaces.
+#[tracing::instrument(skip_all)]
 pub async fn compact(store: &Store, settings: &Settings, stop: &CancellationToken) -> Result<Compacted> {
     let catalog = store.catalog().await?;
     let (timeline, chain) = newest_chain(store, &catalog, settings.timeline)?;
@@ -133,11 +134,10 @@ pub async fn compact(store: &Store, settings: &Settings, stop: &CancellationToke
 fn newest_chain(store: &Store, catalog: &Catalog, wanted: Option<Timeline>) -> Result<(Timeline, Chain)> {
     let url = store.url();
     let found = match wanted {
-        Some(wanted) => catalog.timelines.get(&wanted).map(|history| (wanted, history)),
-        None => catalog.newest_restorable(),
+        Some(wanted) => catalog.timelines.get(&wanted).and_then(|history| Some((wanted, history.newest_chain()?))),
+        None => catalog.newest_chain(),
     };
-    let chain = found.and_then(|(timeline, history)| Some((timeline, history.newest_chain()?)));
-    let (timeline, chain) = chain.ok_or_else(|| match wanted {
+    let (timeline, chain) = found.ok_or_else(|| match wanted {
         Some(wanted) => Error::missing(format!("store {url} has no full snapshot in timeline {wanted}")),
         None => Error::missing(format!("nothing to compact: store {url} has no full snapshot")),
     })?;

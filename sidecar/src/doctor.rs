@@ -277,13 +277,9 @@ async fn etcd(flags: &EtcdFlags, endpoint: &str, backed_up: Option<u64>) -> Vec<
         Ok(true) => Finding::good("auth", "its state can be read, so the user may back up"),
         Err(error) => Finding::bad("auth", format!("{error}: the user that backs up needs the role root")),
     });
-    match etcd.alarms().await {
-        Ok(alarms) if alarms.is_empty() => {}
-        Ok(alarms) => findings.extend(alarms.iter().map(|(member, alarm)| {
-            Finding::bad("alarm", format!("{} of member {member:x}: writes or reads are refused", alarm.name()))
-        })),
-        Err(error) => findings.push(Finding::bad("alarm", error.to_string())),
-    }
+    findings.extend(status.alarms.iter().map(|(member, alarm)| {
+        Finding::bad("alarm", format!("{} of member {member:x}: writes or reads are refused", alarm.name()))
+    }));
     findings
 }
 
@@ -326,7 +322,7 @@ async fn data(dir: &Path) -> Vec<Finding> {
             let schema = schema.map(|minor| format!(", storage of etcd {minor}")).unwrap_or_default();
             Finding::good(what, format!("sound, at revision {}{schema}", sound.revision))
         }
-        Ok((Data::Damaged { evidence }, _)) => Finding::bad(what, format!("damaged: {evidence}")),
+        Ok((Data::Damaged(damaged), _)) => Finding::bad(what, format!("damaged: {}", damaged.evidence)),
         Err(error) if error.class() == Class::Precondition => {
             Finding::good(what, format!("in use, and not looked into: {error}"))
         }

@@ -303,18 +303,31 @@ fn describe_store(error: &object_store::Error) -> String {
 
 /// Whether nobody listens where etcd should.
 pub(crate) fn is_refused(error: &Error) -> bool {
-    let Error::Etcd { source, .. } = error else { return false };
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = match source.as_ref() {
-        etcd_client::Error::TransportError(error) => Some(error),
+    transport_kinds(error).any(|kind| kind == io::ErrorKind::ConnectionRefused)
+}
+
+/// Whether somebody is there who does not speak to us, such as one with another CA.
+pub(crate) fn is_estranged(error: &Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, InvalidData, UnexpectedEof};
+    let broken = [InvalidData, UnexpectedEof, ConnectionReset, ConnectionAborted, BrokenPipe];
+    transport_kinds(error).any(|kind| broken.contains(&kind))
+}
+
+/// What the operating system or TLS said when etcd was connected to.
+fn transport_kinds(error: &Error) -> impl Iterator<Item = io::ErrorKind> {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = match error {
+        Error::Etcd { source, .. } => match source.as_ref() {
+            etcd_client::Error::TransportError(error) => Some(error),
+            _ => None,
+        },
         _ => None,
     };
-    while let Some(error) = cause {
-        if error.downcast_ref().is_some_and(|error: &io::Error| error.kind() == io::ErrorKind::ConnectionRefused) {
-            return true;
-        }
+    std::iter::from_fn(move || {
+        let error = cause.take()?;
         cause = error.source();
-    }
-    false
+        Some(error.downcast_ref().map(io::Error::kind))
+    })
+    .flatten()
 }
 
 fn describe_etcd(error: &etcd_client::Error) -> String {

@@ -219,18 +219,19 @@ impl std::fmt::Debug for Etcd {
 }
 
 /// What a member is in its cluster.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Role {
     /// It leads.
     Leader,
     /// It votes.
+    #[default]
     Follower,
     /// It does not vote yet.
     Learner,
 }
 
 /// What a member says of itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Status {
     /// What it is.
     pub role: Role,
@@ -254,6 +255,8 @@ pub struct Status {
     pub db_size: i64,
     /// Of that, what is in use.
     pub db_size_in_use: i64,
+    /// Alarms of the cluster, with the id of the member that each is of.
+    pub alarms: Vec<(u64, Alarm)>,
 }
 
 /// HashKV's answer.
@@ -380,6 +383,7 @@ impl Etcd {
             raft_applied_index: response.raft_applied_index(),
             db_size: response.db_size(),
             db_size_in_use: response.raft_used_db_size(),
+            alarms: response.errors().iter().filter_map(|error| Alarm::parse(error)).collect(),
         })
     }
 

@@ -5,7 +5,7 @@ use futures::StreamExt;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use crate::catalog::{Catalog, Full, History, PREDECESSOR, Timeline};
+use crate::catalog::{Catalog, Full, History, ObjectName, PREDECESSOR, Timeline};
 use crate::retention::{ABANDONED_AFTER, Decision, Retention, plan};
 use crate::store::Store;
 use crate::verify::{Level, content};
@@ -31,9 +31,13 @@ pub struct Collected {
     pub freed_bytes: u64,
     /// Why others that were to go are still there.
     pub failed: Vec<String>,
+    /// Each that was to go, and whether it did.
+    #[serde(skip)]
+    pub ended: Vec<(ObjectName, bool)>,
 }
 
 /// Decides, and unless it is a dry run deletes. What fails to be deleted is left for the next run and is in the result.
+#[tracing::instrument(skip_all)]
 pub async fn collect(
     store: &Store,
     retention: Retention,
@@ -49,6 +53,7 @@ pub async fn collect(
         deleted: 0,
         freed_bytes: 0,
         failed: Vec::new(),
+        ended: Vec::new(),
     };
     // What the predecessor wrote is neither older nor newer than what we did: somebody may have gone back to it.
     let (theirs, ours) = catalog.timelines.into_iter().partition(|(timeline, _)| *timeline == PREDECESSOR);
@@ -67,6 +72,7 @@ pub async fn collect(
         .buffer_unordered(AT_ONCE);
     let mut deleting = std::pin::pin!(deleting);
     while let Some((deleted, decision)) = deleting.next().await {
+        collected.ended.push((decision.object, deleted.is_ok()));
         match deleted {
             Ok(()) => {
                 collected.deleted += 1;

@@ -14,14 +14,16 @@ mod recovery;
 use std::collections::BTreeMap;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use chrono::Utc;
-use etcd_format::datadir::{self, Severity, Verdict, Verify};
+use etcd_format::datadir::{self, JOINED, Severity, Verdict, Verify};
+use etcd_format::wal;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-pub use decision::{Backups, Data, Decision, Facts, Live, Place, Sound, decide};
+pub use decision::{Backups, Cause, Damaged, Data, Decision, Facts, Live, Part, Place, Sound, decide};
 pub use member::Member;
 
 use cluster::Serving;
@@ -29,13 +31,17 @@ use recovery::Recovery;
 
 use crate::catalog::{Catalog, PREDECESSOR, Timeline};
 use crate::etcd::EtcdFlags;
-use crate::restore::{self, Choice, Origin, Plan, Progress, Source, Target};
+use crate::metrics::Metrics;
+use crate::restore::{self, Choice, Far, Origin, Plan, Progress, Source, Target};
 use crate::store::Store;
 use crate::{Class, Error, Result};
 
 /// Entries without a revision, such as grants of leases, that etcd may have written between the last event of a delta and the
 /// moment that its position was asked for.
 const SLACK: i128 = 16;
+
+/// While others are waited for, the store is listed so often.
+const LISTING_PERIOD: Duration = Duration::from_secs(30);
 
 /// What an initialization goes by.
 #[derive(Debug, Clone)]
@@ -48,6 +54,8 @@ pub struct Settings {
     pub others: Option<EtcdFlags>,
     /// See [`Facts::may_start_empty`].
     pub may_start_empty: bool,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
 }
 
 /// How it ended.
@@ -65,13 +73,17 @@ pub struct Outcome {
     pub in_use: bool,
     /// The members of the cluster that it joins, as its etcd wants them.
     pub joins: Option<String>,
+    /// What was found.
+    pub cause: Option<Cause>,
+    /// The last revision of the backups, where the data was kept because its log may reach it.
+    pub owes: Option<i64>,
 }
 
 impl Outcome {
     /// Nothing is touched, because something runs on the data.
     pub fn in_use(why: &dyn std::fmt::Display) -> Self {
         let (done, reason) = (Decision::Refuse { may_pass: true }, format!("nothing is touched: {why}"));
-        Self { done, reason, revision: 0, moved_to: None, in_use: true, joins: None }
+        Self { done, reason, revision: 0, moved_to: None, in_use: true, joins: None, cause: None, owes: None }
     }
 }
 
@@ -84,8 +96,8 @@ pub enum Step {
     Decided(Decision, String),
     /// What is waited for.
     Wait(String),
-    /// What is being restored or appended.
-    Restore(Progress),
+    /// How far it is being restored or appended.
+    Restore(Far),
 }
 
 impl Step {
@@ -93,17 +105,26 @@ impl Step {
     pub fn phase(&self) -> &'static str {
         match self {
             Self::Check => "check",
-            Self::Decided(..) => "decide",
+            Self::Decided(..) => "decided",
             Self::Wait(_) => "wait",
-            Self::Restore(Progress::Snapshot(_) | Progress::Bytes(_)) => "snapshot",
-            Self::Restore(Progress::Deltas(_) | Progress::Delta) => "deltas",
-            Self::Restore(Progress::Members(_)) => "members",
-            Self::Restore(Progress::Verify) => "verify",
+            Self::Restore(far) => far.phase,
+        }
+    }
+}
+
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Check => f.write_str("the data is being checked"),
+            Self::Decided(decision, why) => write!(f, "{}: {why}", decision.name()),
+            Self::Wait(why) => f.write_str(why),
+            Self::Restore(far) => far.fmt(f),
         }
     }
 }
 
 /// Looks, decides and acts.
+#[tracing::instrument(skip_all, fields(member = settings.member.name))]
 pub async fn initialize(
     settings: &Settings,
     stop: &CancellationToken,
@@ -125,32 +146,49 @@ async fn until_decided(
     recovery: &mut Recovery,
 ) -> Result<Outcome> {
     let dir = &settings.member.data_dir;
-    let (mut verdict, mut of) = (None, None);
-    let mut is_checked = false;
+    let mut checked: Option<Checked> = None;
     let mut waits_for = String::new();
     loop {
         // Damage does not heal; but somebody may put something else in its place.
         let there = identity(dir);
-        if !is_checked || of != there {
+        if checked.as_ref().is_none_or(|checked| checked.there != there) {
             if waits_for.is_empty() {
                 see(Step::Check);
             }
-            verdict = match check(dir).await {
-                Err(error) if error.class() == Class::Precondition && dir.is_dir() => {
-                    return Ok(Outcome::in_use(&error));
-                }
-                verdict => verdict?,
+            // From here on no etcd starts on it until it is known what becomes of it.
+            let held = match datadir::hold(dir) {
+                Err(error @ etcd_format::Error::Precondition { .. }) => return Ok(Outcome::in_use(&error)),
+                held => held.map_err(Error::format(dir.display().to_string()))?,
             };
-            (of, is_checked) = (there, true);
+            checked = Some(Checked { there, held, verdict: check(dir).await?, listed: None });
         }
-        let (facts, serving) = observe(settings, verdict.as_ref(), recovery).await;
+        let Some(now) = &mut checked else { return Err(Error::Bug { what: "nothing was checked".into() }) };
+        let (facts, serving, is_recent) = observe(settings, now, recovery).await;
         let revision = if let Data::Sound(sound) = &facts.data { sound.revision } else { 0 };
         let (decision, reason) = decide(&facts);
+        if decision != Decision::Wait && !is_recent {
+            // Nothing is done by an old listing.
+            now.listed = None;
+            continue;
+        }
         if reason != waits_for {
             tracing::info!(?decision, reason, "decided what becomes of the data");
             see(Step::Decided(decision, reason.clone()));
         }
-        let outcome = Outcome { done: decision, reason, revision, moved_to: None, in_use: false, joins: None };
+        let outcome = Outcome {
+            done: decision,
+            reason,
+            revision,
+            moved_to: None,
+            in_use: false,
+            joins: None,
+            cause: Some(Cause::of(&facts)),
+            owes: owed(&facts, decision),
+        };
+        if decision == Decision::Append {
+            // It locks the database itself, against others of its kind too.
+            drop(std::mem::take(&mut now.held));
+        }
         let wait = match act(settings, Seen { facts: &facts, there }, serving, recovery, outcome, stop, see).await? {
             Acted::Done(outcome) => {
                 // Where nothing was got from elsewhere, what was there may be all there is.
@@ -169,6 +207,34 @@ async fn until_decided(
             () = tokio::time::sleep(recovery::PERIOD) => {}
             () = stop.cancelled() => return Err(Error::Cancelled),
         }
+    }
+}
+
+/// A data directory that was looked at.
+struct Checked {
+    /// Which directory the member was.
+    there: Option<(u64, u64)>,
+    /// Keeps an etcd from starting on it.
+    held: datadir::Hold,
+    verdict: Option<Verdict>,
+    /// What the store had, and what the data is beside it; listed anew from time to time.
+    listed: Option<(Instant, Data, Backups)>,
+}
+
+/// The revision that etcd is to have when it has applied its log, where that alone reaches the backups: a transaction whose
+/// condition does not hold is an entry without a revision.
+fn owed(facts: &Facts, decision: Decision) -> Option<i64> {
+    match (&facts.data, &facts.backups) {
+        (Data::Sound(sound), Backups::Upto { last, .. })
+            if decision == Decision::Keep
+                && facts.replicas <= 1
+                && sound.voters <= 1
+                && !sound.restored_since
+                && sound.revision < *last =>
+        {
+            Some(*last)
+        }
+        _ => None,
     }
 }
 
@@ -195,7 +261,7 @@ async fn act(
     see: &Arc<dyn Fn(Step) + Send + Sync>,
 ) -> Result<Acted> {
     let (dir, facts) = (&settings.member.data_dir, seen.facts);
-    let from = settings.store.as_ref().map(|store| Refill { member: &settings.member, store, stop, see: see.clone() });
+    let from = settings.store.as_ref().map(|store| Refill { settings, store, stop, see: see.clone() });
     // Where nothing was, nothing is moved: what is there by now somebody else has made.
     let aside = || if seen.there.is_none() { Ok(None) } else { aside::move_member(dir).map(Some) };
     let done = match (outcome.done, from) {
@@ -217,7 +283,7 @@ async fn act(
                 (Live::Serves { cluster_id, .. }, Some(store)) => Joined::now(cluster_id, store).await,
                 _ => None,
             };
-            match serving.join(&settings.member).await {
+            match serving.join(&settings.member, &settings.metrics).await {
                 // Such as when another learner is on its way, or too few members are up to change anything.
                 Err(error) => return Ok(Acted::Wait(format!("{}; not yet: {error}", outcome.reason))),
                 Ok(cluster) => {
@@ -243,12 +309,12 @@ fn identity(dir: &Path) -> Option<(u64, u64)> {
 pub async fn look_into(dir: &Path) -> Result<(Data, Option<datadir::Minor>)> {
     let verdict = check(dir).await?;
     let schema = verdict.as_ref().and_then(|verdict| verdict.summary.as_ref()).and_then(|summary| summary.schema);
-    Ok((data_in(dir, verdict.as_ref()), schema))
+    Ok((data_in(verdict.as_ref()), schema))
 }
 
-fn data_in(dir: &Path, verdict: Option<&Verdict>) -> Data {
+fn data_in(verdict: Option<&Verdict>) -> Data {
     match verdict {
-        Some(verdict) if !has_never_run(dir, verdict) => data_of(verdict),
+        Some(verdict) if !verdict.never_ran => data_of(verdict),
         _ => Data::Absent,
     }
 }
@@ -262,9 +328,15 @@ async fn check(dir: &Path) -> Result<Option<Verdict>> {
     verdict.await.map_err(|error| Error::task(&error))?.map_err(Error::format(format!("check {place}")))
 }
 
-async fn observe(settings: &Settings, verdict: Option<&Verdict>, recovery: &mut Recovery) -> (Facts, Option<Serving>) {
+/// What is known now, the cluster to join, and whether the store was listed for it.
+async fn observe(
+    settings: &Settings,
+    checked: &mut Checked,
+    recovery: &mut Recovery,
+) -> (Facts, Option<Serving>, bool) {
     let member = &settings.member;
-    let mut data = data_in(&member.data_dir, verdict);
+    let verdict = checked.verdict.as_ref();
+    let mut data = data_in(verdict);
     let replicas = member.cluster.members().len();
     let (live, serving) = match &settings.others {
         None => (Live::Nobody, None),
@@ -274,10 +346,18 @@ async fn observe(settings: &Settings, verdict: Option<&Verdict>, recovery: &mut 
             cluster::look(others, member, data_id).await
         }
     };
-    let mut backups = match &settings.store {
-        None => Backups::NotConfigured,
-        Some(store) => match look_at(store, member, &mut data, verdict).await {
-            Ok(backups) => backups,
+    let mut is_recent = true;
+    let mut backups = match (&settings.store, &checked.listed) {
+        (None, _) => Backups::NotConfigured,
+        (Some(_), Some((at, known, backups))) if at.elapsed() < LISTING_PERIOD => {
+            (data, is_recent) = (known.clone(), false);
+            backups.clone()
+        }
+        (Some(store), _) => match look_at(store, member, &mut data, verdict).await {
+            Ok(backups) => {
+                checked.listed = Some((Instant::now(), data.clone(), backups.clone()));
+                backups
+            }
             Err(error) => Backups::Unknown { why: error.to_string() },
         },
     };
@@ -290,19 +370,7 @@ async fn observe(settings: &Settings, verdict: Option<&Verdict>, recovery: &mut 
         }
     }
     let (is_existing, may_start_empty) = (member.is_existing(), settings.may_start_empty);
-    (Facts { data, backups, replicas, is_existing, live, lost, may_start_empty }, serving)
-}
-
-/// Whether an etcd was killed before it had a log: it makes its database first, and that has no row then.
-fn has_never_run(dir: &Path, verdict: &Verdict) -> bool {
-    let log = dir.join("member/wal");
-    let has_log = std::fs::read_dir(&log)
-        .map_or_else(|error| error.kind() != std::io::ErrorKind::NotFound, |mut entries| entries.next().is_some());
-    let has_rows = match &verdict.summary {
-        Some(summary) => summary.rows > 0,
-        None => dir.join("member/snap/db").exists(),
-    };
-    !has_log && !has_rows
+    (Facts { data, backups, replicas, is_existing, live, lost, may_start_empty }, serving, is_recent)
 }
 
 /// What a check found, in the terms of the decision.
@@ -316,21 +384,37 @@ fn data_of(verdict: &Verdict) -> Data {
     // A key whose lease has no record never expires, and etcd runs on it: that is no reason to put older data in its place.
     let leases = verdict.summary.as_ref().map_or(0, |summary| summary.dangling_leases.len());
     let is_damaged = of(Severity::Corrupt).count() > leases;
+    let damaged = |evidence: String| {
+        let part = of(Severity::Corrupt).next().map_or(Part::Database, |finding| part_of(&finding.path));
+        let cluster_id = verdict.member.map(|(_, cluster)| cluster.0);
+        let voters = verdict.voters.unwrap_or(1);
+        Data::Damaged(Damaged { part, evidence, cluster_id, voters, restored_since: false })
+    };
     match (&verdict.summary, verdict.severity()) {
-        (_, Some(Severity::Corrupt)) if is_damaged => Data::Damaged { evidence: evidence(Severity::Corrupt) },
-        (None, _) => Data::Damaged { evidence: "its database could not be read".into() },
+        (_, Some(Severity::Corrupt)) if is_damaged => damaged(evidence(Severity::Corrupt)),
+        (None, _) => damaged("its database could not be read".into()),
         (Some(summary), severity) => {
-            // Not only what is known to be committed: a cluster of one commits what it finds when it starts.
-            let log_end = verdict.log_end.unwrap_or(0);
             Data::Sound(Sound {
                 cluster_id: verdict.member.map_or(0, |(_, cluster)| cluster.0),
                 revision: summary.revision,
-                unapplied: log_end.saturating_sub(summary.consistent_index),
-                torn: severity == Some(Severity::Repairable),
+                // Not only what is known to be committed: a cluster of one commits what it finds when it starts.
+                unapplied: verdict.unapplied,
+                repairs: (severity == Some(Severity::Repairable)).then(|| evidence(Severity::Repairable)),
                 restored_since: false,
                 voters: verdict.voters.unwrap_or(1),
             })
         }
+    }
+}
+
+/// What a file of a member belongs to.
+fn part_of(path: &Path) -> Part {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    match name {
+        "wal" => Part::Log,
+        _ if wal::SegmentName::parse(name).is_some() => Part::Log,
+        _ if name == "db" || name.ends_with(".snap.db") => Part::Database,
+        _ => Part::Snapshots,
     }
 }
 
@@ -347,31 +431,37 @@ async fn look_at(store: &Store, member: &Member, data: &mut Data, verdict: Optio
             (false, false) => Backups::Empty,
         });
     };
-    let Some(chain) = history.newest_chain() else { return Ok(Backups::Empty) };
+    let Some(chain) = history.newest_chain() else {
+        return Err(Error::Bug { what: "a timeline that can be restored has no chain".into() });
+    };
     let described = if timeline == PREDECESSOR { None } else { store.description(timeline).await? };
     let cluster_id = described.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok());
-    if let Data::Sound(sound) = data {
+    let ours = match data {
+        Data::Absent => None,
+        Data::Sound(sound) => Some((sound.cluster_id, &mut sound.restored_since)),
+        Data::Damaged(damaged) => damaged.cluster_id.map(|id| (id, &mut damaged.restored_since)),
+    };
+    if let Some((ours, restored_since)) = ours {
         // Its own backups have not begun: those that there are it comes from, or somebody put it in their place.
-        let is_of_newest = is_of_newest(store, &catalog, timeline, sound.cluster_id).await?;
-        let is_of_theirs = cluster_id.is_none_or(|theirs| theirs == sound.cluster_id);
-        let comes_from_here = is_of_newest
+        let is_of_newest = is_of_newest(store, &catalog, timeline, ours).await?;
+        let is_of_theirs = cluster_id.is_none_or(|theirs| theirs == ours);
+        *restored_since = is_of_newest
             || Origin::of(&member.data_dir).is_some_and(|origin| match origin.timeline {
                 None => !is_of_theirs,
                 Some(from) => from == timeline && origin.is_of(cluster_id),
             })
-            || Joined::of(&member.data_dir).is_some_and(|joined| joined.knows(sound.cluster_id, timeline, cluster_id));
-        sound.restored_since = comes_from_here;
-        if let Some((term, _)) = verdict.and_then(|verdict| verdict.raft)
-            && !comes_from_here
-            && is_of_theirs
-            && sound.revision < chain.last
-        {
-            let applied =
-                verdict.and_then(|verdict| verdict.summary.as_ref()).map_or(0, |summary| summary.consistent_index);
-            let applied = (applied, term);
-            let is_its_log = restore::is_of_its_log(store, timeline, history, sound.revision, applied, SLACK).await?;
-            sound.restored_since = is_its_log == Some(false);
-        }
+            || Joined::of(&member.data_dir).is_some_and(|joined| joined.knows(ours, timeline, cluster_id));
+    }
+    if let (Data::Sound(sound), Some(verdict)) = (data, verdict)
+        && let Some((term, _)) = verdict.raft
+        && !sound.restored_since
+        && sound.revision < chain.last
+        // Without that nothing in the data says that somebody restored it, and appending has a proof of its own.
+        && verdict.began_restored
+    {
+        let log_end = (verdict.log_end, term);
+        let is_its_log = restore::is_of_its_log(store, timeline, history, sound.revision, log_end, SLACK).await?;
+        sound.restored_since = is_its_log == Some(false);
     }
     Ok(Backups::Upto { last: chain.last, timeline, cluster_id })
 }
@@ -391,9 +481,6 @@ struct Joined {
     /// The timelines that the store had then, with the cluster that each is of, hexadecimal.
     timelines: BTreeMap<Timeline, String>,
 }
-
-/// etcd warns of files that it does not know beside its member, and starts.
-const JOINED: &str = "joined.json";
 
 impl Joined {
     fn of(dir: &Path) -> Option<Self> {
@@ -430,7 +517,7 @@ impl Joined {
 
 /// A member that gets from the store what it lacks.
 struct Refill<'s> {
-    member: &'s Member,
+    settings: &'s Settings,
     store: &'s Store,
     stop: &'s CancellationToken,
     see: Arc<dyn Fn(Step) + Send + Sync>,
@@ -438,12 +525,34 @@ struct Refill<'s> {
 
 impl Refill<'_> {
     fn watch(&self) -> impl Fn(Progress) + Send + Sync + 'static {
-        let see = self.see.clone();
-        move |progress| see(Step::Restore(progress))
+        let (see, far) = (self.see.clone(), Mutex::new(Far::default()));
+        move |progress| {
+            let mut far = far.lock().unwrap_or_else(PoisonError::into_inner);
+            far.see(progress);
+            see(Step::Restore(far.clone()));
+        }
+    }
+
+    /// Asked in the last moment before what was restored is put in its place: it took a while, and somebody may have brought
+    /// the others back.
+    fn still_alone(&self) -> impl FnOnce() -> Result<()> + Send + 'static {
+        let (others, member) = (self.settings.others.clone(), self.settings.member.clone());
+        let runtime = tokio::runtime::Handle::current();
+        move || {
+            let Some(others) = others else { return Ok(()) };
+            match runtime.block_on(cluster::look(&others, &member, None)).0 {
+                Live::Nobody => Ok(()),
+                live => Err(Error::Unanswered {
+                    what: format!(
+                        "members of the cluster are back while it was restored ({live:?}); nothing is put in place"
+                    ),
+                }),
+            }
+        }
     }
 
     async fn append(self, outcome: Outcome) -> Result<Outcome> {
-        match restore::append(self.store, &self.member.data_dir, None, self.stop, self.watch()).await {
+        match restore::append(self.store, &self.settings.member.data_dir, None, self.stop, self.watch()).await {
             Ok(appended) => Ok(Outcome { revision: appended.revision, ..outcome }),
             // What the backups do not show to be theirs may be all there is of it: a person decides which of the two counts.
             Err(error) if matches!(error.class(), Class::Precondition | Class::Missing | Class::Corrupt) => {
@@ -472,7 +581,7 @@ impl Refill<'_> {
         {
             return Ok(Err(restorer));
         }
-        let member = self.member;
+        let member = &self.settings.member;
         let plan = Plan {
             source,
             targets: vec![Target { name: member.name.clone(), data_dir: member.data_dir.clone() }],
@@ -481,7 +590,8 @@ impl Refill<'_> {
             bump_revision: 0,
             replace: true,
         };
-        let restored = restore::execute(plan, Some(self.store.clone()), self.stop.clone(), self.watch()).await;
+        let admit = self.still_alone();
+        let restored = restore::execute(plan, Some(self.store.clone()), self.stop.clone(), self.watch(), admit).await;
         let restored = match (restored, claimed) {
             (Ok(restored), Some(timeline)) => {
                 // A store that ignores conditions may have let another in.

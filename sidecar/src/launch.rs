@@ -26,6 +26,8 @@ const MOST_DELAY: Duration = Duration::from_secs(10);
 const STOP_DEADLINE: Duration = Duration::from_secs(27);
 /// How long the sidecar is told how etcd ended, so that the container ends in time.
 const REPORT_DEADLINE: Duration = Duration::from_secs(2);
+/// How often it is logged how far an initialization is.
+const PROGRESS_PERIOD: Duration = Duration::from_secs(5);
 /// For calls that are answered at once.
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -107,10 +109,13 @@ async fn prepare(settings: &Settings) -> Result<String> {
 async fn ask(settings: &Settings) -> Result<String> {
     let mut client = settings.api.connect().await?;
     let mut told = client.initialize(api::InitializeRequest {}).await.map_err(failed("initialize"))?.into_inner();
-    let mut outcome = None;
+    let (mut outcome, mut told_of, mut told_at) = (None, String::new(), Instant::now());
     while let Some(progress) = told.message().await.map_err(failed("initialize"))? {
-        if !progress.text.is_empty() {
-            tracing::info!(phase = progress.phase, done = progress.done, total = progress.total, "{}", progress.text);
+        // Numbers move all the time; what is new otherwise is of interest.
+        let moves = progress.done > 0 || progress.total > 0;
+        if !moves || progress.phase != told_of || told_at.elapsed() > PROGRESS_PERIOD {
+            tracing::info!(phase = progress.phase, "{}", progress.text);
+            (told_of, told_at) = (progress.phase, Instant::now());
         }
         outcome = progress.outcome.or(outcome);
     }

@@ -7,7 +7,6 @@ use sidecar::cli::Cli;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    cli.init_logging();
     // Backups and data directories hold every secret of a cluster: they are for their owner alone.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     // Explicitly the one provider there is: nothing in the process picks one by accident.

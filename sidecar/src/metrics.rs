@@ -18,6 +18,9 @@ use prometheus_client::registry::Registry;
 use crate::store::Store;
 use crate::{Error, Result};
 
+/// Where the kernel counts what goes over the network.
+const NETSTAT: &str = "/proc/self/net/netstat";
+
 /// So many are remembered; beyond that the oldest still is, which is what counts.
 const MOST_WAITING: usize = 4096;
 
@@ -46,6 +49,18 @@ struct KindEnded {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Ended {
     succeeded: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct EndedAt {
+    succeeded: &'static str,
+    endpoint: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct FailedWith {
+    /// Class of the error; the predecessor has its whole text here, and a series for each.
+    error: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -88,6 +103,15 @@ fn yes(succeeded: bool) -> &'static str {
     if succeeded { "true" } else { "false" }
 }
 
+/// Bytes received and sent, as the two lines `IpExt:` have it: names, and values in their order.
+fn octets(netstat: &str) -> Option<(i64, i64)> {
+    let mut lines = netstat.lines().filter(|line| line.starts_with("IpExt:"));
+    let (names, values) = (lines.next()?.split_whitespace(), lines.next()?.split_whitespace());
+    let fields: Vec<_> = names.zip(values).collect();
+    let value = |wanted| fields.iter().find(|(name, _)| *name == wanted)?.1.parse().ok();
+    Some((value("InOctets")?, value("OutOctets")?))
+}
+
 /// What the member says of itself, as of now.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Member {
@@ -119,8 +143,16 @@ pub struct Metrics {
     validations: Family<Ended, Histogram, fn() -> Histogram>,
     restorations: Family<Restore, Histogram, fn() -> Histogram>,
     initializations: Family<Initialized, Counter>,
-    defragmentations: Family<Ended, Histogram, fn() -> Histogram>,
-    collected: Family<Ended, Counter>,
+    defragmentations: Family<EndedAt, Histogram, fn() -> Histogram>,
+    collected: Family<KindEnded, Counter>,
+    snapshotter_failures: Family<FailedWith, Gauge>,
+    learners: Family<Ended, Counter>,
+    learners_added: Family<Ended, Histogram, fn() -> Histogram>,
+    members_removed: Family<Ended, Histogram, fn() -> Histogram>,
+    members_promoted: Family<Ended, Histogram, fn() -> Histogram>,
+    transmitted: Gauge,
+    received: Gauge,
+    drills: Family<Ended, Counter>,
     is_learner: Gauge,
     cluster_size: Gauge,
     role: Family<OfRole, Gauge>,
@@ -136,6 +168,8 @@ pub struct Metrics {
     verified_revision: Gauge,
     verified_timestamp: Gauge,
     verified_seconds: Seconds,
+    /// Of which member.
+    endpoint: String,
     home: Mutex<Home>,
 }
 
@@ -146,6 +180,8 @@ struct Home {
     /// Revisions that etcd had, and when it was seen to have them first, beyond that.
     waiting: VecDeque<(Instant, i64)>,
     standing: Standing,
+    /// Why it is not backed up now; none once something is in the store again.
+    trouble: Option<String>,
 }
 
 impl Home {
@@ -181,6 +217,7 @@ impl std::fmt::Debug for Metrics {
 }
 
 impl Default for Metrics {
+    #[expect(clippy::too_many_lines, reason = "a list of what is counted")]
     fn default() -> Self {
         let mut registry = Registry::default();
         let build: Family<Vec<(&str, &str)>, Gauge> = Family::default();
@@ -219,7 +256,20 @@ impl Default for Metrics {
             "etcdbr_restoration_duration_seconds", "How long an initialization took that restored" => Family::new_with_constructor(long as fn() -> Histogram);
             "sidecar_initializations", "What initializations did" => Family::<Initialized, Counter>::default();
             "etcdbr_defragmentation_duration_seconds", "How long defragmentations took" => Family::new_with_constructor(long as fn() -> Histogram);
-            "etcdbr_snapshot_gc", "Backups deleted because newer ones replace them" => Family::<Ended, Counter>::default();
+            "etcdbr_snapshot_gc", "Backups deleted because newer ones replace them" => Family::<KindEnded, Counter>::default();
+        };
+        // The predecessor counts these three up without `_total` in their names, which this library gives every counter.
+        let (snapshotter_failures, transmitted, received) = registered! {
+            "etcdbr_snapshotter_failure", "Interruptions of the backup, by class of error" => Family::<FailedWith, Gauge>::default();
+            "etcdbr_network_transmitted_bytes", "Bytes that this host has sent" => Gauge::<i64>::default();
+            "etcdbr_network_received_bytes", "Bytes that this host has received" => Gauge::<i64>::default();
+        };
+        let (learners, learners_added, members_removed, members_promoted, drills) = registered! {
+            "etcdbr_is_learner_count", "How often this member was to become a learner" => Family::<Ended, Counter>::default();
+            "etcdbr_add_learner_duration_seconds", "How long it took to add this member as a learner" => Family::new_with_constructor(long as fn() -> Histogram);
+            "etcdbr_member_remove_duration_seconds", "How long it took to remove a member" => Family::new_with_constructor(long as fn() -> Histogram);
+            "etcdbr_member_promote_duration_seconds", "How long it took to let this member vote" => Family::new_with_constructor(long as fn() -> Histogram);
+            "sidecar_verifications", "Restores of the newest chain to see that it can be" => Family::<Ended, Counter>::default();
         };
         let (is_learner, cluster_size, role, alarms, revision, db_size, db_size_in_use) = registered! {
             "etcdbr_is_learner", "Whether the member does not vote yet" => Gauge::<i64>::default();
@@ -248,6 +298,18 @@ impl Default for Metrics {
             required.get_or_create(&OfKind { kind }).set(0);
             for succeeded in ["true", "false"] {
                 drop(snapshots.get_or_create(&KindEnded { kind, succeeded }));
+                drop(collected.get_or_create(&KindEnded { kind, succeeded }));
+            }
+        }
+        for succeeded in ["true", "false"] {
+            let ended = Ended { succeeded };
+            for family in [&validations, &learners_added, &members_removed, &members_promoted] {
+                drop(family.get_or_create(&ended));
+            }
+            drop(learners.get_or_create(&ended));
+            drop(drills.get_or_create(&ended));
+            for restore in ["single_member", "single_node"] {
+                drop(restorations.get_or_create(&Restore { restore, succeeded }));
             }
         }
         Self {
@@ -265,6 +327,14 @@ impl Default for Metrics {
             initializations,
             defragmentations,
             collected,
+            snapshotter_failures,
+            learners,
+            learners_added,
+            members_removed,
+            members_promoted,
+            transmitted,
+            received,
+            drills,
             is_learner,
             cluster_size,
             role,
@@ -280,15 +350,20 @@ impl Default for Metrics {
             verified_revision,
             verified_timestamp,
             verified_seconds,
+            endpoint: String::new(),
             home: Mutex::default(),
         }
     }
 }
 
 impl Metrics {
-    /// With what is asked of a store.
-    pub fn of(store: Option<&Store>) -> Self {
-        let mut this = Self::default();
+    /// Of a member of a cluster of so many, reached at an endpoint, and with what is asked of a store.
+    pub fn of(endpoint: &str, members: usize, store: Option<&Store>) -> Self {
+        let mut this = Self { endpoint: endpoint.to_owned(), ..Self::default() };
+        this.cluster_size.set(i64::try_from(members).unwrap_or(i64::MAX));
+        for succeeded in ["true", "false"] {
+            drop(this.defragmentations.get_or_create(&EndedAt { succeeded, endpoint: this.endpoint.clone() }));
+        }
         if let Some(store) = store {
             let help = "What was asked of the store, by what came of it";
             this.registry.register("sidecar_store_operations", help, store.operations());
@@ -328,6 +403,7 @@ impl Metrics {
             }
         }
         let mut home = self.home();
+        home.trouble = None;
         home.revision = home.revision.max(home_revision);
         match kind {
             Kind::Full => home.standing.full = Some((last, unix_ms)),
@@ -339,15 +415,20 @@ impl Metrics {
     }
 
     /// What a store has that is backed up to: the newest full snapshot and the newest delta, each as its last revision and
-    /// when it was taken, and the revision up to which it has everything.
-    pub fn found(&self, full: Option<(i64, i64)>, delta: Option<(i64, i64)>, revision: i64) {
+    /// when it was taken, how many deltas follow that full, and the revision up to which it has everything.
+    pub fn found(&self, full: Option<(i64, i64)>, delta: Option<(i64, i64)>, deltas: usize, revision: i64) {
+        self.latest_deltas.set(i64::try_from(deltas).unwrap_or(i64::MAX));
+        let beyond = full.map_or(0, |(full, _)| revision.saturating_sub(full).max(0));
+        self.latest_deltas_revisions.set(beyond);
         for (kind, newest) in [(Kind::Full, full), (Kind::Incr, delta)] {
             let (revision, unix_ms) = newest.unwrap_or_default();
             self.latest_revision.get_or_create(&OfKind { kind }).set(revision);
             self.latest_timestamp.get_or_create(&OfKind { kind }).set(unix_ms / 1000);
         }
         // Not the higher of the two: what is backed up now may have been restored to an older revision.
-        *self.home() = Home { revision, waiting: VecDeque::new(), standing: Standing { full, delta, confirmed: None } };
+        let mut home = self.home();
+        (home.revision, home.standing) = (revision, Standing { full, delta, confirmed: None });
+        home.waiting.clear();
     }
 
     /// A backup begins: what is known of an earlier one says nothing of this one.
@@ -357,7 +438,14 @@ impl Metrics {
 
     /// All that etcd is known to have is in the store.
     pub fn confirmed(&self) {
-        self.home().standing.confirmed = Some(Instant::now());
+        let mut home = self.home();
+        home.trouble = None;
+        home.standing.confirmed = Some(Instant::now());
+    }
+
+    /// What the last failure was, since something was last put into the store or found to be there.
+    pub fn trouble(&self) -> Option<String> {
+        self.home().trouble.clone()
     }
 
     /// Where backups stand.
@@ -381,14 +469,16 @@ impl Metrics {
 
     /// Backing up was interrupted.
     pub fn interrupted(&self, error: &Error) {
-        self.failures.get_or_create(&Failed { class: format!("{:?}", error.class()).to_lowercase() }).inc();
+        self.home().trouble = Some(error.to_string());
+        let class = format!("{:?}", error.class()).to_lowercase();
+        self.snapshotter_failures.get_or_create(&FailedWith { error: class.clone() }).inc();
+        self.failures.get_or_create(&Failed { class }).inc();
     }
 
     /// An initialization has ended; `restored` when it did.
     pub fn initialized(&self, action: &'static str, members: usize, restored: bool, succeeded: bool, took: Duration) {
         let (succeeded, took) = (yes(succeeded), took.as_secs_f64());
         self.initializations.get_or_create(&Initialized { action }).inc();
-        self.cluster_size.set(i64::try_from(members).unwrap_or(i64::MAX));
         if restored {
             let restore = if members > 1 { "single_member" } else { "single_node" };
             self.restorations.get_or_create(&Restore { restore, succeeded }).observe(took);
@@ -399,13 +489,35 @@ impl Metrics {
 
     /// A defragmentation has ended.
     pub fn defragmented(&self, succeeded: bool, took: Duration) {
-        self.defragmentations.get_or_create(&Ended { succeeded: yes(succeeded) }).observe(took.as_secs_f64());
+        let ended = EndedAt { succeeded: yes(succeeded), endpoint: self.endpoint.clone() };
+        self.defragmentations.get_or_create(&ended).observe(took.as_secs_f64());
     }
 
-    /// Backups were deleted, and some were not.
-    pub fn collected(&self, deleted: u64, failed: u64) {
-        self.collected.get_or_create(&Ended { succeeded: "true" }).inc_by(deleted);
-        self.collected.get_or_create(&Ended { succeeded: "false" }).inc_by(failed);
+    /// A backup was deleted, or was to be.
+    pub fn collected(&self, kind: Kind, succeeded: bool) {
+        self.collected.get_or_create(&KindEnded { kind, succeeded: yes(succeeded) }).inc();
+    }
+
+    /// The newest chain was restored to see that it can be, or could not be.
+    pub fn drilled(&self, succeeded: bool) {
+        self.drills.get_or_create(&Ended { succeeded: yes(succeeded) }).inc();
+    }
+
+    /// This member was added as a learner, or was to be.
+    pub fn learner_added(&self, succeeded: bool, took: Duration) {
+        let ended = Ended { succeeded: yes(succeeded) };
+        self.learners.get_or_create(&ended).inc();
+        self.learners_added.get_or_create(&ended).observe(took.as_secs_f64());
+    }
+
+    /// A member was removed, or was to be.
+    pub fn member_removed(&self, succeeded: bool, took: Duration) {
+        self.members_removed.get_or_create(&Ended { succeeded: yes(succeeded) }).observe(took.as_secs_f64());
+    }
+
+    /// This member votes from now on, or was to.
+    pub fn member_promoted(&self, succeeded: bool, took: Duration) {
+        self.members_promoted.get_or_create(&Ended { succeeded: yes(succeeded) }).observe(took.as_secs_f64());
     }
 
     /// The newest chain was restored.
@@ -434,10 +546,17 @@ impl Metrics {
         self.lag.set(lag);
         self.unsaved.set(home.waiting.front().map_or(0.0, |(since, _)| since.elapsed().as_secs_f64()));
         self.required.get_or_create(&OfKind { kind: Kind::Incr }).set(i64::from(lag > 0));
+        let of_full = home.standing.full.map_or(0, |(revision, _)| revision);
+        let is_due = member.backing_up && member.revision > of_full;
+        self.required.get_or_create(&OfKind { kind: Kind::Full }).set(i64::from(is_due));
     }
 
     /// Everything, as Prometheus reads it.
     pub fn text(&self) -> Result<String> {
+        if let Some((received, transmitted)) = octets(&std::fs::read_to_string(NETSTAT).unwrap_or_default()) {
+            self.received.set(received);
+            self.transmitted.set(transmitted);
+        }
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry)
             .map_err(|error| Error::Bug { what: format!("encode the metrics: {error}") })?;
@@ -485,10 +604,47 @@ mod tests {
         );
         assert!(metrics.unsaved_seconds() == 0.0);
         // Restored to an older revision, what it writes from there on is in no backup.
-        metrics.found(Some((3, 9_000)), None, 3);
+        metrics.found(Some((3, 9_000)), None, 0, 3);
         metrics.observe(&of(4));
         assert!(metrics.text()?.contains("sidecar_backup_lag_revisions 1\n"));
         assert!(text.contains("sidecar_snapshot_bytes_total{kind=\"Incr\"} 10\n"), "{text}");
+        Ok(())
+    }
+
+    /// Each name of the predecessor's, its labels, and each series that it has from the start.
+    #[test]
+    fn dashboards_of_the_predecessor_find_their_series() -> Result<()> {
+        let metrics = Metrics::of("http://127.0.0.1:2379", 3, None);
+        assert_eq!(metrics.trouble(), None);
+        metrics.interrupted(&Error::invalid("x"));
+        assert_eq!(metrics.trouble().as_deref(), Some("x"));
+        let text = metrics.text()?;
+        for series in [
+            "etcdbr_snapshot_gc_total{kind=\"Full\",succeeded=\"true\"} 0",
+            "etcdbr_snapshot_latest_revision{kind=\"Incr\"} 0",
+            "etcdbr_snapshot_latest_timestamp{kind=\"Full\"} 0",
+            "etcdbr_snapshot_required{kind=\"Full\"} 0",
+            "etcdbr_snapshot_duration_seconds_count{kind=\"Full\",succeeded=\"false\"} 0",
+            "etcdbr_validation_duration_seconds_count{succeeded=\"true\"} 0",
+            "etcdbr_restoration_duration_seconds_count{restore=\"single_member\",succeeded=\"true\"} 0",
+            "etcdbr_defragmentation_duration_seconds_count{succeeded=\"true\",endpoint=\"http://127.0.0.1:2379\"} 0",
+            "etcdbr_snapstore_latest_deltas_total 0",
+            "etcdbr_snapstore_latest_deltas_revisions_total 0",
+            "etcdbr_snapshotter_failure{error=\"invalid\"} 1",
+            "etcdbr_cluster_size 3",
+            "etcdbr_is_learner 0",
+            "etcdbr_is_learner_count_total{succeeded=\"true\"} 0",
+            "etcdbr_add_learner_duration_seconds_count{succeeded=\"true\"} 0",
+            "etcdbr_member_remove_duration_seconds_count{succeeded=\"true\"} 0",
+            "etcdbr_member_promote_duration_seconds_count{succeeded=\"true\"} 0",
+            "etcdbr_network_transmitted_bytes ",
+            "etcdbr_network_received_bytes ",
+        ] {
+            assert!(text.lines().any(|line| line.starts_with(series)), "{series} is not in {text}");
+        }
+        let netstat = "TcpExt: A\nTcpExt: 1\nIpExt: InNoRoutes InOctets OutOctets\nIpExt: 0 12 34\n";
+        assert_eq!(octets(netstat), Some((12, 34)));
+        assert_eq!(octets("IpExt: InOctets\nIpExt: x\n"), None);
         Ok(())
     }
 }

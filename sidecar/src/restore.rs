@@ -138,6 +138,68 @@ pub enum Progress {
     Verify,
 }
 
+/// How far a restore is in what it does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Far {
+    /// What it does: `start`, `snapshot`, `deltas`, `members`, `verify`.
+    pub phase: &'static str,
+    /// Of this phase, in bytes of the database, deltas or members.
+    pub done: u64,
+    /// 0 when not known.
+    pub total: u64,
+}
+
+impl Default for Far {
+    fn default() -> Self {
+        Self { phase: "start", done: 0, total: 0 }
+    }
+}
+
+impl Far {
+    /// Takes a step in; whether a phase begins with it.
+    pub fn see(&mut self, progress: Progress) -> bool {
+        let (phase, total) = match progress {
+            Progress::Bytes(bytes) => {
+                self.done = self.done.saturating_add(bytes);
+                return false;
+            }
+            Progress::Delta => {
+                self.done = self.done.saturating_add(1);
+                return false;
+            }
+            Progress::Snapshot(total) => ("snapshot", total.unwrap_or(0)),
+            Progress::Deltas(total) => ("deltas", total),
+            Progress::Members(total) => ("members", total),
+            Progress::Verify => ("verify", 0),
+        };
+        *self = Self { phase, done: 0, total };
+        true
+    }
+}
+
+impl std::fmt::Display for Far {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { phase, done, total } = self;
+        let of = |f: &mut std::fmt::Formatter<'_>, unit: &str, each: u64| match total {
+            0 => write!(f, "{}{unit}", done / each),
+            total => write!(f, "{} of {}{unit}", done / each, total / each),
+        };
+        match *phase {
+            "snapshot" => {
+                f.write_str("write the snapshot: ")?;
+                of(f, " MiB", 1 << 20)
+            }
+            "deltas" => {
+                f.write_str("append the deltas after it: ")?;
+                of(f, "", 1)
+            }
+            "members" => write!(f, "make {total} members of it"),
+            "verify" => f.write_str("check what was restored"),
+            _ => f.write_str("begin to restore"),
+        }
+    }
+}
+
 /// What was proved of a restored directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -192,12 +254,15 @@ pub struct Outcome {
     pub seconds: f64,
 }
 
-/// Carries a plan out. Either every member is in place and verified, or nothing is left behind.
+/// Carries a plan out. Either every member is in place and verified, or nothing is left behind. `admit` is asked in the last
+/// moment before members are put in place.
+#[tracing::instrument(name = "restore", skip_all)]
 pub async fn execute(
     plan: Plan,
     store: Option<Store>,
     stop: CancellationToken,
     progress: impl Fn(Progress) + Send + Sync + 'static,
+    admit: impl FnOnce() -> Result<()> + Send + 'static,
 ) -> Result<Outcome> {
     let mut full = ObjectMeta::default();
     let (objects, feeder) = match (&plan.source, store) {
@@ -219,7 +284,7 @@ pub async fn execute(
         (Source::Chain { .. }, None) => return Err(Error::Bug { what: "a chain without its store".into() }),
     };
     progress(Progress::Snapshot(Some(full.content_bytes).filter(|bytes| *bytes > 0)));
-    let assembled = tokio::task::spawn_blocking(move || assemble(&plan, objects, &full, &stop, &progress)).await;
+    let assembled = tokio::task::spawn_blocking(move || assemble(&plan, objects, &full, &stop, &progress, admit)).await;
     if let Some(feeder) = feeder {
         feeder.abort();
     }
@@ -270,6 +335,7 @@ fn assemble(
     full: &ObjectMeta,
     stop: &CancellationToken,
     progress: &dyn Fn(Progress),
+    admit: impl FnOnce() -> Result<()>,
 ) -> Result<Outcome> {
     let started = Instant::now();
     let first = plan.targets.first().ok_or_else(|| Error::Bug { what: "a plan without a member".into() })?;
@@ -318,6 +384,7 @@ fn assemble(
     if stop.is_cancelled() {
         return Err(Error::Cancelled);
     }
+    admit()?;
     let stamp = chrono::Utc::now().format("%Y%m%dT%H%M%S%.3fZ").to_string();
     let replaced = Staged::commit(members, &stamp).map_err(Error::format("put what was restored in its place"))?;
     Ok(Outcome {
@@ -341,6 +408,7 @@ fn assemble(
 
 /// Restores a chain into a temporary directory under `work_dir`, checks it, and compares every HashKV recorded with its
 /// objects. Returns the last revision and those whose hash was compared. Leaves nothing behind.
+#[tracing::instrument(skip_all, fields(timeline))]
 pub(crate) async fn replay(
     store: &Store,
     timeline: Timeline,
@@ -362,7 +430,7 @@ pub(crate) async fn replay(
     let targets = vec![Target { name: "default".to_owned(), data_dir: data_dir.clone() }];
     let source = Source::Chain { timeline, chain, upto: None, at_time: None };
     let plan = Plan { source, targets, cluster, minor: None, bump_revision: 0, replace: false };
-    let outcome = execute(plan, Some(store.clone()), stop.clone(), |_| {}).await?;
+    let outcome = execute(plan, Some(store.clone()), stop.clone(), |_| {}, || Ok(())).await?;
     let compared = tokio::task::spawn_blocking(move || compare_hashes(&data_dir, &recorded));
     let hashes = compared.await.map_err(|error| Error::task(&error))??;
     Ok((outcome.revision, hashes))

@@ -155,9 +155,7 @@ fn as_ms(duration: Duration) -> i64 {
 
 /// What the chain to the latest state needs.
 fn protected(catalog: &Catalog) -> BTreeSet<ObjectName> {
-    let newest = catalog.newest_restorable();
-    let chain = newest.and_then(|(timeline, history)| Some((timeline, history.newest_chain()?)));
-    let objects = chain.map(|(timeline, chain)| chain.objects(timeline));
+    let objects = catalog.newest_chain().map(|(timeline, chain)| chain.objects(timeline));
     objects.into_iter().flatten().map(|(name, _)| name).collect()
 }
 

@@ -20,14 +20,16 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
+use tonic::transport::server::Connected;
 
 pub use tls::Files;
 
 use crate::client::ApiFlags;
 use crate::supervise::Supervisor;
 use crate::{Error, Result};
-use connection::Connection;
+use connection::{Connection, Shown};
 use service::Api;
 
 /// No request is larger.
@@ -38,8 +40,13 @@ const MOST_CALLS: usize = 32;
 const LAST_CALLS: Duration = Duration::from_secs(3);
 /// Connections at once.
 const MOST_CONNECTIONS: usize = 512;
-/// Connections that shake hands at once.
-const MOST_HANDSHAKES: usize = 64;
+/// Of these, places that only who is on this machine, or has shown a certificate, can have.
+const KEPT_CONNECTIONS: usize = 128;
+/// Connections from elsewhere that shake hands at once.
+const MOST_HANDSHAKES: usize = 128;
+/// A connection is asked to end when it is so old, when what is under way on it is done: who comes back is looked at with the
+/// certificates of then.
+const MOST_AGE: Duration = Duration::from_secs(1800);
 
 /// How the API is reached.
 #[derive(Debug, Clone)]
@@ -63,15 +70,16 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
     if !needs_certificate {
         tracing::warn!(%listen, "the API is served without TLS: everybody who reaches it may call everything");
     }
-    let api = SidecarServer::new(Api::new(supervisor.clone(), needs_certificate));
+    let api = SidecarServer::new(Api::new(supervisor.clone())).max_decoding_message_size(MOST_REQUEST_BYTES);
+    let api = InterceptedService::new(api, service::known_only(needs_certificate));
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<SidecarServer<Api>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(DESCRIPTOR)
         .build_v1()
         .map_err(|error| Error::Bug { what: format!("describe the API: {error}") })?;
-    let mut routes = Routes::new(api.max_decoding_message_size(MOST_REQUEST_BYTES));
-    routes = routes.add_service(health_service).add_service(reflection);
+    let reflection = InterceptedService::new(reflection, service::known_only(needs_certificate));
+    let routes = Routes::new(api).add_service(health_service).add_service(reflection);
     let mut router = routes.into_axum_router().merge(service::probes(supervisor.clone()));
     let port = listener.local_addr().map_err(Error::io("listen on", listen))?.port();
     let peers = gardener::Peers { api: settings.peers, port, is_tls: needs_certificate };
@@ -86,6 +94,7 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
         .accept_http1(true)
         .concurrency_limit_per_connection(MOST_CALLS)
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .max_connection_age(MOST_AGE)
         .add_routes(Routes::from(router));
     let stopped = stop.clone();
     let serving = async {
@@ -116,7 +125,8 @@ fn connections<S, F>(
     accept: impl Fn(TcpStream) -> F + Send + 'static,
 ) -> impl Stream<Item = std::io::Result<Connection<S>>>
 where
-    S: Send + 'static,
+    S: Connected + Send + 'static,
+    S::ConnectInfo: Shown,
     F: Future<Output = std::io::Result<S>> + Send + 'static,
 {
     let (ready, connections) = mpsc::channel(MOST_HANDSHAKES);
@@ -124,14 +134,10 @@ where
     let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
     tokio::spawn(async move {
         loop {
-            let (Ok(place), Ok(handshake)) =
-                (places.clone().acquire_owned().await, handshakes.clone().acquire_owned().await)
-            else {
-                return;
-            };
-            let stream: TcpStream = tokio::select! {
+            let Ok(place) = places.clone().acquire_owned().await else { return };
+            let (stream, from) = tokio::select! {
                 accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => stream,
+                    Ok(accepted) => accepted,
                     Err(error) => {
                         tracing::warn!(%error, "accept a connection");
                         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -140,11 +146,25 @@ where
                 },
                 () = ready.closed() => return,
             };
-            let (accepting, ready) = (accept(stream), ready.clone());
+            let is_local = from.ip().is_loopback();
+            // Who stalls in the middle of it holds up others from elsewhere, never who is here.
+            let handshake = if is_local { None } else { handshakes.clone().try_acquire_owned().ok() };
+            if !is_local && handshake.is_none() {
+                tracing::debug!(%from, "too many shake hands: a connection is not taken");
+                continue;
+            }
+            let (accepting, ready, places) = (accept(stream), ready.clone(), places.clone());
             tokio::spawn(async move {
                 let accepted = accepting.await;
                 drop(handshake);
                 match accepted {
+                    Ok(stream)
+                        if !is_local
+                            && !stream.connect_info().has_shown()
+                            && places.available_permits() < KEPT_CONNECTIONS =>
+                    {
+                        tracing::debug!(%from, "too many connections: one without a certificate is not kept");
+                    }
                     Ok(stream) => drop(ready.send(Ok(Connection::new(stream, place))).await),
                     Err(error) => tracing::debug!(%error, "a client could not shake hands"),
                 }

@@ -20,6 +20,7 @@ mod requests;
 mod session;
 mod timeline;
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,6 +40,11 @@ use crate::etcd::{Etcd, EtcdFlags};
 use crate::metrics::Metrics;
 use crate::store::Store;
 use crate::{Error, Result};
+
+/// How often a delta may be closed.
+pub const DELTA_PERIODS: RangeInclusive<Duration> = Duration::from_millis(100)..=Duration::from_secs(86_400);
+/// How large one may grow. Two are in memory at most; the upper bound keeps that bounded too.
+pub const DELTA_BYTES: RangeInclusive<u64> = 1024..=128 << 20;
 
 /// What a run goes by.
 #[derive(Debug, Clone)]

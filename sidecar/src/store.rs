@@ -2,12 +2,13 @@
 
 #[cfg(test)]
 mod conformance;
-mod counted;
 mod environment;
 mod examine;
 mod federation;
+mod gate;
 mod marks;
 mod open;
+mod pace;
 mod patience;
 mod upload;
 
@@ -22,10 +23,11 @@ use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 use proto::backup::ObjectMeta;
 
-use counted::Counted;
-pub use counted::{Operation, Operations};
 pub use environment::Environment;
+use gate::Gate;
+pub use gate::{Operation, Operations};
 use marks::Marks;
+pub use pace::Pace;
 pub use upload::{Staged, Upload};
 
 use crate::catalog::{Catalog, Description, ObjectName, Timeline};
@@ -57,7 +59,7 @@ pub enum Open {
 /// A prefix of an object store.
 #[derive(Clone)]
 pub struct Store {
-    inner: Arc<dyn ObjectStore>,
+    inner: Gate,
     operations: Operations,
     prefix: Path,
     url: String,
@@ -82,7 +84,7 @@ impl Store {
     fn new(inner: impl ObjectStore, prefix: Path, url: String) -> Self {
         let operations = Operations::default();
         Self {
-            inner: Arc::new(Counted::new(inner, operations.clone())),
+            inner: Gate::new(inner, operations.clone()),
             operations,
             prefix,
             url,
@@ -97,6 +99,12 @@ impl Store {
     #[cfg(test)]
     pub fn from_parts(inner: Arc<dyn ObjectStore>, prefix: &str) -> Self {
         Self::new(inner, Path::from(prefix), format!("test:///{prefix}"))
+    }
+
+    /// The same store, read and written at a pace. What leads around it, such as copies within the store, has none.
+    #[must_use]
+    pub fn paced(&self, pace: Arc<Pace>) -> Self {
+        Self { inner: self.inner.paced(pace), ..self.clone() }
     }
 
     /// How often what was asked of it.

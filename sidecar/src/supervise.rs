@@ -5,6 +5,7 @@
 //! may touch the data.
 
 mod defragment;
+mod exit;
 mod leases;
 mod listing;
 mod membership;
@@ -20,18 +21,19 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 pub use defragment::Sizes;
+pub use exit::LastExit;
 pub use leases::Leases;
 pub use listing::Listed;
 use listing::Listing;
-pub use upkeep::{Upkeep, Verified};
+pub use upkeep::{Defragmentation, Upkeep, Verified};
 
 use crate::etcd::{Alarm, Etcd, EtcdFlags, Role, Status};
 use crate::initialize::{self, Decision, Outcome, Step, initialize};
 use crate::metrics::{self, Metrics};
 use crate::snapshotter::{self, Kind, Request, Taken};
-use crate::store::Store;
+use crate::store::{Pace, Store};
 use crate::verify::{Journal, Level, Look, Report, verify};
-use crate::{Class, Error, Result};
+use crate::{Error, Result};
 
 /// How often the member is asked what it is.
 const ROLE_PERIOD: Duration = Duration::from_secs(2);
@@ -64,6 +66,8 @@ pub struct Settings {
     pub leases: Option<Leases>,
     /// Where verifying and merging on request work.
     pub work_dir: PathBuf,
+    /// How much what is not urgent reads from the store and writes to it in a second; none for as much as it can.
+    pub background_bytes_per_second: Option<u64>,
 }
 
 /// How far the initialization is.
@@ -91,14 +95,17 @@ pub struct Observed {
     pub status: Option<Status>,
     /// Whether this sidecar is backing up.
     pub backing_up: bool,
-    /// Why backing up last ended, when that was trouble.
-    pub error: Option<String>,
     /// The newest chain that was restored to see that it can be.
     pub verified: Option<Verified>,
-    /// Exit code of the last etcd, how many milliseconds it ran, and when it ended, in milliseconds since 1970.
-    pub last_exit: Option<(i32, u64, i64)>,
+    /// How the last etcd ended.
+    pub last_exit: Option<LastExit>,
+}
+
+impl Observed {
     /// Alarms of the cluster, with the member that each is of.
-    pub alarms: Vec<(u64, Alarm)>,
+    pub fn alarms(&self) -> &[(u64, Alarm)] {
+        self.status.as_ref().map_or(&[], |status| status.alarms.as_slice())
+    }
 }
 
 /// A serving sidecar.
@@ -114,6 +121,8 @@ pub struct Supervisor {
     backup: Mutex<CancellationToken>,
     /// Leads to the backup that runs.
     requests: Mutex<Option<mpsc::Sender<Request>>>,
+    /// What etcd was to have, and has not.
+    owed: Mutex<Option<String>>,
     listing: Arc<Listing>,
     /// Held by what costs disk and processor: one at a time.
     heavy: tokio::sync::Mutex<()>,
@@ -130,7 +139,9 @@ impl std::fmt::Debug for Supervisor {
 impl Supervisor {
     /// Begins to follow the member; ends when `stop` is cancelled.
     pub fn start(settings: Settings, stop: CancellationToken) -> Arc<Self> {
-        let (phase, observed) = (watch::Sender::default(), watch::Sender::default());
+        let last_exit = LastExit::read(&settings.initialize.member.data_dir);
+        let (phase, observed) =
+            (watch::Sender::default(), watch::Sender::new(Observed { last_exit, ..Observed::default() }));
         let (beginning, data, backup, tasks) = (Mutex::default(), Arc::default(), Mutex::default(), TaskTracker::new());
         let this = Arc::new(Self {
             settings,
@@ -140,6 +151,7 @@ impl Supervisor {
             data,
             backup,
             requests: Mutex::default(),
+            owed: Mutex::default(),
             listing: Arc::default(),
             heavy: tokio::sync::Mutex::default(),
             tasks,
@@ -175,11 +187,19 @@ impl Supervisor {
         self.observed.borrow().clone()
     }
 
+    /// What goes on beside calls, and is waited for when the sidecar ends.
+    pub fn tasks(&self) -> &TaskTracker {
+        &self.tasks
+    }
+
     /// Takes note of how etcd ended.
     pub fn etcd_ended(&self, code: i32, ran_ms: u64) {
         tracing::info!(code, ran_ms, "etcd has ended");
-        let now_ms = chrono::Utc::now().timestamp_millis();
-        self.observed.send_modify(|observed| observed.last_exit = Some((code, ran_ms, now_ms)));
+        let exit = LastExit { code, ran_ms, unix_ms: chrono::Utc::now().timestamp_millis() };
+        if let Err(error) = exit.write(&self.settings.initialize.member.data_dir) {
+            tracing::warn!(%error, "how etcd ended is not kept");
+        }
+        self.observed.send_modify(|observed| observed.last_exit = Some(exit));
     }
 
     /// What etcd is to be started with; `None` while it must not be.
@@ -190,11 +210,15 @@ impl Supervisor {
         }
     }
 
-    /// Begins an initialization unless one runs; how far it is.
+    /// Begins an initialization unless one runs; how far it is. While an etcd has the data nothing is touched, and what is known
+    /// of it still holds: only who asks hears that.
     pub fn initialize(self: &Arc<Self>) -> watch::Receiver<Phase> {
         let _one = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
         let is_running = matches!(&*self.phase.borrow(), Phase::Running(_));
         if !is_running {
+            if let Err(error) = datadir::hold(&self.settings.initialize.member.data_dir) {
+                return watch::channel(Phase::Refused(Outcome::in_use(&error))).1;
+            }
             self.phase.send_replace(Phase::Running(Step::Check));
             let this = self.clone();
             self.tasks.spawn(async move { this.run_initialization().await });
@@ -203,12 +227,8 @@ impl Supervisor {
     }
 
     async fn run_initialization(self: Arc<Self>) {
-        // While an etcd runs nothing is touched, and its backup goes on. Otherwise what was received from it comes home first:
-        // a restore must not miss it.
-        if let Err(error) = datadir::check_target(&self.settings.initialize.member.data_dir, true) {
-            self.phase.send_replace(Phase::Refused(Outcome::in_use(&error)));
-            return;
-        }
+        *self.owed.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        // What was received from the last etcd comes home first: a restore must not miss it.
         let _quiet = loop {
             // One may have begun meanwhile.
             self.backup.lock().unwrap_or_else(PoisonError::into_inner).cancel();
@@ -223,6 +243,9 @@ impl Supervisor {
             ticking.enter(step.phase());
             drop(phase.send_replace(Phase::Running(step)));
         });
+        if let Some(exit) = self.observed.borrow().last_exit {
+            tracing::info!(code = exit.code, ran_ms = exit.ran_ms, unix_ms = exit.unix_ms, "how the last etcd ended");
+        }
         let started = Instant::now();
         let initialized = initialize(&self.settings.initialize, &self.stop, see).await;
         clock.enter("end");
@@ -249,14 +272,15 @@ impl Supervisor {
         let sender = self.requests.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let (reply, answer) = oneshot::channel();
         let interrupted = || Error::Unanswered { what: "the backup was interrupted; ask again".into() };
-        match sender {
-            Some(sender) if self.observed.borrow().role == Some(Role::Leader) => {
-                sender.send(Request { kind, reply }).await.map_err(|_| interrupted())?;
-            }
-            _ => return Err(Error::precondition("this member does not lead its cluster; ask the leader's sidecar")),
-        }
-        match tokio::time::timeout(MOST_TAKING, answer).await {
-            Ok(answer) => answer.map_err(|_| interrupted())?,
+        let sender = sender.filter(|_| self.observed.borrow().role == Some(Role::Leader));
+        let sender = sender
+            .ok_or_else(|| Error::precondition("this member does not lead its cluster; ask the leader's sidecar"))?;
+        let taking = async {
+            sender.send(Request { kind, reply }).await.map_err(|_| interrupted())?;
+            answer.await.map_err(|_| interrupted())?
+        };
+        match tokio::time::timeout(MOST_TAKING, taking).await {
+            Ok(taken) => taken,
             Err(_) => {
                 Err(Error::Unanswered { what: format!("it is not in the store after {MOST_TAKING:?}; it goes on") })
             }
@@ -298,7 +322,7 @@ impl Supervisor {
             revision: status.map_or(0, |status| status.revision),
             db_size: status.map_or(0, |status| status.db_size),
             db_size_in_use: status.map_or(0, |status| status.db_size_in_use),
-            alarms: observed.alarms.iter().map(|(_, alarm)| alarm.name()).collect(),
+            alarms: observed.alarms().iter().map(|(_, alarm)| alarm.name()).collect(),
             backing_up: observed.backing_up,
         });
     }
@@ -315,9 +339,21 @@ impl Supervisor {
         Some(self.listing.newest(store).await)
     }
 
+    /// Why backing up does not get on, or what is wrong with what etcd has.
+    pub fn trouble(&self) -> Option<String> {
+        let owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        owed.or_else(|| self.settings.metrics.trouble())
+    }
+
     /// For how long etcd has had something that is in no backup.
     pub fn unsaved_seconds(&self) -> f64 {
         self.settings.metrics.unsaved_seconds()
+    }
+
+    /// A store for what is not urgent, and its pace, where there is one.
+    fn in_the_background(&self, store: &Store) -> (Store, Option<Arc<Pace>>) {
+        let pace = self.settings.background_bytes_per_second.map(|most| Arc::new(Pace::new(most)));
+        (pace.as_ref().map_or_else(|| store.clone(), |pace| store.paced(pace.clone())), pace)
     }
 
     /// Checks everything in the store.
@@ -327,15 +363,14 @@ impl Supervisor {
         let stop = self.stop.child_token();
         let _gone = stop.clone().drop_guard();
         let look = Look { timeline: None, level, work_dir: &self.settings.work_dir };
-        verify(store, look, &mut Journal::default(), &stop).await
+        verify(&self.in_the_background(store).0, look, &mut Journal::default(), &stop).await
     }
 
     /// Defragments this member.
     pub async fn defragment(&self) -> Result<Sizes> {
         let _one = self.heavy.lock().await;
-        let (mut etcd, status) = Etcd::connect(&self.settings.etcd).await?;
         let started = Instant::now();
-        let sizes = defragment::this_member(&mut etcd, &status, &self.settings.quiet).await;
+        let sizes = defragment::own(&self.settings.etcd, &self.settings.quiet).await;
         self.settings.metrics.defragmented(sizes.is_ok(), started.elapsed());
         sizes
     }
@@ -365,10 +400,16 @@ impl Supervisor {
             let role = status.as_ref().map(|status| status.role);
             if let (Some(etcd), Some(status)) = (&mut etcd, &status) {
                 membership.see_to(&self.settings.initialize, etcd, status).await;
+                self.see_what_is_owed(status);
             }
             self.observed.send_modify(|observed| {
                 if observed.role != role {
                     tracing::info!(?role, "the member's role");
+                }
+                for (id, alarm) in status.iter().flat_map(|status| &status.alarms) {
+                    if !observed.alarms().contains(&(*id, *alarm)) {
+                        tracing::error!(member = format!("{id:x}"), alarm = alarm.name(), "the cluster has an alarm");
+                    }
                 }
                 observed.role = role;
                 observed.status = status.or_else(|| observed.status.take());
@@ -386,6 +427,29 @@ impl Supervisor {
                     }
                 }
             }
+        }
+    }
+
+    /// Data that was kept because its log was to reach the backups must have reached them once etcd leads: it has applied all
+    /// of its log then.
+    fn see_what_is_owed(&self, status: &Status) {
+        let owes = match &*self.phase.borrow() {
+            Phase::Ready(outcome) => outcome.owes,
+            _ => return,
+        };
+        let mut owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_short = owes.is_some_and(|owes| {
+            status.role == Role::Leader && status.raft_applied_index >= status.raft_index && status.revision < owes
+        });
+        // It stays said: what is written from now on does not bring back what is missing.
+        if is_short && owed.is_none() {
+            let what = format!(
+                "etcd has revision {}, the backups reach {}: what its log had were not all revisions; stop etcd, move its member directory away, and the rest is restored",
+                status.revision,
+                owes.unwrap_or_default()
+            );
+            tracing::error!("{what}");
+            *owed = Some(what);
         }
     }
 
@@ -416,28 +480,40 @@ impl Supervisor {
         let stop = self.stop.child_token();
         *self.backup.lock().unwrap_or_else(PoisonError::into_inner) = stop.clone();
         settings.metrics.begun();
-        self.observed.send_modify(|observed| observed.backing_up = true);
+        let running = BackingUp::begin(self.clone());
         let (sender, mut requests) = mpsc::channel(MOST_REQUESTS);
         *self.requests.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
-        let this = self.clone();
         self.tasks.spawn(async move {
             let ended = snapshotter::run(&settings, &stop, &mut requests).await;
             drop(requests);
-            if let Err(error) = &ended {
+            if let Err(error) = ended {
                 tracing::error!(%error, "backing up ended; it is tried again");
+                settings.metrics.interrupted(&error);
                 // What makes no sense now may make some when somebody has looked; not in a tight loop.
                 tokio::select! {
                     () = tokio::time::sleep(Duration::from_secs(15)) => {}
                     () = stop.cancelled() => {}
                 }
             }
-            this.observed.send_modify(|observed| {
-                observed.backing_up = false;
-                observed.error =
-                    ended.err().filter(|error| error.class() != Class::Cancelled).map(|error| error.to_string());
-            });
+            drop(running);
             drop(held);
         });
+    }
+}
+
+/// That a backup runs is said for as long as this lives, however it ends.
+struct BackingUp(Arc<Supervisor>);
+
+impl BackingUp {
+    fn begin(supervisor: Arc<Supervisor>) -> Self {
+        supervisor.observed.send_modify(|observed| observed.backing_up = true);
+        Self(supervisor)
+    }
+}
+
+impl Drop for BackingUp {
+    fn drop(&mut self) {
+        self.0.observed.send_modify(|observed| observed.backing_up = false);
     }
 }
 

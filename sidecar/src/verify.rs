@@ -104,6 +104,7 @@ pub struct Look<'l> {
 }
 
 /// Looks at everything in a store, or at one timeline. Damage is in the report; an error means that it could not look.
+#[tracing::instrument(skip_all)]
 pub async fn verify(store: &Store, look: Look<'_>, journal: &mut Journal, stop: &CancellationToken) -> Result<Report> {
     let Look { timeline, level, work_dir } = look;
     let catalog = store.catalog().await?;

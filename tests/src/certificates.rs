@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
 /// A directory with `ca`, `server` and `client`, each `.crt` and `.key`.
 #[derive(Debug, Clone)]
@@ -77,6 +78,18 @@ impl Certificates {
     /// Certificate and key of a server on 127.0.0.1.
     pub fn server(&self) -> (PathBuf, PathBuf) {
         self.pair("server")
+    }
+
+    /// What a client connects with, over gRPC.
+    pub fn of_client(&self) -> Result<ClientTlsConfig> {
+        let (cert, key) = self.client();
+        let identity = Identity::from_pem(std::fs::read(cert)?, std::fs::read(key)?);
+        Ok(self.of_stranger()?.identity(identity))
+    }
+
+    /// The same without a certificate of its own.
+    pub fn of_stranger(&self) -> Result<ClientTlsConfig> {
+        Ok(ClientTlsConfig::new().ca_certificate(Certificate::from_pem(std::fs::read(self.ca())?)))
     }
 
     /// Certificate and key of a client.

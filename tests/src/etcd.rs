@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use etcd_client::{Client, ConnectOptions};
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::certificates::Certificates;
 use crate::{eventually, free_port, program};
 
 /// The minors that are supported.
@@ -38,6 +39,10 @@ pub struct Member {
     pub flags: Vec<String>,
     /// Whether clients must be [`ROOT`].
     pub auth: bool,
+    /// What it shows clients, and whose certificates it takes from them; none for plain text.
+    pub tls: Option<Certificates>,
+    /// The same for its peers.
+    pub peer_tls: Option<Certificates>,
 }
 
 impl Member {
@@ -61,6 +66,8 @@ impl Member {
                 initial_cluster: String::new(),
                 flags: Vec::new(),
                 auth: false,
+                tls: None,
+                peer_tls: None,
             });
         }
         Self::introduce(&mut cluster);
@@ -91,12 +98,21 @@ impl Member {
 
     /// Where clients reach it.
     pub fn client_url(&self) -> String {
-        format!("http://{}:{}", self.host, self.client_port)
+        format!("{}://{}:{}", scheme(self.tls.as_ref()), self.host, self.client_port)
     }
 
     /// Where peers reach it.
     pub fn peer_url(&self) -> String {
-        format!("http://{}:{}", self.host, self.peer_port)
+        format!("{}://{}:{}", scheme(self.peer_tls.as_ref()), self.host, self.peer_port)
+    }
+
+    /// How clients connect to it.
+    pub fn connect_options(&self) -> Result<ConnectOptions> {
+        let options = ConnectOptions::new();
+        Ok(match &self.tls {
+            None => options,
+            Some(tls) => options.with_tls(tls.of_client()?),
+        })
     }
 
     /// Starts it, without waiting until it serves.
@@ -111,6 +127,8 @@ impl Member {
             .args(["--listen-peer-urls", &self.peer_url(), "--initial-advertise-peer-urls", &self.peer_url()])
             .args(["--initial-cluster", &self.initial_cluster, "--initial-cluster-token", "etcd-cluster"])
             .args(["--logger=zap", "--log-level=warn", "--heartbeat-interval=50", "--election-timeout=500"])
+            .args(security("", self.tls.as_ref()))
+            .args(security("peer-", self.peer_tls.as_ref()))
             .args(&self.flags)
             .env("ETCD_UNSUPPORTED_ARCH", "")
             .stdin(Stdio::null())
@@ -126,6 +144,21 @@ impl Member {
         etcd.ready().await?;
         Ok(etcd)
     }
+}
+
+fn scheme(tls: Option<&Certificates>) -> &'static str {
+    if tls.is_some() { "https" } else { "http" }
+}
+
+/// Flags that have clients or peers show a certificate.
+fn security(of: &str, tls: Option<&Certificates>) -> Vec<String> {
+    let flags = tls.map(|tls| {
+        let (cert, key) = tls.server();
+        let flag = |name: &str, path: &Path| format!("--{of}{name}={}", path.display());
+        let files = [flag("cert-file", &cert), flag("key-file", &key), flag("trusted-ca-file", &tls.ca())];
+        files.into_iter().chain([format!("--{of}client-cert-auth=true")]).collect()
+    });
+    flags.unwrap_or_default()
 }
 
 /// A running etcd; killed when dropped.
@@ -147,9 +180,8 @@ impl Etcd {
                     bail!("etcd ended with {status}");
                 }
                 let attempt = async {
-                    let mut client =
-                        Client::connect([&url], Some(ConnectOptions::new().with_timeout(Duration::from_secs(2))))
-                            .await?;
+                    let options = self.member.connect_options()?.with_timeout(Duration::from_secs(2));
+                    let mut client = Client::connect([&url], Some(options)).await?;
                     client.get("ready", None).await?;
                     anyhow::Ok(())
                 };
@@ -199,7 +231,7 @@ impl Etcd {
     /// A client of it, as a user.
     pub async fn client_as(&self, user: Option<(&str, &str)>) -> Result<Client> {
         let url = self.member.client_url();
-        let mut options = ConnectOptions::new().with_timeout(Duration::from_secs(30));
+        let mut options = self.member.connect_options()?.with_timeout(Duration::from_secs(30));
         if let Some((name, password)) = user {
             options = options.with_user(name, password);
         }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use etcd_client::Client;
 use proto::sidecar::sidecar_client::SidecarClient;
 use rustix::process::{Pid, Signal, kill_process};
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::transport::{Channel, Endpoint};
 
 use crate::certificates::Certificates;
 use crate::etcd::Member;
@@ -98,6 +98,23 @@ impl Pod {
         pods.collect()
     }
 
+    /// Has a cluster show and want certificates everywhere: of clients, of peers and of the API. Valid for these hosts.
+    pub fn secure(pods: &mut [Self], dir: &Path, hosts: &[&str]) -> Result<Certificates> {
+        let tls = Certificates::issue_for(dir, hosts)?;
+        for pod in &mut *pods {
+            (pod.member.tls, pod.member.peer_tls, pod.tls) = (Some(tls.clone()), Some(tls.clone()), Some(tls.clone()));
+        }
+        let mut members: Vec<_> = pods.iter().map(|pod| pod.member.clone()).collect();
+        Member::introduce(&mut members);
+        let urls: Vec<_> = members.iter().map(Member::client_url).collect();
+        for (at, (pod, member)) in pods.iter_mut().zip(members).enumerate() {
+            pod.member = member;
+            pod.others =
+                urls.iter().enumerate().filter(|(other, _)| *other != at).map(|(_, url)| url.clone()).collect();
+        }
+        Ok(tls)
+    }
+
     /// Another pod for the same member, on a copy of some data.
     pub async fn twin(&self, dir: &Path, data: &Path) -> Result<Self> {
         std::fs::create_dir_all(dir)?;
@@ -128,7 +145,7 @@ impl Pod {
                 "name: {name}\ndata-dir: {}\nlisten-client-urls: {client}\nadvertise-client-urls: {client}\nlisten-peer-urls: {peer}\ninitial-advertise-peer-urls: {peer}\ninitial-cluster: {}\n{}",
                 member.data_dir.display(),
                 member.initial_cluster,
-                self.etcd_more
+                security("client", member.tls.as_ref()) + &security("peer", member.peer_tls.as_ref()) + &self.etcd_more
             ),
         )?;
         let server = match &self.tls {
@@ -150,13 +167,22 @@ impl Pod {
                 "apiVersion: sidecar.etcd-steward.io/v1\nmember:\n  etcdConfig: {}\netcd:\n  endpoints: [{client}]\n  clusterEndpoints: [{}]\n{}server:\n  listen: {}:{}\n  etcdWrapper: true\n{server}{store}{}",
                 etcd.display(),
                 self.others.join(", "),
-                self.reach_more,
+                self.reach() + &self.reach_more,
                 member.host,
                 self.port,
                 self.more
             ),
         )?;
         Ok(config)
+    }
+
+    /// How the sidecar shows itself to etcd.
+    fn reach(&self) -> String {
+        let of = |tls: &Certificates| {
+            let (cert, key) = tls.client();
+            format!("  cacert: {}\n  cert: {}\n  key: {}\n", tls.ca().display(), cert.display(), key.display())
+        };
+        self.member.tls.as_ref().map(of).unwrap_or_default()
     }
 
     /// The program `sidecar serve`.
@@ -223,7 +249,7 @@ impl Pod {
     pub async fn etcd(&self) -> Result<Client> {
         let url = self.member.client_url();
         let connect = || async {
-            let options = etcd_client::ConnectOptions::new().with_timeout(Duration::from_secs(5));
+            let options = self.member.connect_options()?.with_timeout(Duration::from_secs(5));
             let mut client = Client::connect([url.clone()], Some(options)).await?;
             client.get("ready", None).await?;
             anyhow::Ok(client)
@@ -236,18 +262,21 @@ impl Pod {
         let endpoint = Endpoint::from_shared(self.url())?.connect_timeout(Duration::from_secs(5));
         let endpoint = match &self.tls {
             None => endpoint,
-            Some(certificates) => {
-                let mut tls = ClientTlsConfig::new();
-                tls = tls.ca_certificate(Certificate::from_pem(std::fs::read(certificates.ca())?));
-                if with_certificate {
-                    let (cert, key) = certificates.client();
-                    tls = tls.identity(Identity::from_pem(std::fs::read(cert)?, std::fs::read(key)?));
-                }
-                endpoint.tls_config(tls)?
-            }
+            Some(tls) if with_certificate => endpoint.tls_config(tls.of_client()?)?,
+            Some(tls) => endpoint.tls_config(tls.of_stranger()?)?,
         };
         Ok(SidecarClient::new(endpoint.connect().await?))
     }
+}
+
+/// The section of etcd's configuration that has clients or peers show a certificate.
+fn security(of: &str, tls: Option<&Certificates>) -> String {
+    let section = tls.map(|tls| {
+        let (cert, key) = tls.server();
+        let (cert, key, ca) = (cert.display(), key.display(), tls.ca());
+        format!("{of}-transport-security:\n  cert-file: {cert}\n  key-file: {key}\n  client-cert-auth: true\n  trusted-ca-file: {}\n", ca.display())
+    });
+    section.unwrap_or_default()
 }
 
 /// A running `sidecar launch`. It is asked to end when dropped, for its etcd would outlive it.
@@ -257,6 +286,15 @@ pub struct Launched {
 }
 
 impl Launched {
+    /// `kill -9` of the etcd that it started; it ends as that did.
+    pub async fn kill_etcd(self) -> Result<()> {
+        let log = self.log();
+        let pid = log.rsplit("etcd is started pid=").next().and_then(|rest| rest.split(' ').next());
+        let pid = Pid::from_raw(pid.context("no pid")?.parse()?).context("no pid")?;
+        kill_process(pid, Signal::KILL)?;
+        self.wait().await?.expect(128 + 9).map(drop)
+    }
+
     /// What it logged so far.
     pub fn log(&self) -> String {
         self.running.as_ref().map(Running::log).unwrap_or_default()

@@ -100,7 +100,7 @@ impl Cluster {
     }
 
     async fn role(&self, member: usize) -> Result<api::Role> {
-        let mut client = self.pods[member].client(false).await?;
+        let mut client = self.pods[member].client(true).await?;
         Ok(client.status(api::StatusRequest {}).await?.into_inner().role())
     }
 
@@ -119,7 +119,7 @@ impl Cluster {
     /// Has the leader's sidecar back everything up.
     async fn back_up(&self) -> Result<()> {
         eventually(LONG, || async {
-            let mut client = self.pods[self.leader().await?].client(false).await?;
+            let mut client = self.pods[self.leader().await?].client(true).await?;
             client
                 .take_snapshot(api::TakeSnapshotRequest { kind: api::Kind::Delta.into(), request_id: String::new() })
                 .await?;

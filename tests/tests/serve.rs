@@ -131,10 +131,48 @@ async fn a_member_is_looked_after(minor: &str) -> Result<()> {
     let mut again = pod.start_launch()?;
     again.running()?.logs("nothing is touched", LONG).await?;
     again.terminate().await?.expect(1)?;
-    ensure!(status(&pod).await?.initialized.is_some_and(|outcome| outcome.may_pass));
+    let told = status(&pod).await?;
+    ensure!(told.phase() == api::Phase::Ready, "what is known of the data still holds: {told:?}");
+    ensure!(told.initialized.is_some_and(|outcome| outcome.cause() == api::Cause::Behind));
     launched.terminate().await?.expect(STOPPED)?;
     serving.terminate().await?.expect(0)?;
     Ok(())
+}
+
+/// etcd is killed at one moment after another of its first second: the next start gets it going, and keeps what it
+/// acknowledged.
+async fn killed_while_it_begins(minor: &str) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let pod = Pod::new(&dir.path().join("pod"), minor, None)?;
+    let serving = pod.start_serve().await?;
+    let data = pod.member.data_dir.clone();
+    for after_ms in [0, 3, 6, 10, 15, 25, 60, 150, 400, 900] {
+        let mut launched = pod.start_launch()?;
+        launched.running()?.logs("etcd is started", LONG).await?;
+        while !data.join("member/snap/db").exists() {
+            tokio::task::yield_now().await;
+        }
+        tokio::time::sleep(Duration::from_millis(after_ms)).await;
+        launched.kill_etcd().await?;
+        let (launched, mut client) = pod.start_etcd().await.with_context(|| format!("killed after {after_ms} ms"))?;
+        client.put("x", after_ms.to_string(), None).await?;
+        // And once more, before it commits what it acknowledged.
+        launched.kill_etcd().await?;
+        let (launched, mut client) = pod.start_etcd().await.with_context(|| format!("killed after {after_ms} ms"))?;
+        let kept = client.get("x", None).await?.kvs().first().map(|kv| kv.value().to_vec());
+        ensure!(kept == Some(after_ms.to_string().into_bytes()), "{after_ms}: {kept:?}");
+        launched.terminate().await?.expect(STOPPED)?;
+        std::fs::remove_dir_all(&data)?;
+    }
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+tests::on_every_minor! {
+    killed_while_it_begins_3_4: killed_while_it_begins("3.4");
+    killed_while_it_begins_3_5: killed_while_it_begins("3.5");
+    killed_while_it_begins_3_6: killed_while_it_begins("3.6");
+    killed_while_it_begins_3_7: killed_while_it_begins("3.7");
 }
 
 tests::on_every_minor! {
@@ -167,11 +205,7 @@ async fn what_only_the_log_has_is_kept() -> Result<()> {
                 take_delta(&pod).await?;
             }
         }
-        let log = launched.log();
-        let pid = log.split("etcd is started pid=").nth(1).and_then(|rest| rest.split(' ').next());
-        let pid = rustix::process::Pid::from_raw(pid.context("no pid")?.parse()?).context("no pid")?;
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
-        launched.wait().await?.expect(128 + 9)?;
+        launched.kill_etcd().await?;
     }
     serving.terminate().await?;
     Ok(())

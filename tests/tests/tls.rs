@@ -17,19 +17,10 @@ fn text(path: &Path) -> String {
 
 /// A member that only takes clients with a certificate of that CA, and its URL.
 fn member(minor: &str, dir: &Path, tls: &Certificates) -> Result<(Member, String)> {
-    let member = Member::single(minor, &dir.join("data"))?;
-    let url = format!("https://127.0.0.1:{}", member.client_port);
-    let (certificate, key) = tls.server();
-    // The last one given counts.
-    let flags = [
-        ("--cert-file", text(&certificate)),
-        ("--key-file", text(&key)),
-        ("--trusted-ca-file", text(&tls.ca())),
-        ("--client-cert-auth", "true".to_owned()),
-        ("--listen-client-urls", url.clone()),
-        ("--advertise-client-urls", url.clone()),
-    ];
-    Ok((flags.into_iter().fold(member, |member, (flag, value)| member.flag(format!("{flag}={value}"))), url))
+    let mut member = Member::single(minor, &dir.join("data"))?;
+    member.tls = Some(tls.clone());
+    let url = member.client_url();
+    Ok((member, url))
 }
 
 /// Flags of a client of it.

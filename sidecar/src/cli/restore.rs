@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Output, bytes, parse_time, print, time};
 use crate::catalog::Timeline;
 use crate::restore::{
-    Appended, AtTime, Choice, Outcome, Plan, Progress, Proof, Source, Target, Upto, append, choose, execute,
+    Appended, AtTime, Choice, Far, Outcome, Plan, Progress, Proof, Source, Target, Upto, append, choose, execute,
 };
 use crate::store::{Open, Store};
 use crate::{Error, Result};
@@ -141,7 +141,8 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
     let watcher = Watcher::new();
     let gap_after = if let Source::Chain { chain, .. } = &plan.source { chain.gap.map(|gap| gap.after) } else { None };
     let from_chain = matches!(plan.source, Source::Chain { .. });
-    let outcome = execute(plan, store, stop, move |progress| watcher.see(progress)).await.inspect_err(|error| {
+    let executed = execute(plan, store, stop, move |progress| watcher.see(progress), || Ok(())).await;
+    let outcome = executed.inspect_err(|error| {
         if from_chain && error.class() == crate::Class::Corrupt {
             tracing::warn!("to go round what is damaged: --full-revision starts from another full snapshot, --without leaves an object out, --revision ends before it; `sidecar verify` finds all damage");
         }
@@ -344,57 +345,48 @@ struct Watcher {
 }
 
 struct Seen {
-    phase: &'static str,
-    done: u64,
-    total: Option<u64>,
+    far: Far,
     last_line: Instant,
 }
 
 impl Watcher {
     fn new() -> Self {
         let bar = std::io::stderr().is_terminal().then(ProgressBar::no_length);
-        Self { bar, seen: Mutex::new(Seen { phase: "start", done: 0, total: None, last_line: Instant::now() }) }
+        Self { bar, seen: Mutex::new(Seen { far: Far::default(), last_line: Instant::now() }) }
     }
 
     fn see(&self, progress: Progress) {
         let Ok(mut seen) = self.seen.lock() else { return };
-        match progress {
-            Progress::Snapshot(total) => {
-                self.phase(&mut seen, "snapshot", total, "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}");
-            }
-            Progress::Deltas(total) => self.phase(&mut seen, "deltas", Some(total), "{msg} {bar:30} {pos}/{len}"),
-            Progress::Members(total) => self.phase(&mut seen, "members", Some(total), "{msg}"),
-            Progress::Verify => self.phase(&mut seen, "verify", None, "{msg} and sync {elapsed}"),
-            Progress::Bytes(bytes) => self.advance(&mut seen, bytes),
-            Progress::Delta => self.advance(&mut seen, 1),
-        }
-    }
-
-    fn phase(&self, seen: &mut Seen, phase: &'static str, total: Option<u64>, template: &str) {
-        *seen = Seen { phase, done: 0, total, last_line: Instant::now() };
-        let Some(bar) = &self.bar else { return line(seen) };
-        bar.reset();
-        if let Some(total) = total {
-            bar.set_length(total);
-        }
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
-        bar.set_message(phase);
-        bar.enable_steady_tick(Duration::from_millis(200));
-    }
-
-    fn advance(&self, seen: &mut Seen, by: u64) {
-        seen.done += by;
+        let begins = seen.far.see(progress);
         match &self.bar {
-            Some(bar) => bar.inc(by),
-            None if seen.last_line.elapsed() > Duration::from_secs(1) => {
+            Some(bar) if begins => show(bar, &seen.far),
+            Some(bar) => bar.set_position(seen.far.done),
+            None if begins || seen.last_line.elapsed() > Duration::from_secs(1) => {
                 seen.last_line = Instant::now();
-                line(seen);
+                line(&seen.far);
             }
             None => {}
         }
     }
+}
+
+/// Has the bar of a phase that begins.
+fn show(bar: &ProgressBar, far: &Far) {
+    let template = match far.phase {
+        "snapshot" => "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec}",
+        "deltas" => "{msg} {bar:30} {pos}/{len}",
+        "verify" => "{msg} and sync {elapsed}",
+        _ => "{msg}",
+    };
+    bar.reset();
+    if far.total > 0 {
+        bar.set_length(far.total);
+    }
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.set_message(far.phase);
+    bar.enable_steady_tick(Duration::from_millis(200));
 }
 
 impl Drop for Watcher {
@@ -405,7 +397,8 @@ impl Drop for Watcher {
     }
 }
 
-fn line(seen: &Seen) {
-    let line = json!({ "phase": seen.phase, "done": seen.done, "total": seen.total });
+fn line(far: &Far) {
+    let total = Some(far.total).filter(|total| *total > 0);
+    let line = json!({ "phase": far.phase, "done": far.done, "total": total });
     let _ = writeln!(std::io::stderr(), "{line}");
 }

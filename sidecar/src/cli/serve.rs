@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::config::{Defragmentation, RetentionPolicy, SidecarConfig};
+use proto::config::{Defragmentation, RetentionPolicy, SidecarConfig, Snapshots};
 use tokio_util::sync::CancellationToken;
 
 use super::snapshot::parse_schedule;
@@ -16,12 +16,15 @@ use crate::initialize::{self, Member};
 use crate::metrics::Metrics;
 use crate::retention::{Policy, Retention};
 use crate::server::{self, Files};
+use crate::snapshotter::{DELTA_BYTES, DELTA_PERIODS};
 use crate::store::{Open, Store};
 use crate::supervise::{self, Leases, Supervisor, Upkeep};
 use crate::{Error, Result, snapshotter};
 
 /// Looking at the store more often than that would cost more than it gains.
 const LEAST_PERIOD: Duration = Duration::from_secs(1);
+/// Nobody is gone for less.
+const LEAST_AWAY: Duration = Duration::from_secs(5);
 
 /// Look after a member: its data before etcd starts, its backups while it leads.
 ///
@@ -33,6 +36,9 @@ pub struct Args {
     /// Print the configuration as it is understood, defaults included, and end.
     #[arg(long)]
     print_config: bool,
+    /// Serve without TLS and let everybody call everything, as `server.insecure` does.
+    #[arg(long)]
+    insecure: bool,
 }
 
 /// What a sidecar goes by.
@@ -67,7 +73,9 @@ impl ConfigFlags {
 }
 
 pub(super) async fn run(args: Args, stop: CancellationToken) -> Result<u8> {
-    let config = args.config.read()?;
+    let mut flags = args.config;
+    flags.set.extend(args.insecure.then(|| "server.insecure=true".to_owned()));
+    let config = flags.read()?;
     if args.print_config {
         let json = serde_json::to_string_pretty(&config);
         let json = json.map_err(|error| Error::Bug { what: format!("print the configuration: {error}") })?;
@@ -108,20 +116,37 @@ pub(super) fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
         password: password.transpose()?,
         command_timeout: 5,
     };
-    let full_schedule = parse_schedule(&config.snapshots.full_schedule)?;
-    let (quiet, metrics) = (Arc::<tokio::sync::Mutex<()>>::default(), Arc::new(Metrics::of(store.as_ref())));
+    let full_schedule = parse_schedule("snapshots.fullSchedule", &config.snapshots.full_schedule)?;
+    let Snapshots { delta_period, delta_max_bytes, .. } = config.snapshots;
+    if !DELTA_PERIODS.contains(&delta_period) {
+        return Err(Error::invalid(format!("snapshots.deltaPeriod is {delta_period:?}; it must be from 100ms to 24h")));
+    }
+    if !DELTA_BYTES.contains(&delta_max_bytes) {
+        return Err(Error::invalid(format!(
+            "snapshots.deltaMaxBytes is {delta_max_bytes}; it must be from 1024 to 134217728"
+        )));
+    }
+    if config.etcd.remove_members_after.is_some_and(|after| after < LEAST_AWAY) {
+        return Err(Error::invalid(format!(
+            "etcd.removeMembersAfter must be {LEAST_AWAY:?} or more: a member that restarts is away for as long"
+        )));
+    }
+    let quiet = Arc::<tokio::sync::Mutex<()>>::default();
+    let endpoint = etcd.endpoints.first().map(String::as_str).unwrap_or_default();
+    let metrics = Arc::new(Metrics::of(endpoint, member.cluster.members().len(), store.as_ref()));
     let backup = store.clone().map(|store| snapshotter::Settings {
         etcd: etcd.clone(),
         store,
         layout: Layout::Steward,
         full_schedule,
-        delta_period: config.snapshots.delta_period,
-        delta_max_bytes: config.snapshots.delta_max_bytes,
+        delta_period,
+        delta_max_bytes,
         quiet: quiet.clone(),
         metrics: metrics.clone(),
     });
     let others = others(config, &member, &etcd)?;
-    let initialize = initialize::Settings { member, store, others, may_start_empty: config.safety.may_start_empty };
+    let may_start_empty = config.safety.may_start_empty;
+    let initialize = initialize::Settings { member, store, others, may_start_empty, metrics: metrics.clone() };
     let work_dir = config.compaction.as_ref().map_or_else(std::env::temp_dir, |compaction| compaction.work_dir.clone());
     Ok(supervise::Settings {
         initialize,
@@ -133,6 +158,7 @@ pub(super) fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
         remove_members_after: config.etcd.remove_members_after,
         leases: leases(config),
         work_dir,
+        background_bytes_per_second: Some(config.background.bytes_per_second).filter(|most| *most > 0),
     })
 }
 
@@ -150,7 +176,8 @@ fn leases(config: &SidecarConfig) -> Option<Leases> {
 
 fn upkeep(config: &SidecarConfig) -> Result<Upkeep> {
     let cron = |field: &str, text: &str| {
-        parse_schedule(text)?.ok_or_else(|| Error::invalid(format!("{field} is empty; leave the section out instead")))
+        parse_schedule(field, text)?
+            .ok_or_else(|| Error::invalid(format!("{field} is empty; leave the section out instead")))
     };
     let retention = config.retention.as_ref().map(|retention| {
         let max_backups = retention.max_backups as usize;
@@ -166,14 +193,17 @@ fn upkeep(config: &SidecarConfig) -> Result<Upkeep> {
     let compaction = config.compaction.as_ref();
     let verification = config.verification.as_ref();
     let defragmentation = config.defragmentation.as_ref();
-    let share = |defragmentation: &Defragmentation| {
-        let share = defragmentation.least_free_share;
-        let cron = cron("defragmentation.schedule", &defragmentation.schedule)?;
-        if (0.0..=1.0).contains(&share) {
-            Ok((cron, share))
-        } else {
-            Err(Error::invalid(format!("defragmentation.leastFreeShare is {share}, which is not a share from 0 to 1")))
+    let defragmented = |defragmentation: &Defragmentation| {
+        let Defragmentation { least_free_share, urgent_free_share, .. } = *defragmentation;
+        for (field, share) in [("leastFreeShare", least_free_share), ("urgentFreeShare", urgent_free_share)] {
+            if !(0.0..=1.0).contains(&share) {
+                return Err(Error::invalid(format!(
+                    "defragmentation.{field} is {share}, which is not a share from 0 to 1"
+                )));
+            }
         }
+        let cron = cron("defragmentation.schedule", &defragmentation.schedule)?;
+        Ok(supervise::Defragmentation { cron, least_free_share, urgent_free_share })
     };
     Ok(Upkeep {
         retention,
@@ -181,7 +211,7 @@ fn upkeep(config: &SidecarConfig) -> Result<Upkeep> {
         verification: verification
             .map(|drill| Ok::<_, Error>((cron("verification.schedule", &drill.schedule)?, drill.work_dir.clone())))
             .transpose()?,
-        defragmentation: defragmentation.map(share).transpose()?,
+        defragmentation: defragmentation.map(defragmented).transpose()?,
         resolve_no_space: defragmentation.is_some_and(|defragmentation| defragmentation.resolve_no_space),
     })
 }

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Output, StoreFlag, bytes, parse_millis, print};
 use crate::catalog::Layout;
 use crate::etcd::EtcdFlags;
-use crate::snapshotter::{self, Kind, Settings, Taken, TakenDelta};
+use crate::snapshotter::{self, DELTA_BYTES, DELTA_PERIODS, Kind, Settings, Taken, TakenDelta};
 use crate::store::{Open, Store};
 use crate::{Error, Result};
 
@@ -54,7 +54,7 @@ enum Once {
 
 fn parse_duration(text: &str) -> Result<Duration, String> {
     let duration = Duration::from_millis(parse_millis(text)?);
-    if duration < Duration::from_millis(100) || duration > Duration::from_secs(86_400) {
+    if !DELTA_PERIODS.contains(&duration) {
         return Err("it must be from 100ms to 24h".into());
     }
     Ok(duration)
@@ -71,28 +71,27 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         _ => return Err("its unit must be B, KiB or MiB".into()),
     };
     let bytes: u64 = number.checked_mul(factor).ok_or("it is too large")?;
-    // Two deltas are in memory at most; the upper bound keeps that bounded too.
-    if !(1024..=128 << 20).contains(&bytes) {
+    if !DELTA_BYTES.contains(&bytes) {
         return Err("it must be from 1KiB to 128MiB".into());
     }
     Ok(bytes)
 }
 
-/// `None` for no schedule.
-pub(super) fn parse_schedule(text: &str) -> Result<Option<Cron>> {
+/// `None` for no schedule; `field` is where it was given.
+pub(super) fn parse_schedule(field: &str, text: &str) -> Result<Option<Cron>> {
     let text = text.trim();
     if text.is_empty() {
         return Ok(None);
     }
     let cron = Cron::from_str(text)
-        .map_err(|error| Error::invalid(format!("--full-schedule {text:?} is not a cron schedule: {error}")))?;
+        .map_err(|error| Error::invalid(format!("{field} {text:?} is not a cron schedule: {error}")))?;
     cron.find_next_occurrence(&chrono::Local::now(), false)
-        .map_err(|_| Error::invalid(format!("--full-schedule {text:?} never comes; give '' for no schedule")))?;
+        .map_err(|_| Error::invalid(format!("{field} {text:?} never comes; give '' for no schedule")))?;
     Ok(Some(cron))
 }
 
 pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> Result<u8> {
-    let full_schedule = parse_schedule(&args.full_schedule)?;
+    let full_schedule = parse_schedule("--full-schedule", &args.full_schedule)?;
     let settings = Settings {
         etcd: args.etcd,
         store: Store::open(&args.store.store, Open::Create)?,
@@ -155,11 +154,11 @@ mod tests {
 
     #[test]
     fn schedules_that_never_come_are_refused() {
-        assert!(parse_schedule(" ").is_ok_and(|schedule| schedule.is_none()));
-        assert!(parse_schedule("0 3 29 2 *").is_ok_and(|schedule| schedule.is_some()));
+        assert!(parse_schedule("x", " ").is_ok_and(|schedule| schedule.is_none()));
+        assert!(parse_schedule("x", "0 3 29 2 *").is_ok_and(|schedule| schedule.is_some()));
         for text in ["0 0 30 2 *", "0 0 31 4,6 *", "61 * * * *", "hourly"] {
             assert_eq!(
-                parse_schedule(text).map_err(|error| error.class()).err(),
+                parse_schedule("x", text).map_err(|error| error.class()).err(),
                 Some(crate::Class::Invalid),
                 "{text}"
             );

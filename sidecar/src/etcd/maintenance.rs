@@ -27,6 +27,18 @@ impl Alarm {
             Self::Corrupt => "CORRUPT",
         }
     }
+
+    /// Reads one of the errors of a status, such as `memberID:10501334649042878790 alarm:NOSPACE `, and whose it is. To be
+    /// asked for alarms costs the cluster an entry in its log; a status costs nothing.
+    pub(super) fn parse(text: &str) -> Option<(u64, Self)> {
+        let field = |name| text.split_whitespace().find_map(|word| word.strip_prefix(name));
+        let alarm = match field("alarm:")? {
+            "NOSPACE" => Self::NoSpace,
+            "CORRUPT" => Self::Corrupt,
+            _ => return None,
+        };
+        Some((field("memberID:")?.parse().ok()?, alarm))
+    }
 }
 
 impl Etcd {
@@ -51,23 +63,31 @@ impl Etcd {
         }
     }
 
-    /// Alarms of the cluster, with the id of the member that each is of.
-    pub async fn alarms(&mut self) -> Result<Vec<(u64, Alarm)>> {
-        let asking = self.client.alarm(AlarmAction::Get, AlarmType::None, None);
-        let answer = deadline(self.timeout, asking).await.map_err(self.fail("ask for alarms"))?;
-        let alarms = answer.alarms().iter().filter_map(|alarm| match alarm.alarm() {
-            AlarmType::None => None,
-            AlarmType::Nospace => Some((alarm.member_id(), Alarm::NoSpace)),
-            AlarmType::Corrupt => Some((alarm.member_id(), Alarm::Corrupt)),
-        });
-        Ok(alarms.collect())
-    }
-
     /// Says that a member has space again.
     pub async fn disarm_no_space(&mut self, member_id: u64) -> Result<()> {
         let mut options = AlarmOptions::new();
         options.with_member(member_id);
         let disarming = self.client.alarm(AlarmAction::Deactivate, AlarmType::Nospace, Some(options));
         deadline(self.timeout, disarming).await.map_err(self.fail("clear the alarm")).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_of_a_status_are_alarms() {
+        let of = |text| Alarm::parse(text);
+        assert_eq!(
+            of("memberID:10501334649042878790 alarm:NOSPACE "),
+            Some((10_501_334_649_042_878_790, Alarm::NoSpace))
+        );
+        assert_eq!(of("memberID:7 alarm:CORRUPT"), Some((7, Alarm::Corrupt)));
+        for other in
+            ["etcdserver: no leader", "", "alarm:NOSPACE", "memberID:x alarm:NOSPACE", "memberID:1 alarm:OTHER"]
+        {
+            assert_eq!(of(other), None, "{other}");
+        }
     }
 }

@@ -4,7 +4,7 @@
 //! cluster and added as a learner, which gets everything from the leader before it votes again.
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -12,6 +12,7 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use super::decision::{Live, Place};
 use super::member::Member;
 use crate::etcd::{CONNECT, Etcd, EtcdFlags, Listed};
+use crate::metrics::Metrics;
 use crate::{Error, Result};
 
 /// Whether somebody runs as our member is asked for so long.
@@ -35,8 +36,9 @@ pub(super) async fn look(others: &EtcdFlags, member: &Member, data_id: Option<u6
             Ok(answer) => answer,
             Err(error) => {
                 tracing::debug!(%error, "a member does not answer");
-                // An etcd that starts listens, and answers nothing until it has a quorum.
-                if !matches!(error, Error::Etcd { op: CONNECT, .. }) && live == Live::Nobody {
+                // An etcd that starts listens, and answers nothing until it has a quorum; one whose CA is another is there.
+                let is_there = !matches!(error, Error::Etcd { op: CONNECT, .. }) || crate::error::is_estranged(&error);
+                if is_there && live == Live::Nobody {
                     live = Live::NoQuorum { knows_us: false };
                 }
                 continue;
@@ -101,7 +103,7 @@ async fn is_alive(others: &EtcdFlags, ours: &Listed) -> bool {
 impl Serving {
     /// Makes ours a learner that has never started; what its etcd has for `initial-cluster`. Each step can be followed by a
     /// crash: the next look finds how far it came.
-    pub(super) async fn join(mut self, member: &Member) -> Result<String> {
+    pub(super) async fn join(mut self, member: &Member, metrics: &Metrics) -> Result<String> {
         // An id under which an etcd may have acknowledged anything is never used again with an empty log.
         let has_run = member.data_dir.join("member").exists();
         let is_unused = matches!(self.ours, Some((_, Place::Added))) && !has_run;
@@ -111,10 +113,16 @@ impl Serving {
                 name = ours.name,
                 "the old member is removed from the cluster"
             );
-            self.etcd.remove_member(ours.id).await?;
+            let started = Instant::now();
+            let removed = self.etcd.remove_member(ours.id).await;
+            metrics.member_removed(removed.is_ok(), started.elapsed());
+            removed?;
         }
         if !is_unused {
-            self.etcd.add_learner(member.peer_urls()).await?;
+            let started = Instant::now();
+            let added = self.etcd.add_learner(member.peer_urls()).await;
+            metrics.learner_added(added.is_ok(), started.elapsed());
+            added?;
             tracing::info!(name = member.name, "the member is added to the cluster as a learner");
         }
         let listed = self.etcd.members().await?;

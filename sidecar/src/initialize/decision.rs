@@ -10,10 +10,107 @@ pub enum Data {
     /// etcd can start on it.
     Sound(Sound),
     /// etcd must not.
-    Damaged {
-        /// What is wrong, and where.
-        evidence: String,
-    },
+    Damaged(Damaged),
+}
+
+/// Data that etcd must not start on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damaged {
+    /// What is damaged first of all.
+    pub part: Part,
+    /// What is wrong, and where.
+    pub evidence: String,
+    /// Id of the cluster that it is of, where that can still be read.
+    pub cluster_id: Option<u64>,
+    /// Voting members of its cluster, where that can still be read; else 1.
+    pub voters: usize,
+    /// Whether it is of a cluster that was restored since the newest backup was taken.
+    pub restored_since: bool,
+}
+
+/// A part of a member's data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// Its database.
+    Database,
+    /// Its write-ahead log.
+    Log,
+    /// Its raft snapshots.
+    Snapshots,
+}
+
+/// What a member was found to be, whatever is done about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cause {
+    /// There is no data.
+    NoData,
+    /// It is sound, and nothing speaks against it.
+    Sound,
+    /// It is sound but for what a crash left and etcd repairs, such as a log that ends in a cut write.
+    Repairable,
+    /// It is sound, and older than the newest backup.
+    Behind,
+    /// It is of another cluster than the members that run, or than the backups.
+    ForeignCluster,
+    /// It is that of a member of another name: the volume was swapped.
+    AnotherMember,
+    /// Its cluster has removed the member.
+    Removed,
+    /// An etcd runs as this member elsewhere.
+    RunsElsewhere,
+    /// A part of it is damaged.
+    Damaged(Part),
+}
+
+impl Cause {
+    /// What the facts say.
+    pub fn of(facts: &Facts) -> Self {
+        let sound = match &facts.data {
+            Data::Absent => return Self::NoData,
+            Data::Damaged(damaged) if damaged.foreign_to(&facts.backups).is_some() => return Self::ForeignCluster,
+            Data::Damaged(damaged) => return Self::Damaged(damaged.part),
+            Data::Sound(sound) => sound,
+        };
+        match (&facts.live, &facts.backups) {
+            (Live::Serves { cluster_id, .. }, _) if *cluster_id != sound.cluster_id => Self::ForeignCluster,
+            (Live::Serves { us: Place::Another, .. }, _) => Self::AnotherMember,
+            (Live::Serves { us: Place::Alive, .. }, _) => Self::RunsElsewhere,
+            (Live::Serves { us: Place::NotListed | Place::Added | Place::New, .. }, _) => Self::Removed,
+            (Live::Serves { us: Place::Started, .. }, _) => sound.as_found(),
+            (_, backups) if sound.foreign_to(backups).is_some() => Self::ForeignCluster,
+            (_, Backups::Upto { last, .. }) if sound.reach() < *last && !sound.restored_since => Self::Behind,
+            _ => sound.as_found(),
+        }
+    }
+}
+
+impl Damaged {
+    /// The cluster that the backups are of, when it is another.
+    fn foreign_to(&self, backups: &Backups) -> Option<u64> {
+        self.cluster_id.and_then(|ours| foreign_to(ours, self.restored_since, backups))
+    }
+}
+
+impl Sound {
+    fn foreign_to(&self, backups: &Backups) -> Option<u64> {
+        foreign_to(self.cluster_id, self.restored_since, backups)
+    }
+
+    /// The revision that it may have once etcd has applied its log.
+    fn reach(&self) -> i64 {
+        self.revision.saturating_add(i64::try_from(self.unapplied).unwrap_or(i64::MAX))
+    }
+
+    fn as_found(&self) -> Cause {
+        if self.repairs.is_some() { Cause::Repairable } else { Cause::Sound }
+    }
+}
+
+fn foreign_to(ours: u64, restored_since: bool, backups: &Backups) -> Option<u64> {
+    match backups {
+        Backups::Upto { cluster_id: Some(theirs), .. } if *theirs != ours && !restored_since => Some(*theirs),
+        _ => None,
+    }
 }
 
 /// Data that etcd can start on.
@@ -23,10 +120,10 @@ pub struct Sound {
     pub cluster_id: u64,
     /// Revision of its database.
     pub revision: i64,
-    /// Entries of its log that its database lacks: each may be a revision.
+    /// Entries of its log that its database lacks and that may make a revision: at most so many are made.
     pub unapplied: u64,
-    /// Its log ends in a write that was cut; etcd drops that when it starts.
-    pub torn: bool,
+    /// What a crash left that etcd repairs when it starts, such as a write to the log that was cut.
+    pub repairs: Option<String>,
     /// Whether it was restored since the newest backup was taken: it is where somebody wants it to be.
     pub restored_since: bool,
     /// Voting members of its cluster, as its log says.
@@ -152,13 +249,26 @@ impl Decision {
 
 /// Decides, and says why.
 pub fn decide(facts: &Facts) -> (Decision, String) {
-    let is_alone = facts.replicas <= 1 && facts.live == Live::Nobody;
+    let of_one = facts.replicas <= 1;
+    let is_alone = of_one && facts.live == Live::Nobody;
     match &facts.data {
         Data::Sound(sound) => with_data(sound, facts),
         Data::Absent if is_alone => without_data("there is no data", facts, true),
         Data::Absent => one_of_several("there is no data", facts, true),
-        Data::Damaged { evidence } => {
-            let what = format!("the data is damaged: {evidence}");
+        Data::Damaged(damaged) => {
+            let what = format!("the data is damaged: {}", damaged.evidence);
+            if let (Some(theirs), Some(ours), Live::Nobody | Live::NoQuorum { .. }) =
+                (damaged.foreign_to(&facts.backups), damaged.cluster_id, facts.live)
+            {
+                return foreign(&what, ours, "the backups are", theirs);
+            }
+            if is_alone && damaged.voters > 1 {
+                let why = format!(
+                    "{what}, and its cluster has {} voting members, of which the configuration names one: name the others in initial-cluster, or move the data away",
+                    damaged.voters
+                );
+                return (Decision::Refuse { may_pass: false }, why);
+            }
             if is_alone {
                 without_data(&what, facts, facts.may_start_empty)
             } else {
@@ -170,19 +280,12 @@ pub fn decide(facts: &Facts) -> (Decision, String) {
 
 fn with_data(sound: &Sound, facts: &Facts) -> (Decision, String) {
     let revision = sound.revision;
-    let torn = if sound.torn { "; its log ends in a cut write, which etcd drops" } else { "" };
-    let sound_at = format!("the data is sound, at revision {revision}{torn}");
+    let repairs = sound.repairs.as_ref().map(|repairs| format!(" ({repairs})")).unwrap_or_default();
+    let sound_at = format!("the data is sound, at revision {revision}{repairs}");
     let keep = |why: &str| (Decision::Keep, format!("{sound_at}{why}"));
-    let foreign = |whose: &str, theirs: u64| {
-        let why = format!(
-            "the data is of cluster {:x}, {whose} of {theirs:x}: the volume or the store is another's; move the data away, or give a store of its own",
-            sound.cluster_id,
-        );
-        (Decision::Refuse { may_pass: false }, why)
-    };
     match (&facts.live, &facts.backups) {
         (Live::Serves { cluster_id, .. }, _) if *cluster_id != sound.cluster_id => {
-            return foreign("the members that run are", *cluster_id);
+            return foreign(&sound_at, sound.cluster_id, "the members that run are", *cluster_id);
         }
         (Live::Serves { us: Place::Started, .. }, _) => return keep("; what it misses the other members have"),
         (Live::Serves { us: Place::Alive, .. }, _) => return is_alive(&sound_at),
@@ -196,10 +299,10 @@ fn with_data(sound: &Sound, facts: &Facts) -> (Decision, String) {
                 format!("{sound_at}, and its cluster has removed this member: it comes back as a learner"),
             );
         }
-        (_, Backups::Upto { cluster_id: Some(theirs), .. }) if *theirs != sound.cluster_id && !sound.restored_since => {
-            return foreign("the backups are", *theirs);
-        }
         _ => {}
+    }
+    if let Some(theirs) = sound.foreign_to(&facts.backups) {
+        return foreign(&sound_at, sound.cluster_id, "the backups are", theirs);
     }
     match &facts.backups {
         // A voter that forgot what it voted for may undo what a quorum has acknowledged.
@@ -209,12 +312,11 @@ fn with_data(sound: &Sound, facts: &Facts) -> (Decision, String) {
         // What is there is whole. Not to start for want of a store would make an outage of two.
         Backups::Unknown { why } => keep(&format!("; whether the store has more cannot be told: {why}")),
         Backups::Upto { last, .. } => {
-            let reach = revision.saturating_add(i64::try_from(sound.unapplied).unwrap_or(i64::MAX));
             if revision >= *last {
                 keep(&format!(", and the backups end at {last}"))
             } else if sound.restored_since {
                 keep(&format!(", restored since the backups up to {last} were taken"))
-            } else if reach >= *last {
+            } else if sound.reach() >= *last {
                 keep(&format!(", and its log has {} entries more; the backups end at {last}", sound.unapplied))
             } else {
                 (Decision::Append, format!("{sound_at}, behind the backups, which end at {last}"))
@@ -236,6 +338,13 @@ fn without_data(what: &str, facts: &Facts, may_start_empty: bool) -> (Decision, 
             refuse(false, "there is nothing to restore; move the data away, or allow to start empty")
         }
     }
+}
+
+fn foreign(what: &str, ours: u64, whose: &str, theirs: u64) -> (Decision, String) {
+    let why = format!(
+        "{what}, and of cluster {ours:x}, {whose} of {theirs:x}: the volume or the store is another's; move the data away, or give a store of its own"
+    );
+    (Decision::Refuse { may_pass: false }, why)
 }
 
 fn is_alive(what: &str) -> (Decision, String) {
@@ -292,7 +401,7 @@ mod tests {
     const OURS: u64 = 7;
 
     fn sound(revision: i64, unapplied: u64) -> Data {
-        Data::Sound(Sound { cluster_id: OURS, revision, unapplied, torn: false, restored_since: false, voters: 1 })
+        Data::Sound(Sound { cluster_id: OURS, revision, unapplied, repairs: None, restored_since: false, voters: 1 })
     }
 
     fn upto(last: i64) -> Backups {
@@ -304,7 +413,12 @@ mod tests {
     }
 
     fn damaged() -> Data {
-        Data::Damaged { evidence: "page 7".into() }
+        damaged_of(None, 1, false)
+    }
+
+    fn damaged_of(cluster_id: Option<u64>, voters: usize, restored_since: bool) -> Data {
+        let (part, evidence) = (Part::Database, "page 7".into());
+        Data::Damaged(Damaged { part, evidence, cluster_id, voters, restored_since })
     }
 
     fn alone(data: Data, backups: Backups, may_start_empty: bool) -> Facts {
@@ -363,6 +477,11 @@ mod tests {
             (damaged(), Backups::Empty, true, Decision::Bootstrap),
             (damaged(), unknown(), true, LATER),
             (damaged(), upto(5), true, Decision::Restore),
+            (damaged_of(Some(OURS), 1, false), upto(5), false, Decision::Restore),
+            (damaged_of(Some(99), 1, false), upto(5), true, NEVER),
+            (damaged_of(Some(99), 1, true), upto(5), false, Decision::Restore),
+            (damaged_of(Some(OURS), 3, false), upto(5), true, NEVER),
+            (damaged_of(Some(OURS), 3, false), Backups::NotConfigured, true, NEVER),
         ];
         for (data, backups, may_start_empty, expected) in cases {
             check(&alone(data, backups, may_start_empty), expected);
@@ -428,6 +547,104 @@ mod tests {
         // One member is left in the configuration, and others serve still.
         let live = Live::Serves { cluster_id: OURS, us: Place::Started };
         check(&Facts { live, ..alone(damaged(), upto(8), false) }, Decision::Join);
+    }
+
+    /// Whatever the facts are, some things are never done.
+    #[test]
+    fn what_is_never_done_is_never_decided() {
+        let serves = |us| [OURS, 99].map(|cluster_id| Live::Serves { cluster_id, us });
+        let places = [Place::NotListed, Place::Added, Place::New, Place::Started, Place::Alive, Place::Another];
+        let mut lives: Vec<_> = places.into_iter().flat_map(serves).collect();
+        lives.extend([Live::Nobody, Live::NoQuorum { knows_us: false }, Live::NoQuorum { knows_us: true }]);
+        let of = |cluster_id| Backups::Upto { last: 8, timeline: 1, cluster_id };
+        let stores =
+            [Backups::NotConfigured, Backups::Empty, Backups::Begun, unknown(), of(None), of(Some(OURS)), of(Some(99))];
+        let mut datas = vec![Data::Absent, damaged(), sound(5, 0), sound(5, 9), sound(9, 0)];
+        for (of_cluster, voters) in [(OURS, 1), (OURS, 3), (99, 1)] {
+            datas.extend([false, true].map(|since| damaged_of(Some(of_cluster), voters, since)));
+        }
+        let mut count = 0;
+        for (data, backups) in datas.iter().flat_map(|data| stores.iter().map(move |backups| (data, backups))) {
+            for (live, bits) in lives.iter().flat_map(|live| (0..32usize).map(move |bits| (*live, bits))) {
+                let (replicas, lost) = if bits & 1 == 0 { (1, 0) } else { (3, bits >> 3) };
+                let facts = Facts {
+                    data: data.clone(),
+                    backups: backups.clone(),
+                    replicas,
+                    is_existing: bits & 2 != 0,
+                    live,
+                    lost,
+                    may_start_empty: bits & 4 != 0,
+                };
+                let (decision, why) = decide(&facts);
+                count += 1;
+                let never = |what: bool, rule: &str| assert!(!what, "{rule}: {facts:?}: {decision:?}: {why}");
+                let is_sound = matches!(data, Data::Sound(_));
+                let replaces = matches!(decision, Decision::Restore | Decision::Bootstrap);
+                let is_served = matches!(live, Live::Serves { .. });
+                never(is_sound && replaces, "sound data is never replaced from the store");
+                never(!is_sound && matches!(decision, Decision::Keep | Decision::Append), "etcd starts on no damage");
+                never(
+                    matches!(backups, Backups::Unknown { .. }) && replaces && !is_served,
+                    "what is not known is not there",
+                );
+                never(
+                    matches!(backups, Backups::Upto { .. }) && decision == Decision::Bootstrap && !is_served,
+                    "nothing begins anew beside backups",
+                );
+                never(is_served && decision == Decision::Restore, "nothing is restored beside a cluster that serves");
+                never(replicas > 1 && lost < replicas && decision == Decision::Restore, "who is away may have more");
+                never(
+                    matches!(backups, Backups::NotConfigured | Backups::Empty | Backups::Begun)
+                        && matches!(decision, Decision::Restore | Decision::Append),
+                    "there is nothing to restore",
+                );
+                let is_foreign = Cause::of(&facts) == Cause::ForeignCluster;
+                never(
+                    is_foreign && matches!(decision, Decision::Keep | Decision::Append | Decision::Restore),
+                    "foreign",
+                );
+                never(matches!(live, Live::Serves { us: Place::Alive, .. }) && decision == Decision::Join, "it runs");
+            }
+        }
+        assert_eq!(count, datas.len() * stores.len() * lives.len() * 32);
+    }
+
+    #[test]
+    fn each_thing_that_is_found_has_its_own_name() {
+        let with = |change: fn(&mut Sound)| {
+            let Data::Sound(mut sound) = sound(5, 0) else { unreachable!() };
+            change(&mut sound);
+            Data::Sound(sound)
+        };
+        let serves = |us| Live::Serves { cluster_id: OURS, us };
+        let log = Data::Damaged(Damaged {
+            part: Part::Log,
+            evidence: "missing".into(),
+            cluster_id: None,
+            voters: 1,
+            restored_since: false,
+        });
+        let cases = [
+            (Data::Absent, upto(5), Live::Nobody, Cause::NoData),
+            (sound(5, 0), upto(5), Live::Nobody, Cause::Sound),
+            (with(|sound| sound.repairs = Some("torn".into())), upto(5), Live::Nobody, Cause::Repairable),
+            (sound(5, 0), upto(8), Live::Nobody, Cause::Behind),
+            (sound(5, 3), upto(8), Live::Nobody, Cause::Sound),
+            (with(|sound| sound.restored_since = true), upto(8), Live::Nobody, Cause::Sound),
+            (with(|sound| sound.cluster_id = 99), upto(5), Live::Nobody, Cause::ForeignCluster),
+            (sound(5, 0), upto(5), Live::Serves { cluster_id: 99, us: Place::Started }, Cause::ForeignCluster),
+            (sound(5, 0), upto(5), serves(Place::Another), Cause::AnotherMember),
+            (sound(5, 0), upto(5), serves(Place::NotListed), Cause::Removed),
+            (sound(5, 0), upto(5), serves(Place::Alive), Cause::RunsElsewhere),
+            (damaged(), upto(5), Live::Nobody, Cause::Damaged(Part::Database)),
+            (damaged_of(Some(99), 1, false), upto(5), Live::Nobody, Cause::ForeignCluster),
+            (log, upto(5), Live::Nobody, Cause::Damaged(Part::Log)),
+        ];
+        for (data, backups, live, expected) in cases {
+            let facts = Facts { live, ..alone(data, backups, false) };
+            assert_eq!(Cause::of(&facts), expected, "{facts:?}");
+        }
     }
 
     #[test]

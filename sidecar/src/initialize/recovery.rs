@@ -26,6 +26,8 @@ use crate::{Error, Result};
 pub(super) const PERIOD: Duration = Duration::from_secs(3);
 /// Who has not said anything for so long may have ended.
 const FRESH: Duration = Duration::from_secs(15);
+/// Between two reports where the ones before cannot be deleted.
+const SELDOM: Duration = Duration::from_secs(10);
 
 /// What is in each report; that it is there is what counts.
 const REPORT: &str = "this member has no data that etcd can start on, and no other member serves\n";
@@ -44,6 +46,12 @@ pub(super) struct Recovery {
     /// Makes the reports of this run differ from those of another.
     run: String,
     beats: u64,
+    /// When the next is due.
+    due: Option<Instant>,
+    /// How long a look at the others took: what it finds is as old as that.
+    looking: Duration,
+    /// Whether reports stay for ever: where nothing may be deleted.
+    stay: bool,
     /// What each of the others has said, and when more of it was seen.
     seen: BTreeMap<String, (BTreeSet<String>, Option<Instant>)>,
 }
@@ -53,23 +61,30 @@ impl Recovery {
     pub(super) fn new(member: &str, members: impl Iterator<Item = String>) -> Self {
         let others = members.filter(|other| other != member).collect();
         let run = format!("{}-{}", std::process::id(), chrono::Utc::now().timestamp_micros());
-        Self { member: member.to_owned(), others, run, beats: 0, seen: BTreeMap::new() }
+        let (looking, seen) = (Duration::ZERO, BTreeMap::new());
+        Self { member: member.to_owned(), others, run, beats: 0, due: None, looking, stay: false, seen }
     }
 
     /// Says that ours has no data; how many members, ours among them, are seen to say so.
     pub(super) async fn report(&mut self, store: &Store) -> Result<usize> {
-        let before = self.beat();
-        self.beats += 1;
-        store.create_note(&self.beat(), Bytes::from_static(REPORT.as_bytes())).await?;
-        if self.beats > 1
-            && let Err(error) = store.remove_note(&before).await
-        {
-            tracing::debug!(%error, "an earlier report stays");
+        let started = Instant::now();
+        if self.due.is_none_or(|due| due <= started) {
+            let before = self.beat();
+            self.beats += 1;
+            store.create_note(&self.beat(), Bytes::from_static(REPORT.as_bytes())).await?;
+            if self.beats > 1
+                && let Err(error) = store.remove_note(&before).await
+                && !std::mem::replace(&mut self.stay, true)
+            {
+                tracing::warn!(%error, "reports of lost data cannot be deleted and pile up in the store, if slowly");
+            }
+            self.due = Some(started + if self.stay { SELDOM } else { PERIOD });
         }
         for other in &self.others {
             let said = store.notes(&lost(other)).await?;
             self.seen = observe(std::mem::take(&mut self.seen), other, said.into_iter().collect(), Instant::now());
         }
+        self.looking = started.elapsed();
         Ok(1 + self.fresh(Instant::now()))
     }
 
@@ -79,7 +94,8 @@ impl Recovery {
     }
 
     fn fresh(&self, now: Instant) -> usize {
-        let is_fresh = |at: &Instant| now.saturating_duration_since(*at) < FRESH;
+        let fresh = FRESH + 3 * self.looking;
+        let is_fresh = |at: &Instant| now.saturating_duration_since(*at) < fresh;
         self.seen.values().filter(|(_, changed)| changed.as_ref().is_some_and(is_fresh)).count()
     }
 
@@ -193,9 +209,13 @@ mod tests {
         let stranger = Recovery::new("d", ["d".to_owned()].into_iter()).begin(&store, 4).await?;
         assert!(stranger.as_ref().is_some_and(|who| who.contains("delete that object")), "{stranger:?}");
         let (mut a, mut b) = (of("a"), of("b"));
+        tokio::time::pause();
         a.report(&store).await?;
         assert_eq!((b.report(&store).await?, a.report(&store).await?), (1, 1));
-        assert_eq!((b.report(&store).await?, a.report(&store).await?), (2, 2));
+        tokio::time::advance(PERIOD).await;
+        assert_eq!((a.report(&store).await?, b.report(&store).await?), (1, 2));
+        tokio::time::advance(PERIOD).await;
+        assert_eq!(a.report(&store).await?, 2);
         a.end(&store).await;
         assert_eq!(b.report(&store).await?, 1);
         Ok(())

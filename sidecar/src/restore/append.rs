@@ -45,6 +45,7 @@ pub struct Appended {
 /// Appends to the member in `data_dir` what it misses of a store's newest timeline, or of another. Refuses, with an error of
 /// class [`Precondition`](crate::Class::Precondition), what is not provably of the same history; the member is then what it
 /// was.
+#[tracing::instrument(skip_all)]
 pub async fn append(
     store: &Store,
     data_dir: &Path,

@@ -18,21 +18,31 @@ use tonic::transport::server::{Connected, TcpConnectInfo, TlsConnectInfo};
 
 /// A client of HTTP/2 is sent pings more often than this.
 const IDLE: Duration = Duration::from_secs(60);
+/// Who has not shown a certificate, where that is asked for, has nothing to do here that takes longer.
+const STRANGERS: Duration = Duration::from_secs(120);
 
 /// A connection that ends when nothing was written for a while, and nothing is being worked on: what a client sends does not
 /// count, for one that never ends its request may send a byte from time to time. Over HTTP/2 pings are written, and one that
-/// answers them stays: how many there are is what bounds these.
+/// answers them stays, but for a stranger: that one goes after a while, whatever it does.
 pub(super) struct Connection<S> {
     stream: S,
     idle: Pin<Box<Sleep>>,
+    /// When a stranger goes.
+    most: Option<Pin<Box<Sleep>>>,
     calls: Arc<AtomicUsize>,
     /// Its place among those that are allowed.
     _permit: OwnedSemaphorePermit,
 }
 
-impl<S> Connection<S> {
+impl<S: Connected> Connection<S>
+where
+    S::ConnectInfo: Shown,
+{
     pub(super) fn new(stream: S, permit: OwnedSemaphorePermit) -> Self {
-        Self { stream, idle: Box::pin(tokio::time::sleep(IDLE)), calls: Arc::default(), _permit: permit }
+        let info = stream.connect_info();
+        let is_stranger = !info.has_shown() && !info.is_open();
+        let most = is_stranger.then(|| Box::pin(tokio::time::sleep(STRANGERS)));
+        Self { stream, idle: Box::pin(tokio::time::sleep(IDLE)), most, calls: Arc::default(), _permit: permit }
     }
 }
 
@@ -119,6 +129,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.most.as_mut().is_some_and(|most| most.as_mut().poll(context).is_ready()) {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
         if read.is_ready() && !self.idle.is_elapsed() {
             return read;
@@ -160,12 +173,80 @@ mod tests {
 
     use super::*;
 
+    /// A client that has shown a certificate, or has not.
+    struct Client {
+        stream: tokio::io::DuplexStream,
+        has_shown: bool,
+    }
+
+    #[derive(Clone)]
+    struct Info(bool);
+
+    impl Shown for Info {
+        fn has_shown(&self) -> bool {
+            self.0
+        }
+
+        fn is_open(&self) -> bool {
+            false
+        }
+    }
+
+    impl Connected for Client {
+        type ConnectInfo = Info;
+
+        fn connect_info(&self) -> Info {
+            Info(self.has_shown)
+        }
+    }
+
+    impl AsyncRead for Client {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            context: &mut Context<'_>,
+            buffer: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.stream).poll_read(context, buffer)
+        }
+    }
+
+    impl AsyncWrite for Client {
+        fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            Pin::new(&mut self.stream).poll_write(context, bytes)
+        }
+
+        fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.stream).poll_flush(context)
+        }
+
+        fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Pin::new(&mut self.stream).poll_shutdown(context)
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stranger_goes_whatever_it_does() {
+        for has_shown in [true, false] {
+            let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+            let (mut client, stream) = tokio::io::duplex(64);
+            let mut connection = Connection::new(Client { stream, has_shown }, permit);
+            let mut answered = 0;
+            for _ in 0..20 {
+                tokio::time::sleep(IDLE / 4).await;
+                client.write_all(b"x").await.unwrap();
+                answered += usize::from(connection.read_u8().await.is_ok());
+                let _ = connection.write_all(b"y").await;
+            }
+            assert_eq!(answered == 20, has_shown, "{answered}");
+        }
+    }
+
     #[tokio::test(start_paused = true)]
     async fn who_gets_no_answer_goes() {
         let places = Arc::new(Semaphore::new(1));
         let permit = places.clone().acquire_owned().await.unwrap();
-        let (mut client, server) = tokio::io::duplex(64);
-        let mut connection = Connection::new(server, permit);
+        let (mut client, stream) = tokio::io::duplex(64);
+        let mut connection = Connection::new(Client { stream, has_shown: true }, permit);
         for _ in 0..5 {
             tokio::time::sleep(IDLE / 2).await;
             client.write_all(b"x").await.unwrap();

@@ -1,8 +1,8 @@
 //! What gardener/etcd-wrapper asks of its sidecar before it starts etcd, with the predecessor's exact texts.
 //!
 //! It polls `/initialization/status` each second; `New` has it call `/initialization/start`, `Successful` has it get `/config`,
-//! anything else has it wait. An end is told once: whoever asks again begins anew, as one whose etcd was restarted must. The
-//! check is always the full one, whatever `mode` is asked for.
+//! anything else has it wait. A failure is told once, success until the configuration was fetched: whoever asks after that
+//! begins anew, as one whose etcd was restarted must. The check is always the full one, whatever `mode` is asked for.
 //!
 //! None of these needs a certificate, for etcd-wrapper has none; they are served only where that is configured. An
 //! initialization touches nothing while etcd runs, and the configuration has no secrets in it.
@@ -33,19 +33,24 @@ use crate::{Class, Error};
 /// One that asks.
 struct Wrapper {
     supervisor: Arc<Supervisor>,
-    /// Whether the end of the last initialization was told.
+    /// Whether the end of the last initialization was told, and its success made use of.
     told: AtomicBool,
+    /// Whether it has yet to be told that nothing was begun, for an etcd has the data.
+    refused: AtomicBool,
 }
 
 impl Wrapper {
     fn status(&self) -> &'static str {
-        let text = match &*self.supervisor.phase().borrow() {
-            Phase::New => return "New",
-            Phase::Running(_) => return "Progress",
-            Phase::Ready(_) => "Successful",
-            Phase::Refused(_) | Phase::Failed(_) => "Failed",
-        };
-        if self.told.swap(true, Ordering::SeqCst) { "New" } else { text }
+        if self.refused.swap(false, Ordering::SeqCst) {
+            return "Failed";
+        }
+        match &*self.supervisor.phase().borrow() {
+            Phase::Running(_) => "Progress",
+            // Whoever else looks must not take it from who waits for it.
+            Phase::Ready(_) if !self.told.load(Ordering::SeqCst) => "Successful",
+            Phase::Refused(_) | Phase::Failed(_) if !self.told.swap(true, Ordering::SeqCst) => "Failed",
+            Phase::New | Phase::Ready(_) | Phase::Refused(_) | Phase::Failed(_) => "New",
+        }
     }
 
     /// Begins an initialization where the next status would be `New`; otherwise one runs, or its end has yet to be told.
@@ -56,14 +61,19 @@ impl Wrapper {
             Phase::Ready(_) | Phase::Refused(_) | Phase::Failed(_) => self.told.load(Ordering::SeqCst),
         };
         if is_new {
-            self.supervisor.initialize();
-            self.told.store(false, Ordering::SeqCst);
+            match &*self.supervisor.initialize().borrow() {
+                Phase::Refused(refused) if refused.in_use => self.refused.store(true, Ordering::SeqCst),
+                _ => self.told.store(false, Ordering::SeqCst),
+            }
         }
     }
 
     fn config(&self) -> (StatusCode, String) {
         match self.supervisor.etcd_config() {
-            Some(config) => (StatusCode::OK, config),
+            Some(config) => {
+                self.told.store(true, Ordering::SeqCst);
+                (StatusCode::OK, config)
+            }
             None => (StatusCode::INTERNAL_SERVER_ERROR, "no initialization has succeeded\n".to_owned()),
         }
     }
@@ -179,8 +189,7 @@ async fn latest(supervisor: &Supervisor) -> Answer {
     let looked = async {
         let store = supervisor.store()?;
         let catalog = store.catalog().await?;
-        let newest = catalog.newest_restorable();
-        let chain = newest.and_then(|(timeline, history)| Some((timeline, history.newest_chain()?)));
+        let chain = catalog.newest_chain();
         let prefix = store.url().splitn(4, '/').nth(3).unwrap_or_default().to_owned();
         Ok::<_, Error>(chain.map(|(timeline, chain)| {
             let deltas = chain.deltas.iter().map(|delta| told(&delta.name(timeline), &prefix, false)).collect();
@@ -242,7 +251,7 @@ pub(super) fn snapshots(supervisor: Arc<Supervisor>, peers: Peers) -> Router {
 }
 
 pub(super) fn routes(supervisor: Arc<Supervisor>) -> Router {
-    let wrapper = Arc::new(Wrapper { supervisor, told: AtomicBool::new(false) });
+    let wrapper = Arc::new(Wrapper { supervisor, told: AtomicBool::new(false), refused: AtomicBool::new(false) });
     let (status, start, config) = (wrapper.clone(), wrapper.clone(), wrapper);
     let start = move || {
         start.start();

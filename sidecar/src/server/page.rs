@@ -39,6 +39,7 @@ struct View<'s> {
     store: Option<&'s str>,
     /// Or why it cannot be listed.
     catalog: Option<Result<&'s Catalog, &'s str>>,
+    trouble: Option<String>,
     unsaved_seconds: f64,
     members: &'s [Listed],
     now: DateTime<Utc>,
@@ -73,6 +74,7 @@ async fn show(supervisor: &Supervisor) -> Response {
         store: store.map(crate::store::Store::url),
         catalog: listed.as_ref().map(|listed| listed.as_ref().map(AsRef::as_ref).map_err(String::as_str)),
         unsaved_seconds: supervisor.unsaved_seconds(),
+        trouble: supervisor.trouble(),
         members: &members,
         now: Utc::now(),
     };
@@ -122,7 +124,7 @@ fn badge(observed: &Observed) -> Markup {
 fn member(shown: &View<'_>) -> Markup {
     let (phase, why) = match shown.phase {
         Phase::New => ("nobody has asked to start etcd yet", String::new()),
-        Phase::Running(_) => ("the data is being looked at", String::new()),
+        Phase::Running(step) => ("the data is being looked after", step.to_string()),
         Phase::Ready(outcome) => ("etcd may run", outcome.reason.clone()),
         Phase::Refused(outcome) => ("etcd must not start", outcome.reason.clone()),
         Phase::Failed(error) => ("the data could not be looked after", error.to_string()),
@@ -136,11 +138,11 @@ fn member(shown: &View<'_>) -> Markup {
                 tr { th { "Database" } td { (bytes(status.db_size.max(0) as u64)) ", " (bytes(status.db_size_in_use.max(0) as u64)) " in use" } }
                 tr { th { "Cluster" } td { code { (format!("{:x}", status.cluster_id)) } } }
             }
-            @for (member, alarm) in &observed.alarms {
+            @for (member, alarm) in observed.alarms() {
                 tr { th { "Alarm" } td { span.badge.bad { (alarm.name()) } " of member " code { (format!("{member:x}")) } } }
             }
-            @if let Some((code, ran_ms, unix_ms)) = observed.last_exit {
-                tr { th { "Last end of etcd" } td { "code " (code) " after " (ran_ms / 1000) " s, " (ago(unix_ms, shown.now)) } }
+            @if let Some(exit) = observed.last_exit {
+                tr { th { "Last end of etcd" } td { "code " (exit.code) " after " (exit.ran_ms / 1000) " s, " (ago(exit.unix_ms, shown.now)) } }
             }
         }
     }
@@ -155,7 +157,7 @@ fn backups(shown: &View<'_>) -> Markup {
         table {
             tr { th { "Store" } td { code { (store) } } }
             tr { th { "Backed up by" } td id="active" { (backed_up_by(observed)) } }
-            @if let Some(error) = &observed.error { tr { th { "Trouble" } td { span.badge.bad { (error) } } } }
+            @if let Some(error) = &shown.trouble { tr { th { "Trouble" } td { span.badge.bad { (error) } } } }
             @if observed.backing_up {
                 tr { th { "Would be lost now" } td id="lag" { (format!("{:.0} s", shown.unsaved_seconds)) } }
             }
@@ -263,8 +265,7 @@ mod tests {
 
     #[test]
     fn what_comes_from_outside_is_escaped() {
-        let (observed, phase) =
-            (Observed { error: Some("<script>x</script>".into()), ..Observed::default() }, Phase::New);
+        let (observed, phase) = (Observed::default(), Phase::New);
         let names = [
             "t00000001/full/00000000000000000005-1700000000000.db.zst",
             "t00000001/delta/00000000000000000009-00000000000000000012-1700000020000.delta.zst",
@@ -277,6 +278,7 @@ mod tests {
             store: Some("file:///a?b=<c>"),
             catalog: Some(Ok(&catalog)),
             unsaved_seconds: 0.0,
+            trouble: Some("<script>x</script>".into()),
             members: &[],
             now: DateTime::from_timestamp(1_700_000_100, 0).unwrap_or_default(),
         };

@@ -4,7 +4,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
+use axum::response::IntoResponse;
 use axum::routing::get;
 use futures::{Stream, StreamExt};
 use proto::Message;
@@ -18,23 +19,33 @@ use super::connection::Peer;
 use super::remembered::Remembered;
 use crate::catalog::{Catalog, Delta, Full, ObjectName, Timeline};
 use crate::etcd::Role;
-use crate::initialize::{Decision, Outcome, Step};
-use crate::restore::Progress;
+use crate::initialize::{Cause, Decision, Outcome, Part, Step};
 use crate::snapshotter::{Kind, Taken};
 use crate::store::Store;
-use crate::supervise::{Phase, Supervisor, Verified};
+use crate::supervise::{LastExit, Phase, Supervisor, Verified};
 use crate::verify::{Level, Problem, Report};
 use crate::{Class, Error};
 
+/// What Prometheus is told the metrics are.
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
 /// Who answers.
 pub(super) struct Api {
-    pub(super) supervisor: Arc<Supervisor>,
-    /// Whether callers must show a certificate.
-    pub(super) needs_certificate: bool,
+    supervisor: Arc<Supervisor>,
     taken: Remembered<api::TakeSnapshotResponse>,
     compacted: Remembered<api::CompactResponse>,
     defragmented: Remembered<api::DefragmentResponse>,
     prepared: Remembered<api::PrepareShutdownResponse>,
+}
+
+/// Lets only those call who have shown a certificate, where that is needed.
+pub(super) fn known_only(needs_certificate: bool) -> impl Fn(Request<()>) -> Result<Request<()>, Status> + Clone {
+    move |request| {
+        if needs_certificate && !Peer::is_known(request.extensions()) {
+            return Err(Status::unauthenticated("this call needs a client certificate"));
+        }
+        Ok(request)
+    }
 }
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -56,17 +67,10 @@ fn status(error: &Error) -> Status {
 }
 
 impl Api {
-    pub(super) fn new(supervisor: Arc<Supervisor>, needs_certificate: bool) -> Self {
+    pub(super) fn new(supervisor: Arc<Supervisor>) -> Self {
         let (taken, compacted) = (Remembered::default(), Remembered::default());
         let (defragmented, prepared) = (Remembered::default(), Remembered::default());
-        Self { supervisor, needs_certificate, taken, compacted, defragmented, prepared }
-    }
-
-    fn check<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        if self.needs_certificate && !Peer::is_known(request.extensions()) {
-            return Err(Status::unauthenticated("this call needs a client certificate"));
-        }
-        Ok(())
+        Self { supervisor, taken, compacted, defragmented, prepared }
     }
 
     fn store(&self) -> Result<&Store, Status> {
@@ -90,32 +94,37 @@ fn action(decision: Decision) -> api::Action {
     }
 }
 
+fn cause(cause: Cause) -> api::Cause {
+    match cause {
+        Cause::NoData => api::Cause::NoData,
+        Cause::Sound => api::Cause::Sound,
+        Cause::Repairable => api::Cause::Repairable,
+        Cause::Behind => api::Cause::Behind,
+        Cause::ForeignCluster => api::Cause::ForeignCluster,
+        Cause::AnotherMember => api::Cause::AnotherMember,
+        Cause::Removed => api::Cause::Removed,
+        Cause::RunsElsewhere => api::Cause::RunsElsewhere,
+        Cause::Damaged(Part::Database) => api::Cause::DamagedDatabase,
+        Cause::Damaged(Part::Log) => api::Cause::DamagedLog,
+        Cause::Damaged(Part::Snapshots) => api::Cause::DamagedSnapshots,
+    }
+}
+
 fn outcome(outcome: &Outcome) -> api::Outcome {
     api::Outcome {
         action: action(outcome.done).into(),
         reason: outcome.reason.clone(),
         revision: outcome.revision,
         may_pass: outcome.done == Decision::Refuse { may_pass: true },
+        cause: outcome.cause.map_or(api::Cause::Unspecified, cause).into(),
         moved_to: outcome.moved_to.as_ref().map(|path| path.display().to_string()).unwrap_or_default(),
     }
 }
 
 fn step(step: &Step) -> api::InitializeProgress {
-    let told = |phase: &str, text: String, done, total| {
-        let phase = phase.to_owned();
-        api::InitializeProgress { phase, text, done, total, outcome: None }
-    };
-    match step {
-        Step::Check => told("check", "the data is being checked".into(), 0, 0),
-        Step::Decided(decision, why) => told("decided", format!("{decision:?}: {why}"), 0, 0),
-        Step::Wait(why) => told("wait", why.clone(), 0, 0),
-        Step::Restore(Progress::Snapshot(total)) => told("snapshot", "read the snapshot".into(), 0, total.unwrap_or(0)),
-        Step::Restore(Progress::Bytes(bytes)) => told("snapshot", String::new(), *bytes, 0),
-        Step::Restore(Progress::Deltas(total)) => told("deltas", "append the changes after it".into(), 0, *total),
-        Step::Restore(Progress::Delta) => told("deltas", String::new(), 1, 0),
-        Step::Restore(Progress::Members(total)) => told("members", String::new(), 0, *total),
-        Step::Restore(Progress::Verify) => told("verify", "check what was restored".into(), 0, 0),
-    }
+    let (done, total) = if let Step::Restore(far) = step { (far.done, far.total) } else { (0, 0) };
+    let (phase, text) = (step.phase().to_owned(), step.to_string());
+    api::InitializeProgress { phase, text, done, total, outcome: None }
 }
 
 /// What a phase tells a caller of `Initialize`; `true` when nothing follows.
@@ -197,13 +206,11 @@ impl Sidecar for Api {
     type ListSnapshotsStream = Streamed<api::Snapshot>;
     type VerifyStream = Streamed<api::VerifyProgress>;
 
-    async fn initialize(&self, request: Request<api::InitializeRequest>) -> Answer<Self::InitializeStream> {
-        self.check(&request)?;
+    async fn initialize(&self, _: Request<api::InitializeRequest>) -> Answer<Self::InitializeStream> {
         Ok(Response::new(until_it_ended(self.supervisor.initialize())))
     }
 
-    async fn get_etcd_config(&self, request: Request<api::GetEtcdConfigRequest>) -> Answer<api::EtcdConfig> {
-        self.check(&request)?;
+    async fn get_etcd_config(&self, _: Request<api::GetEtcdConfigRequest>) -> Answer<api::EtcdConfig> {
         let yaml = self.supervisor.etcd_config();
         let yaml =
             yaml.ok_or_else(|| Status::failed_precondition("etcd must not start: no initialization has succeeded"))?;
@@ -211,18 +218,16 @@ impl Sidecar for Api {
     }
 
     async fn report_exit(&self, request: Request<api::ReportExitRequest>) -> Answer<api::ReportExitResponse> {
-        self.check(&request)?;
         let api::ReportExitRequest { code, ran_ms } = request.into_inner();
         self.supervisor.etcd_ended(code, ran_ms);
         Ok(Response::new(api::ReportExitResponse {}))
     }
 
-    async fn status(&self, request: Request<api::StatusRequest>) -> Answer<api::StatusResponse> {
-        self.check(&request)?;
+    async fn status(&self, _: Request<api::StatusRequest>) -> Answer<api::StatusResponse> {
         let phase = self.supervisor.phase().borrow().clone();
         let (name, reason, initialized) = match &phase {
             Phase::New => (api::Phase::New, String::new(), None),
-            Phase::Running(_) => (api::Phase::Initializing, String::new(), None),
+            Phase::Running(running) => (api::Phase::Initializing, running.to_string(), None),
             Phase::Ready(ready) => (api::Phase::Ready, String::new(), Some(outcome(ready))),
             Phase::Refused(refused) => (api::Phase::Failed, refused.reason.clone(), Some(outcome(refused))),
             Phase::Failed(error) => (api::Phase::Failed, error.to_string(), None),
@@ -234,6 +239,9 @@ impl Sidecar for Api {
             Some(Role::Follower) => api::Role::Follower,
             Some(Role::Learner) => api::Role::Learner,
         };
+        let alarms = observed.alarms().iter().map(|(_, alarm)| alarm.name().to_owned()).collect();
+        let last_exit =
+            observed.last_exit.map(|LastExit { code, ran_ms, unix_ms }| api::EtcdExit { code, ran_ms, unix_ms });
         let member = observed.status.map(|status| api::MemberStatus {
             cluster_id: format!("{:x}", status.cluster_id),
             member_id: format!("{:x}", status.member_id),
@@ -245,7 +253,7 @@ impl Sidecar for Api {
         let backup = api::BackupStatus {
             store: store.map(|store| store.url().to_owned()).unwrap_or_default(),
             active: observed.backing_up,
-            error: observed.error.unwrap_or_default(),
+            error: self.supervisor.trouble().unwrap_or_default(),
             verified: observed.verified.map(|verified| {
                 let Verified { revision, unix_ms, seconds, hashes } = verified;
                 api::Verified { revision, unix_ms, seconds, hashes }
@@ -259,28 +267,27 @@ impl Sidecar for Api {
             role: role.into(),
             member,
             backup: Some(backup),
-            last_exit: observed.last_exit.map(|(code, ran_ms, unix_ms)| api::EtcdExit { code, ran_ms, unix_ms }),
-            alarms: observed.alarms.iter().map(|(_, alarm)| alarm.name().to_owned()).collect(),
+            last_exit,
+            alarms,
         }))
     }
 
     async fn take_snapshot(&self, request: Request<api::TakeSnapshotRequest>) -> Answer<api::TakeSnapshotResponse> {
-        self.check(&request)?;
         let kind = match request.get_ref().kind() {
             api::Kind::Full => Kind::Full,
             api::Kind::Delta => Kind::Delta,
             api::Kind::Unspecified => return Err(Status::invalid_argument("say which kind: full or delta")),
         };
         let (id, whole) = (request.get_ref().request_id.clone(), request.get_ref().encode_to_vec());
-        let work = async {
-            let taken = self.supervisor.take(kind).await.map_err(|error| status(&error))?;
+        let supervisor = self.supervisor.clone();
+        let work = async move {
+            let taken = supervisor.take(kind).await.map_err(|error| status(&error))?;
             Ok(api::TakeSnapshotResponse { snapshots: snapshots(&taken) })
         };
-        self.taken.once(&id, whole, work).await
+        self.taken.once(&id, whole, self.supervisor.tasks(), work).await
     }
 
-    async fn list_snapshots(&self, request: Request<api::ListSnapshotsRequest>) -> Answer<Self::ListSnapshotsStream> {
-        self.check(&request)?;
+    async fn list_snapshots(&self, _: Request<api::ListSnapshotsRequest>) -> Answer<Self::ListSnapshotsStream> {
         let mut all = Vec::new();
         for (timeline, history) in self.catalog().await?.timelines {
             all.extend(history.fulls.iter().map(|found| full(timeline, found)));
@@ -290,18 +297,15 @@ impl Sidecar for Api {
         Ok(Response::new(futures::stream::iter(all.into_iter().map(Ok)).boxed()))
     }
 
-    async fn get_latest(&self, request: Request<api::GetLatestRequest>) -> Answer<api::GetLatestResponse> {
-        self.check(&request)?;
+    async fn get_latest(&self, _: Request<api::GetLatestRequest>) -> Answer<api::GetLatestResponse> {
         let catalog = self.catalog().await?;
-        let newest =
-            catalog.newest_restorable().and_then(|(timeline, history)| Some((timeline, history.newest_chain()?)));
-        let (timeline, chain) = newest.ok_or_else(|| Status::not_found("the store has no full snapshot"))?;
+        let (timeline, chain) =
+            catalog.newest_chain().ok_or_else(|| Status::not_found("the store has no full snapshot"))?;
         let deltas = chain.deltas.iter().map(|found| delta(timeline, found)).collect();
         Ok(Response::new(api::GetLatestResponse { full: Some(full(timeline, &chain.full)), deltas }))
     }
 
     async fn verify(&self, request: Request<api::VerifyRequest>) -> Answer<Self::VerifyStream> {
-        self.check(&request)?;
         let level = match request.get_ref().level() {
             api::Level::Unspecified => return Err(Status::invalid_argument("say which level")),
             api::Level::Names => Level::Names,
@@ -324,38 +328,38 @@ impl Sidecar for Api {
     }
 
     async fn compact(&self, request: Request<api::CompactRequest>) -> Answer<api::CompactResponse> {
-        self.check(&request)?;
         let whole = request.get_ref().encode_to_vec();
         let api::CompactRequest { request_id, discard_history } = request.into_inner();
-        let work = async {
-            let compacted = self.supervisor.compact(discard_history, &self.supervisor.settings().work_dir).await;
+        let supervisor = self.supervisor.clone();
+        let work = async move {
+            let compacted = supervisor.compact(discard_history, &supervisor.settings().work_dir).await;
             let compacted = compacted.map_err(|error| status(&error))?;
             let (name, revision, bytes) = (compacted.object.unwrap_or_default(), compacted.revision, compacted.bytes);
             Ok(api::CompactResponse { name, revision, bytes })
         };
-        self.compacted.once(&request_id, whole, work).await
+        self.compacted.once(&request_id, whole, self.supervisor.tasks(), work).await
     }
 
     async fn defragment(&self, request: Request<api::DefragmentRequest>) -> Answer<api::DefragmentResponse> {
-        self.check(&request)?;
-        let work = async {
-            let (before, after) = self.supervisor.defragment().await.map_err(|error| status(&error))?;
+        let supervisor = self.supervisor.clone();
+        let work = async move {
+            let (before, after) = supervisor.defragment().await.map_err(|error| status(&error))?;
             Ok(api::DefragmentResponse { before, after })
         };
-        self.defragmented.once(&request.get_ref().request_id, Vec::new(), work).await
+        self.defragmented.once(&request.get_ref().request_id, Vec::new(), self.supervisor.tasks(), work).await
     }
 
     async fn prepare_shutdown(
         &self,
         request: Request<api::PrepareShutdownRequest>,
     ) -> Answer<api::PrepareShutdownResponse> {
-        self.check(&request)?;
-        let work = async {
-            let (taken, leader) = self.supervisor.prepare_shutdown().await.map_err(|error| status(&error))?;
+        let supervisor = self.supervisor.clone();
+        let work = async move {
+            let (taken, leader) = supervisor.prepare_shutdown().await.map_err(|error| status(&error))?;
             let leader_id = leader.map(|id| format!("{id:x}")).unwrap_or_default();
             Ok(api::PrepareShutdownResponse { snapshots: taken.iter().flat_map(snapshots).collect(), leader_id })
         };
-        self.prepared.once(&request.get_ref().request_id, Vec::new(), work).await
+        self.prepared.once(&request.get_ref().request_id, Vec::new(), self.supervisor.tasks(), work).await
     }
 }
 
@@ -379,8 +383,8 @@ pub(super) fn probes(supervisor: Arc<Supervisor>) -> Router {
     // Which has no secrets: Prometheus has no certificate by default.
     let metrics = move || async move {
         match counted.metrics().await {
-            Ok(text) => (StatusCode::OK, text),
-            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+            Ok(text) => ([(header::CONTENT_TYPE, OPEN_METRICS)], text).into_response(),
+            Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
         }
     };
     Router::new()
@@ -402,6 +406,8 @@ mod tests {
             moved_to: None,
             in_use: false,
             joins: None,
+            cause: None,
+            owes: None,
         };
         let (phase, phases) = watch::channel(Phase::Running(Step::Check));
         let mut told = until_it_ended(phases);

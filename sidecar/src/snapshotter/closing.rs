@@ -117,6 +117,7 @@ async fn ask<T>(limit: Duration, what: &str, question: impl Future<Output = Resu
 
 /// Asks etcd what belongs next to the events, and uploads until it is done. An etcd that does not answer costs the delta
 /// nothing but those answers.
+#[tracing::instrument(name = "delta", skip_all, fields(timeline = job.timeline, first = job.builder.first(), last = job.builder.last()))]
 pub(super) async fn close_delta(
     mut job: CloseJob,
     mut known: Known,

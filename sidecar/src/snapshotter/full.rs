@@ -57,6 +57,7 @@ pub(super) struct Job {
 }
 
 /// Takes a full snapshot. When it fails or is stopped, what was uploaded is removed.
+#[tracing::instrument(name = "full", skip_all, fields(timeline = job.timeline))]
 pub(super) async fn take(mut job: Job, stop: &CancellationToken) -> Result<TakenFull> {
     let unix_ms = job.meta.started_unix_ms;
     let staging = ObjectName::Uploading { timeline: job.timeline, unix_ms, random: rand::random() };

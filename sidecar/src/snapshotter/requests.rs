@@ -19,6 +19,13 @@ pub struct Request {
 /// Where a run gets them from. That of one that nobody asks anything is [`nobody`].
 pub type Requests = mpsc::Receiver<Request>;
 
+/// So many wait for the same kind at once.
+const MOST: usize = 64;
+
+fn too_many() -> Error {
+    Error::Unanswered { what: format!("{MOST} others wait for a snapshot already; ask again") }
+}
+
 /// Nobody asks.
 pub fn nobody() -> Requests {
     mpsc::channel(1).1
@@ -43,10 +50,21 @@ pub(super) struct Asked {
 
 impl Asked {
     pub(super) fn delta(&mut self, target: i64, reply: oneshot::Sender<Result<Taken>>) {
+        // Who has gone does not want it any more.
+        self.deltas.retain(|waiting| !waiting.reply.is_closed());
+        if self.deltas.len() >= MOST {
+            drop(reply.send(Err(too_many())));
+            return;
+        }
         self.deltas.push(Waiting { target, taken: Vec::new(), reply });
     }
 
     pub(super) fn full(&mut self, reply: oneshot::Sender<Result<Taken>>) {
+        self.fulls.retain(|reply| !reply.is_closed());
+        if self.fulls.len() >= MOST {
+            drop(reply.send(Err(too_many())));
+            return;
+        }
         self.fulls.push(reply);
     }
 

@@ -194,9 +194,10 @@ impl<'s> Session<'s> {
             let chain = catalog.timelines.get(&session.timeline).and_then(History::newest_chain);
             let full = chain.as_ref().map(|chain| (chain.full.revision, chain.full.unix_ms));
             let delta = chain.as_ref().and_then(|chain| chain.deltas.last()).map(|delta| (delta.last, delta.unix_ms));
-            settings.metrics.found(full, delta, tip);
+            let deltas = chain.as_ref().map_or(0, |chain| chain.deltas.len());
+            settings.metrics.found(full, delta, deltas, tip);
         } else {
-            settings.metrics.found(None, None, 0);
+            settings.metrics.found(None, None, 0, 0);
             session.due = Some((Due::NoChain, Instant::now()));
         }
         tracing::info!(

@@ -282,15 +282,12 @@ mod tests {
         Status {
             role: crate::etcd::Role::Leader,
             cluster_id,
-            member_id: 1,
-            leader_id: 1,
             revision,
             version: "3.6.0".into(),
             raft_term: 2,
             raft_index,
             raft_applied_index: raft_index,
-            db_size: 0,
-            db_size_in_use: 0,
+            ..Status::default()
         }
     }
 

@@ -1,4 +1,6 @@
-//! Counts what is asked of a store, and what came of it.
+//! What is asked of a store passes here: it is counted with what came of it, and kept to a pace where there is one.
+
+use std::sync::Arc;
 
 use async_trait::async_trait;
 use futures::StreamExt;
@@ -11,7 +13,9 @@ use object_store::{
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
+use tracing::Instrument;
 
+use super::pace::Pace;
 use crate::error::store_class;
 
 /// What was asked, and the class of the error that it ended with, or `ok`.
@@ -26,22 +30,44 @@ pub struct Operation {
 /// How often what was asked.
 pub type Operations = Family<Operation, Counter>;
 
-#[derive(Debug)]
-pub(super) struct Counted<T> {
-    inner: T,
+/// The way to a store.
+#[derive(Debug, Clone)]
+pub(super) struct Gate {
+    inner: Arc<dyn ObjectStore>,
     operations: Operations,
+    pace: Option<Arc<Pace>>,
 }
 
-impl<T> Counted<T> {
-    pub(super) fn new(inner: T, operations: Operations) -> Self {
-        Self { inner, operations }
+impl Gate {
+    pub(super) fn new(inner: impl ObjectStore, operations: Operations) -> Self {
+        Self { inner: Arc::new(inner), operations, pace: None }
+    }
+
+    /// The same, at a pace.
+    pub(super) fn paced(&self, pace: Arc<Pace>) -> Self {
+        Self { pace: Some(pace), ..self.clone() }
+    }
+
+    async fn pass(&self, bytes: u64) {
+        if let Some(pace) = &self.pace {
+            pace.pass(bytes).await;
+        }
     }
 }
 
-impl<T: std::fmt::Display> std::fmt::Display for Counted<T> {
+impl std::fmt::Display for Gate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         self.inner.fmt(f)
     }
+}
+
+/// Waits for the answer, and counts it.
+async fn counted<V>(
+    operations: &Operations,
+    operation: &'static str,
+    asked: impl Future<Output = Result<V>>,
+) -> Result<V> {
+    count(operations, operation, asked.instrument(tracing::info_span!("store", operation)).await)
 }
 
 fn count<V>(operations: &Operations, operation: &'static str, result: Result<V>) -> Result<V> {
@@ -54,20 +80,25 @@ fn count<V>(operations: &Operations, operation: &'static str, result: Result<V>)
 }
 
 #[async_trait]
-impl<T: ObjectStore> ObjectStore for Counted<T> {
+impl ObjectStore for Gate {
     async fn put_opts(&self, path: &Path, payload: PutPayload, options: PutOptions) -> Result<PutResult> {
-        count(&self.operations, "put", self.inner.put_opts(path, payload, options).await)
+        self.pass(payload.content_length() as u64).await;
+        counted(&self.operations, "put", self.inner.put_opts(path, payload, options)).await
     }
 
     async fn put_multipart_opts(&self, path: &Path, options: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
-        let upload = self.inner.put_multipart_opts(path, options).await;
-        let upload = count(&self.operations, "begin_upload", upload)?;
-        Ok(Box::new(CountedUpload { upload, operations: self.operations.clone() }))
+        let upload = self.inner.put_multipart_opts(path, options);
+        let upload = counted(&self.operations, "begin_upload", upload).await?;
+        Ok(Box::new(GatedUpload { upload, gate: self.clone() }))
     }
 
     async fn get_opts(&self, path: &Path, options: GetOptions) -> Result<GetResult> {
         let operation = if options.head { "head" } else { "get" };
-        count(&self.operations, operation, self.inner.get_opts(path, options).await)
+        let got = counted(&self.operations, operation, self.inner.get_opts(path, options)).await?;
+        if operation == "get" {
+            self.pass(got.range.end.saturating_sub(got.range.start)).await;
+        }
+        Ok(got)
     }
 
     fn delete_stream(&self, paths: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
@@ -86,33 +117,37 @@ impl<T: ObjectStore> ObjectStore for Counted<T> {
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        count(&self.operations, "list", self.inner.list_with_delimiter(prefix).await)
+        counted(&self.operations, "list", self.inner.list_with_delimiter(prefix)).await
     }
 
     async fn copy_opts(&self, from: &Path, to: &Path, options: CopyOptions) -> Result<()> {
-        count(&self.operations, "copy", self.inner.copy_opts(from, to, options).await)
+        counted(&self.operations, "copy", self.inner.copy_opts(from, to, options)).await
     }
 }
 
 #[derive(Debug)]
-struct CountedUpload {
+struct GatedUpload {
     upload: Box<dyn MultipartUpload>,
-    operations: Operations,
+    gate: Gate,
 }
 
 #[async_trait]
-impl MultipartUpload for CountedUpload {
+impl MultipartUpload for GatedUpload {
     fn put_part(&mut self, data: PutPayload) -> UploadPart {
-        let (part, operations) = (self.upload.put_part(data), self.operations.clone());
-        Box::pin(async move { count(&operations, "put_part", part.await) })
+        let (bytes, gate) = (data.content_length() as u64, self.gate.clone());
+        let part = self.upload.put_part(data);
+        Box::pin(async move {
+            gate.pass(bytes).await;
+            counted(&gate.operations, "put_part", part).await
+        })
     }
 
     async fn complete(&mut self) -> Result<PutResult> {
-        count(&self.operations, "complete_upload", self.upload.complete().await)
+        counted(&self.gate.operations, "complete_upload", self.upload.complete()).await
     }
 
     async fn abort(&mut self) -> Result<()> {
-        count(&self.operations, "abort_upload", self.upload.abort().await)
+        counted(&self.gate.operations, "abort_upload", self.upload.abort()).await
     }
 }
 
@@ -126,7 +161,7 @@ mod tests {
     #[tokio::test]
     async fn what_fails_counts_by_its_class() -> Result<()> {
         let operations = Operations::default();
-        let store = Counted::new(InMemory::new(), operations.clone());
+        let store = Gate::new(InMemory::new(), operations.clone());
         store.put(&Path::from("a"), PutPayload::from_static(b"x")).await?;
         store.get(&Path::from("a")).await?;
         assert!(store.get(&Path::from("b")).await.is_err());

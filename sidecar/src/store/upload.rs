@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use object_store::{CopyMode, CopyOptions, MultipartUpload, ObjectStoreExt};
+use object_store::{CopyMode, CopyOptions, MultipartUpload, ObjectStore, ObjectStoreExt};
 use tokio::task::JoinSet;
 
 use super::Store;

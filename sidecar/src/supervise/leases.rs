@@ -230,19 +230,7 @@ mod tests {
 
     #[test]
     fn a_lease_has_what_the_predecessor_wrote() {
-        let status = Status {
-            role: Role::Leader,
-            cluster_id: 0xcafe,
-            member_id: 0xa8,
-            leader_id: 1,
-            revision: 7,
-            version: "3.6.16".into(),
-            raft_term: 1,
-            raft_index: 1,
-            raft_applied_index: 1,
-            db_size: 1,
-            db_size_in_use: 1,
-        };
+        let status = Status { role: Role::Leader, cluster_id: 0xcafe, member_id: 0xa8, ..Status::default() };
         let at = DateTime::from_timestamp(1_700_000_000, 5_000).unwrap_or_default();
         for (role, held) in
             [(Role::Leader, "a8:cafe:Leader"), (Role::Follower, "a8:cafe:Member"), (Role::Learner, "a8:cafe:Member")]

@@ -69,7 +69,10 @@ impl Gone {
             }
             let since = *self.since.entry(member.id).or_insert_with(Instant::now);
             if since.elapsed() >= after {
-                etcd.remove_member(member.id).await?;
+                let started = Instant::now();
+                let removed = etcd.remove_member(member.id).await;
+                settings.metrics.member_removed(removed.is_ok(), started.elapsed());
+                removed?;
                 tracing::warn!(name = member.name, "a member that is not configured and not reached is removed");
             }
         }
@@ -93,11 +96,12 @@ async fn listens(member: &Listed) -> bool {
 /// A learner cannot ask for it itself, nor can it be promoted before it has caught up.
 async fn promote(settings: &Settings, id: u64) -> Result<()> {
     let Some(others) = &settings.others else { return Ok(()) };
-    let mut last = Ok(());
+    let (started, mut last) = (Instant::now(), Ok(()));
     for endpoint in &others.endpoints {
         let promoted = async { Etcd::reach(others, endpoint.trim()).await?.0.promote(id).await };
         last = promoted.await;
         if last.is_ok() {
+            settings.metrics.member_promoted(true, started.elapsed());
             tracing::info!("the member has caught up and votes from now on");
             break;
         }

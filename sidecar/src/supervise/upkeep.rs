@@ -7,12 +7,14 @@ use std::time::{Duration, Instant};
 
 use chrono::Utc;
 use croner::Cron;
+use tracing::Instrument;
 
 use super::membership::Gone;
 use super::{Supervisor, defragment};
 use crate::compact;
-use crate::etcd::{Alarm, Etcd, EtcdFlags, Role};
+use crate::etcd::{Alarm, Etcd, EtcdFlags, Role, Status};
 use crate::gc::collect;
+use crate::metrics;
 use crate::restore;
 use crate::retention::Retention;
 use crate::snapshotter::Kind;
@@ -21,10 +23,15 @@ use crate::{Error, Result};
 
 /// How often it is looked whether a tail of deltas has grown long, and whether a cron schedule has come due.
 const LOOK_PERIOD: Duration = Duration::from_secs(30);
+/// After something has failed, it is tried again after so long, and with each further time after twice as long up to this.
+const LEAST_BACKOFF: Duration = Duration::from_secs(30);
+const MOST_BACKOFF: Duration = Duration::from_secs(4 * 3600);
 /// Between two times that a cluster without space is seen to.
 const NO_SPACE_PERIOD: Duration = Duration::from_secs(600);
-/// How often alarms are asked for.
+/// How often it is looked whether there is space.
 const ALARM_PERIOD: Duration = Duration::from_secs(15);
+/// Between two times that a database is defragmented out of turn, should that not have made it smaller.
+const URGENT_PERIOD: Duration = Duration::from_secs(3600);
 
 /// What is done, and when.
 #[derive(Debug, Clone, Default)]
@@ -35,10 +42,21 @@ pub struct Upkeep {
     pub compaction: Option<(usize, PathBuf)>,
     /// When the newest chain is restored, and where to.
     pub verification: Option<(Cron, PathBuf)>,
-    /// When databases are defragmented, and from which free share on.
-    pub defragmentation: Option<(Cron, f64)>,
+    /// When databases are defragmented.
+    pub defragmentation: Option<Defragmentation>,
     /// Whether a cluster that has run out of space is compacted and defragmented.
     pub resolve_no_space: bool,
+}
+
+/// When databases are defragmented.
+#[derive(Debug, Clone)]
+pub struct Defragmentation {
+    /// When it is looked at them.
+    pub cron: Cron,
+    /// From which free share on.
+    pub least_free_share: f64,
+    /// From which free share on at any time; 0 for never.
+    pub urgent_free_share: f64,
 }
 
 /// A chain that was restored.
@@ -60,14 +78,19 @@ pub(super) fn start(supervisor: &Arc<Supervisor>) {
     if let Some(store) = supervisor.settings.initialize.store.clone() {
         if let Some((retention, period)) = upkeep.retention {
             let store = store.clone();
-            supervisor.repeat("delete backups that newer ones replace", When::Every(period), move |this| {
-                let store = store.clone();
-                async move { this.collect(&store, retention).await }
-            });
+            supervisor.repeat(
+                "delete backups that newer ones replace",
+                When::Every(period),
+                Lasts::WhileLeading,
+                move |this| {
+                    let store = store.clone();
+                    async move { this.collect(&store, retention).await }
+                },
+            );
         }
         if let Some((most, work_dir)) = upkeep.compaction {
             let store = store.clone();
-            supervisor.repeat("merge deltas", When::Every(LOOK_PERIOD), move |this| {
+            supervisor.repeat("merge deltas", When::Every(LOOK_PERIOD), Lasts::WhileLeading, move |this| {
                 let (store, work_dir) = (store.clone(), work_dir.clone());
                 async move { this.merge_when_long(&store, most, &work_dir).await }
             });
@@ -76,6 +99,7 @@ pub(super) fn start(supervisor: &Arc<Supervisor>) {
             supervisor.repeat(
                 "restore the newest chain to see that it can be",
                 When::Cron(Box::new(cron)),
+                Lasts::WhileLeading,
                 move |this| {
                     let (store, work_dir) = (store.clone(), work_dir.clone());
                     async move { this.drill(&store, &work_dir).await }
@@ -83,26 +107,37 @@ pub(super) fn start(supervisor: &Arc<Supervisor>) {
             );
         }
     }
-    if let Some((cron, share)) = upkeep.defragmentation {
-        supervisor.repeat("defragment", When::Cron(Box::new(cron)), move |this| async move {
-            let _one = this.heavy.lock().await;
-            let started = Instant::now();
-            let done = defragment::cluster(&this.settings.etcd, share, &this.settings.quiet).await;
-            this.settings.metrics.defragmented(done.is_ok(), started.elapsed());
-            done.map(drop)
+    if let Some(Defragmentation { cron, least_free_share, urgent_free_share }) = upkeep.defragmentation {
+        supervisor.repeat("defragment", When::Cron(Box::new(cron)), Lasts::ToItsEnd, move |this| async move {
+            this.defragment_all(least_free_share).await
         });
+        supervisor.repeat(
+            "defragment what is mostly free",
+            When::Every(LOOK_PERIOD),
+            Lasts::ToItsEnd,
+            move |this| async move { this.defragment_urgently(least_free_share, urgent_free_share).await },
+        );
     }
     if let Some(after) = supervisor.settings.remove_members_after {
         let gone = Arc::<tokio::sync::Mutex<Gone>>::default();
-        supervisor.repeat("remove members that are gone", When::Every(Gone::period(after)), move |this| {
-            let gone = gone.clone();
-            async move {
-                let (mut etcd, _) = Etcd::connect(&this.settings.etcd).await?;
-                gone.lock().await.remove(&this.settings.initialize, after, &mut etcd).await
-            }
+        supervisor.repeat(
+            "remove members that are gone",
+            When::Every(Gone::period(after)),
+            Lasts::WhileLeading,
+            move |this| {
+                let gone = gone.clone();
+                async move {
+                    let (mut etcd, _) = Etcd::connect(&this.settings.etcd).await?;
+                    gone.lock().await.remove(&this.settings.initialize, after, &mut etcd).await
+                }
+            },
+        );
+    }
+    if upkeep.resolve_no_space {
+        supervisor.repeat("make space", When::Every(ALARM_PERIOD), Lasts::WhileLeading, |this| async move {
+            this.make_space().await
         });
     }
-    supervisor.repeat("see to alarms", When::Every(ALARM_PERIOD), |this| async move { this.see_to_alarms().await });
 }
 
 #[derive(Debug, Clone)]
@@ -126,18 +161,29 @@ impl When {
     }
 }
 
+/// How long what was begun goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lasts {
+    /// Given up when the member no longer leads.
+    WhileLeading,
+    /// It hands leadership over itself, and ends by itself where another leads.
+    ToItsEnd,
+}
+
 impl Supervisor {
-    /// Does something from time to time while its member leads, and gives it up when it no longer does.
-    fn repeat<F, W>(self: &Arc<Self>, what: &'static str, when: When, work: W)
+    /// Does something from time to time while its member leads.
+    fn repeat<F, W>(self: &Arc<Self>, what: &'static str, when: When, lasts: Lasts, work: W)
     where
         F: Future<Output = Result<()>> + Send + 'static,
         W: Fn(Arc<Self>) -> F + Send + Sync + 'static,
     {
         let this = self.clone();
         self.tasks.spawn(async move {
+            // What fails for a lasting reason is not tried as often as it is looked at.
+            let mut backoff = Duration::ZERO;
             loop {
                 tokio::select! {
-                    () = tokio::time::sleep(when.wait()) => {}
+                    () = tokio::time::sleep(when.wait().max(backoff)) => {}
                     () = this.stop.cancelled() => return,
                 }
                 if !this.leads() {
@@ -145,15 +191,19 @@ impl Supervisor {
                 }
                 // An etcd that does not answer, as while it is defragmented, still leads for all that is known.
                 let gone = async {
-                    while !matches!(this.observed.borrow().role, Some(Role::Follower | Role::Learner)) {
+                    let is_over = |role| matches!(role, Some(Role::Follower | Role::Learner));
+                    while lasts == Lasts::ToItsEnd || !is_over(this.observed.borrow().role) {
                         tokio::time::sleep(super::ROLE_PERIOD).await;
                     }
                 };
                 tokio::select! {
-                    done = work(this.clone()) => match done {
-                        Ok(()) => {}
+                    done = work(this.clone()).instrument(tracing::info_span!("upkeep", what)) => match done {
+                        Ok(()) => backoff = Duration::ZERO,
                         Err(Error::Cancelled) => return,
-                        Err(error) => tracing::error!(%error, "could not {what}; it is tried again at the next time"),
+                        Err(error) => {
+                            tracing::error!(%error, "could not {what}; it is tried again at the next time");
+                            backoff = (backoff * 2).clamp(LEAST_BACKOFF, MOST_BACKOFF);
+                        }
                     },
                     () = gone => tracing::info!("the member no longer leads: it is left to the leader to {what}"),
                     () = this.stop.cancelled() => return,
@@ -168,11 +218,15 @@ impl Supervisor {
 
     async fn collect(&self, store: &Store, retention: Retention) -> Result<()> {
         let _one = self.heavy.lock().await;
+        let store = &self.in_the_background(store).0;
         let collected = collect(store, retention, false, &self.stop.child_token()).await?;
         for damaged in &collected.damaged {
             tracing::error!("a backup is damaged: {damaged}");
         }
-        self.settings.metrics.collected(collected.deleted, collected.failed.len() as u64);
+        for (object, is_gone) in &collected.ended {
+            let kind = if object.is_full() { metrics::Kind::Full } else { metrics::Kind::Incr };
+            self.settings.metrics.collected(kind, *is_gone);
+        }
         tracing::info!(
             deleted = collected.deleted,
             bytes = collected.freed_bytes,
@@ -184,8 +238,7 @@ impl Supervisor {
 
     async fn merge_when_long(&self, store: &Store, most: usize, work_dir: &Path) -> Result<()> {
         let catalog = store.catalog().await?;
-        let chain = catalog.newest_restorable().and_then(|(_, history)| history.newest_chain());
-        if chain.is_none_or(|chain| chain.deltas.len() < most) {
+        if catalog.newest_chain().is_none_or(|(_, chain)| chain.deltas.len() < most) {
             return Ok(());
         }
         self.compact(false, work_dir).await.map(drop)
@@ -198,7 +251,7 @@ impl Supervisor {
         let settings = compact::Settings { timeline: None, discard_history, work_dir: work_dir.to_owned() };
         let stop = self.stop.child_token();
         let _gone = stop.clone().drop_guard();
-        let compacted = compact::compact(store, &settings, &stop).await?;
+        let compacted = compact::compact(&self.in_the_background(store).0, &settings, &stop).await?;
         tracing::info!(object = compacted.object, revision = compacted.revision, "deltas are merged");
         Ok(compacted)
     }
@@ -207,58 +260,75 @@ impl Supervisor {
     pub async fn drill(&self, store: &Store, work_dir: &Path) -> Result<()> {
         let _one = self.heavy.lock().await;
         let catalog = store.catalog().await?;
-        let newest = catalog.newest_restorable();
-        let Some((timeline, chain)) = newest.and_then(|(timeline, history)| Some((timeline, history.newest_chain()?)))
-        else {
-            return Ok(());
-        };
+        let Some((timeline, chain)) = catalog.newest_chain() else { return Ok(()) };
         let stop = self.stop.child_token();
         let _gone = stop.clone().drop_guard();
+        let (store, pace) = self.in_the_background(store);
         let started = Instant::now();
-        let (revision, hashes) = restore::replay(store, timeline, chain, work_dir, &stop).await?;
-        let (seconds, unix_ms) = (started.elapsed().as_secs_f64(), Utc::now().timestamp_millis());
+        let replayed = restore::replay(&store, timeline, chain, work_dir, &stop).await;
+        self.settings.metrics.drilled(replayed.is_ok());
+        let (revision, hashes) = replayed?;
+        // A restore in earnest keeps to no pace.
+        let waited = pace.map_or(Duration::ZERO, |pace| pace.waited());
+        let (seconds, unix_ms) =
+            (started.elapsed().saturating_sub(waited).as_secs_f64(), Utc::now().timestamp_millis());
         tracing::info!(revision, seconds, ?hashes, "the newest chain was restored and is whole");
         self.settings.metrics.verified(revision, unix_ms, seconds);
         self.observed.send_modify(|observed| observed.verified = Some(Verified { revision, unix_ms, seconds, hashes }));
         Ok(())
     }
 
-    async fn see_to_alarms(&self) -> Result<()> {
-        let (mut etcd, status) = Etcd::connect(&self.settings.etcd).await?;
-        let alarms = etcd.alarms().await?;
-        self.observed.send_if_modified(|observed| {
-            let is_new = observed.alarms != alarms;
-            if is_new {
-                for (id, alarm) in &alarms {
-                    tracing::error!(member = format!("{id:x}"), alarm = alarm.name(), "the cluster has an alarm");
-                }
-                observed.alarms.clone_from(&alarms);
-            }
-            is_new
-        });
-        if !alarms.iter().any(|(_, alarm)| *alarm == Alarm::NoSpace) || !self.settings.upkeep.resolve_no_space {
+    async fn defragment_all(&self, least_free_share: f64) -> Result<()> {
+        let _one = self.heavy.lock().await;
+        let started = Instant::now();
+        let done = defragment::cluster(&self.settings.etcd, least_free_share, &self.settings.quiet).await;
+        self.settings.metrics.defragmented(done.is_ok(), started.elapsed());
+        done.map(drop)
+    }
+
+    async fn defragment_urgently(&self, least_free_share: f64, urgent_free_share: f64) -> Result<()> {
+        let is_urgent = |status: &Status| defragment::is_urgent(status, urgent_free_share);
+        // The others have the same rows, and about as much that is free.
+        if !self.observed.borrow().status.as_ref().is_some_and(is_urgent) {
             return Ok(());
         }
+        self.defragment_all(least_free_share).await?;
+        tokio::select! {
+            () = tokio::time::sleep(URGENT_PERIOD) => {}
+            () = self.stop.cancelled() => {}
+        }
+        Ok(())
+    }
+
+    async fn make_space(&self) -> Result<()> {
+        if !self.observed.borrow().alarms().iter().any(|(_, alarm)| *alarm == Alarm::NoSpace) {
+            return Ok(());
+        }
+        let (mut etcd, status) = Etcd::connect(&self.settings.etcd).await?;
         tracing::warn!("etcd has run out of space: it is compacted and defragmented");
         // What is compacted can no longer be received.
         if self.settings.backup.is_some() {
             self.take(Kind::Delta).await?;
         }
+        let _one = self.heavy.lock().await;
         etcd.compact(status.revision).await?;
         // One that is not well must not keep the others from writing.
+        let mut done = Vec::new();
         for member in etcd.members().await?.into_iter().filter(|member| member.id != status.member_id) {
             let flags = EtcdFlags { endpoints: member.client_urls.clone(), ..self.settings.etcd.clone() };
             let defragmented = async { Etcd::connect(&flags).await?.0.defragment().await };
-            if let Err(error) = defragmented.await {
-                tracing::warn!(%error, name = member.name, "a member is not defragmented");
+            match defragmented.await {
+                Ok(()) => done.push(member.id),
+                Err(error) => tracing::warn!(%error, name = member.name, "a member is not defragmented"),
             }
         }
         {
             // Nobody can write anyway, so the leader leads on.
             let _quiet = self.settings.quiet.lock().await;
             etcd.defragment().await?;
+            done.push(status.member_id);
         }
-        for (member, _) in alarms.iter().filter(|(_, alarm)| *alarm == Alarm::NoSpace) {
+        for (member, _) in status.alarms.iter().filter(|(id, alarm)| *alarm == Alarm::NoSpace && done.contains(id)) {
             etcd.disarm_no_space(*member).await?;
         }
         tracing::info!("there is space again");

@@ -108,6 +108,16 @@ pub const TOOLS: &[Tool] = &[
         origin: Origin::Go(&[(".", "gardener")]),
     },
     Tool {
+        name: "kubernetes",
+        version: "1.34.4",
+        programs: &["kube-apiserver", "kubelet"],
+        probe: ("--version", "Kubernetes v1.34.4"),
+        origin: Origin::Go(&[
+            ("k8s.io/kubernetes/cmd/kube-apiserver", "kube-apiserver"),
+            ("k8s.io/kubernetes/cmd/kubelet", "kubelet"),
+        ]),
+    },
+    Tool {
         name: "zstd",
         version: "1.5",
         programs: &["zstd"],
@@ -130,15 +140,6 @@ pub const TOOLS: &[Tool] = &[
     },
 ];
 
-/// Tools that only benchmarks need, which fetch them.
-pub const BENCH_TOOLS: &[Tool] = &[Tool {
-    name: "kubernetes",
-    version: "1.34.4",
-    programs: &["kube-apiserver"],
-    probe: ("--version", "Kubernetes v1.34.4"),
-    origin: Origin::Go(&[("k8s.io/kubernetes/cmd/kube-apiserver", "kube-apiserver")]),
-}];
-
 const ETCD: &[(&str, &str)] = &[
     ("go.etcd.io/etcd/server/v3", "etcd"),
     ("go.etcd.io/etcd/etcdctl/v3", "etcdctl"),
@@ -159,7 +160,7 @@ pub fn cache() -> PathBuf {
 
 /// The tool of that name.
 pub fn tool(name: &str) -> Result<&'static Tool> {
-    TOOLS.iter().chain(BENCH_TOOLS).find(|tool| tool.name == name).ok_or_else(|| format!("there is no tool {name}"))
+    TOOLS.iter().find(|tool| tool.name == name).ok_or_else(|| format!("there is no tool {name}"))
 }
 
 impl Tool {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
-use tools::{BENCH_TOOLS, INSTALLED, Result, TOOLS, Tool, lay_out_protoc, need, tool};
+use tools::{INSTALLED, Result, TOOLS, Tool, lay_out_protoc, need, tool};
 
 const USAGE: &str = "\
 usage:
@@ -44,7 +44,7 @@ fn workspace() -> PathBuf {
 
 #[expect(clippy::print_stdout, reason = "a listing is the result")]
 fn list() {
-    for tool in TOOLS.iter().chain(BENCH_TOOLS) {
+    for tool in TOOLS {
         for program in tool.programs {
             let place = tool
                 .program(program)
@@ -144,8 +144,10 @@ fn components() -> Result<()> {
 
 fn bench(rest: &[&str]) -> Result<()> {
     fetch(&["etcd-3.6"])?;
-    if rest.contains(&"compression") {
-        fetch(&["kubernetes"])?;
+    for (scenario, tool) in [("compression", "kubernetes"), ("outage", "minio")] {
+        if rest.contains(&scenario) {
+            fetch(&[tool])?;
+        }
     }
     step(
         "build",

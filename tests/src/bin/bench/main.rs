@@ -4,6 +4,7 @@
 #![expect(clippy::print_stdout, reason = "the numbers are the result")]
 
 mod compression;
+mod service;
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -30,8 +31,10 @@ scenarios:
   large    1.1 GB of database and 100,000 events of 1.1 KB
   merge    1.1 GB of database and 1,000,000 events of 1.1 KB
   small    11 MB of database and 10,000 events, to try it
-  tail     a live etcd written to at about 30 MB/s for 20 s while it is backed up
-  compression  what backups take while a kube-apiserver writes to etcd; fetches kube-apiserver first
+  tail     a live etcd written to at about 30 MB/s for 30 s beside `sidecar serve`, with a delta every 1, 5 and 20 s
+  service  `sidecar serve`: size, start-up, memory; the time until etcd is ready on 1 GB; what a full snapshot costs etcd's clients
+  outage   the store is away for ten minutes while etcd is written to
+  compression  what backups take while a kube-apiserver writes to etcd; fetches it first
 Without one, events and large. Needs about 10 GB in DIR (default: a temporary directory).";
 
 #[derive(Debug, Clone, Copy)]
@@ -224,10 +227,7 @@ fn measure(command: &mut Command) -> Result<Run> {
     let status = loop {
         // The kernel keeps the high-water mark; the last look before the end has it but for a moment.
         let status = std::fs::read_to_string(&status_path).unwrap_or_default();
-        let mark = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.trim().parse().ok());
-        peak_kib = peak_kib.max(mark.unwrap_or(0.0));
+        peak_kib = peak_kib.max(record(&status, "VmHWM:").unwrap_or(0.0));
         if let Some(status) = child.try_wait()? {
             break status;
         }
@@ -240,6 +240,11 @@ fn measure(command: &mut Command) -> Result<Run> {
     }
     ensure!(status.success(), "{text} failed with {status}: {error}");
     Ok(Run { seconds, peak_mib: peak_kib / 1024.0 })
+}
+
+/// A size in KiB from `/proc/…/status`.
+fn record(status: &str, field: &str) -> Option<f64> {
+    status.lines().find_map(|line| line.strip_prefix(field)?.trim().strip_suffix(" kB")?.trim().parse().ok())
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -457,89 +462,30 @@ async fn write_behind(etcd: &tests::etcd::Etcd, scenario: Scenario) -> Result<i6
     Ok(each * WRITERS)
 }
 
-/// Writes to a live etcd as fast as about 30 MB/s while it is backed up; prints what the backup took.
-async fn tail(dir: &Path) -> Result<()> {
-    const SECONDS: u64 = 20;
-    const VALUE: usize = 16 << 10;
-    const EVERY: Duration = Duration::from_micros(550);
-    let dir = dir.join("tail");
-    fresh(&dir)?;
-    std::fs::create_dir_all(&dir)?;
-    let member = Member::single("3.6", &dir.join("data"))?;
-    let member = member.flag("--quota-backend-bytes=8589934592").flag("--unsafe-no-fsync");
-    let etcd = member.start().await?;
-    let (endpoint, store) = (member.client_url(), tests::file_url(&dir.join("store")));
-    let mut command = Command::new(program::path()?);
-    command.args(["snapshot", "--endpoints", &endpoint, "--store", &store, "--delta-period", "5s"]);
-    let mut child = command.stdin(Stdio::null()).stderr(Stdio::null()).spawn()?;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let written = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
-    let started = Instant::now();
-    let mut writers = tokio::task::JoinSet::new();
-    for writer in 0..16u64 {
-        let (mut client, written) = (etcd.client().await?, written.clone());
-        writers.spawn(async move {
-            let mut values = Values { state: writer, buffer: Vec::new() };
-            let mut tick = tokio::time::interval(EVERY * 16);
-            while started.elapsed() < Duration::from_secs(SECONDS) {
-                tick.tick().await;
-                client.put(format!("/tail/{writer}/{}", values.state % 500), values.next(VALUE), None).await?;
-                written.fetch_add(VALUE as u64, std::sync::atomic::Ordering::Relaxed);
+/// A scenario of another kind, by name.
+async fn other(name: &str, dir: &Path, runs: usize) -> Result<()> {
+    match name {
+        "tail" => {
+            for period in [1, 5, 20] {
+                service::tail(dir, period).await?;
             }
-            anyhow::Ok(())
-        });
+            Ok(())
+        }
+        "service" => {
+            service::idle(dir).await?;
+            service::ready(dir, runs).await?;
+            service::latency(dir).await
+        }
+        "outage" => service::outage(dir, 600).await,
+        "compression" => compression::run(dir).await,
+        name => bail!("there is no scenario {name}\n{USAGE}"),
     }
-    let mut client = etcd.client().await?;
-    let mut lags = Vec::new();
-    while started.elapsed() < Duration::from_secs(SECONDS) {
-        tokio::time::sleep(Duration::from_millis(250)).await;
-        let live = client.status().await?.header().map_or(0, etcd_client::ResponseHeader::revision);
-        let names = tests::objects(&dir.join("store"))?;
-        let last = |path: &PathBuf| {
-            let name = path.strip_prefix(dir.join("store")).ok()?.to_str()?;
-            ObjectName::parse(name)?.revisions().map(|(_, last)| last)
-        };
-        lags.push(live - names.iter().filter_map(last).max().unwrap_or(0));
-    }
-    while let Some(done) = writers.join_next().await {
-        done??;
-    }
-    let seconds = started.elapsed().as_secs_f64();
-    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id()))?;
-    let peak: f64 = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.trim().parse().ok())
-        .context("no VmHWM")?;
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id()))?;
-    let ticks =
-        stat.rsplit(')').next().map(|rest| rest.split_whitespace().skip(11).take(2).flat_map(str::parse::<f64>));
-    // The kernel counts in hundredths of a second for programs, whatever its own clock does.
-    let cpu_seconds = ticks.context("no times")?.sum::<f64>() / 100.0;
-    let process = rustix::process::Pid::from_child(&child);
-    rustix::process::kill_process(process, rustix::process::Signal::TERM)?;
-    ensure!(child.wait()?.success(), "the backup failed");
-    let megabytes = written.load(std::sync::atomic::Ordering::Relaxed) as f64 / 1e6;
-    println!("tail: {megabytes:.0} MB of events at {:.0} MB/s, peak RSS {:.0} MiB", megabytes / seconds, peak / 1024.0);
-    lags.sort_unstable();
-    let revisions = written.load(std::sync::atomic::Ordering::Relaxed) / VALUE as u64;
-    println!(
-        "tail: {:.0} events/s, {:.1} ms of CPU per MB; behind by {} revisions at the median, {} at most, with a delta every 5 s",
-        revisions as f64 / seconds,
-        cpu_seconds * 1000.0 / megabytes,
-        lags.get(lags.len() / 2).copied().unwrap_or_default(),
-        lags.last().copied().unwrap_or_default()
-    );
-    let restored = dir.join("restored");
-    let restore =
-        measure(Command::new(program::path()?).args(["restore", "--store", &store, "--data-dir"]).arg(&restored))?;
-    println!("tail: restored and verified in {:.1} s", restore.seconds);
-    fresh(&dir)
 }
 
 #[tokio::main]
 async fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
-    let (mut dir, mut runs, mut chosen, mut with_tail, mut with_compression) = (None, 3, Vec::new(), false, false);
+    let (mut dir, mut runs, mut chosen) = (None, 3, Vec::new());
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--help" | "-h" => {
@@ -548,24 +494,19 @@ async fn main() -> Result<()> {
             }
             "--dir" => dir = arguments.next().map(PathBuf::from),
             "--runs" => runs = arguments.next().context("--runs needs a number")?.parse()?,
-            "tail" => with_tail = true,
-            "compression" => with_compression = true,
-            name => match SCENARIOS.iter().find(|scenario| scenario.name == name) {
-                Some(scenario) => chosen.push(*scenario),
-                None => bail!("there is no scenario {name}\n{USAGE}"),
-            },
+            _ => chosen.push(argument),
         }
     }
-    if chosen.is_empty() && !with_tail && !with_compression {
-        chosen.extend(SCENARIOS.iter().take(2));
+    if chosen.is_empty() {
+        chosen.extend(SCENARIOS.iter().take(2).map(|scenario| scenario.name.to_owned()));
     }
     let temporary = tempfile::tempdir()?;
     let dir = dir.unwrap_or_else(|| temporary.path().to_owned());
-    for scenario in chosen {
-        run(scenario, &dir, runs).await?;
+    for name in chosen {
+        match SCENARIOS.iter().find(|scenario| scenario.name == name) {
+            Some(scenario) => run(*scenario, &dir, runs).await?,
+            None => other(&name, &dir, runs).await?,
+        }
     }
-    if with_tail {
-        tail(&dir).await?;
-    }
-    if with_compression { compression::run(&dir).await } else { Ok(()) }
+    Ok(())
 }

@@ -1,0 +1,58 @@
+//! How the last etcd ended, kept beside its data: a pod that is made anew still knows.
+
+use std::io;
+use std::path::Path;
+
+use etcd_format::datadir::LAST_EXIT;
+use serde::{Deserialize, Serialize};
+
+/// How an etcd ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LastExit {
+    /// Exit code; 128 and the signal's number when it was killed.
+    pub code: i32,
+    /// How many milliseconds it ran.
+    pub ran_ms: u64,
+    /// When it ended, in milliseconds since 1970.
+    pub unix_ms: i64,
+}
+
+impl LastExit {
+    /// `None` where nobody has said, or what was said cannot be read.
+    pub(super) fn read(data_dir: &Path) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(data_dir.join(LAST_EXIT)).ok()?).ok()
+    }
+
+    /// Replaces what was said before as a whole. Nothing is made where there is no data.
+    pub(super) fn write(&self, data_dir: &Path) -> io::Result<()> {
+        if !data_dir.is_dir() {
+            return Ok(());
+        }
+        let mut file = tempfile::NamedTempFile::new_in(data_dir)?;
+        io::Write::write_all(&mut file, &serde_json::to_vec(self)?)?;
+        file.persist(data_dir.join(LAST_EXIT)).map(drop).map_err(|error| error.error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_one_is_kept() -> io::Result<()> {
+        let dir = tempfile::tempdir()?;
+        assert_eq!(LastExit::read(dir.path()), None);
+        for code in [1, 137] {
+            let exit = LastExit { code, ran_ms: 5, unix_ms: 7 };
+            exit.write(dir.path())?;
+            assert_eq!(LastExit::read(dir.path()), Some(exit));
+        }
+        std::fs::write(dir.path().join(LAST_EXIT), "{")?;
+        assert_eq!(LastExit::read(dir.path()), None);
+        let nowhere = dir.path().join("nowhere");
+        LastExit { code: 0, ran_ms: 0, unix_ms: 0 }.write(&nowhere)?;
+        assert!(!nowhere.exists());
+        Ok(())
+    }
+}
