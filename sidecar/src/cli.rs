@@ -6,6 +6,7 @@ mod copy;
 mod ctl;
 mod doctor;
 mod gc;
+mod install;
 mod launch;
 mod list;
 mod manual;
@@ -79,6 +80,7 @@ enum Command {
     Serve(serve::Args),
     Launch(launch::Args),
     Ctl(ctl::Args),
+    Install(install::Args),
     Completions(manual::CompletionsArgs),
     Man(manual::ManArgs),
 }
@@ -125,6 +127,7 @@ impl Cli {
             Command::Serve(args) => serve::run(args, stop).await,
             Command::Launch(args) => launch::run(args, stop, insist).await,
             Command::Ctl(args) => until(&stop, ctl::run(args)).await,
+            Command::Install(args) => install::run(&args),
             Command::Completions(args) => manual::completions(&args),
             Command::Man(args) => manual::man(&args),
             Command::Check(args) => until(&stop, check::run(args, self.output)).await,

@@ -39,7 +39,8 @@ pub struct Tool {
 }
 
 /// Programs of Debian's that tests need in whatever version there is, and the package of each.
-pub const INSTALLED: &[(&str, &str)] = &[("ip", "iproute2"), ("chromium", "chromium")];
+pub const INSTALLED: &[(&str, &str)] =
+    &[("ip", "iproute2"), ("chromium", "chromium"), ("systemctl", "systemd"), ("musl-gcc", "musl-tools")];
 
 /// Every tool that tests need, in the order in which it is fetched.
 pub const TOOLS: &[Tool] = &[
@@ -116,6 +117,27 @@ pub const TOOLS: &[Tool] = &[
             ("k8s.io/kubernetes/cmd/kube-apiserver", "kube-apiserver"),
             ("k8s.io/kubernetes/cmd/kubelet", "kubelet"),
         ]),
+    },
+    Tool {
+        name: "pause",
+        version: "1",
+        programs: &["pause"],
+        probe: ("--version", "pause 1"),
+        origin: Origin::Go(&[(".", "pause")]),
+    },
+    Tool {
+        name: "containerd",
+        version: "1.6",
+        programs: &["containerd", "containerd-shim-runc-v2", "ctr", "runc"],
+        probe: ("--version", "containerd github.com/containerd/containerd 1.6"),
+        origin: Origin::Debian(&["containerd", "runc", "libseccomp2"]),
+    },
+    Tool {
+        name: "otel",
+        version: "0.165.0",
+        programs: &["otelcol"],
+        probe: ("--version", "otelcol version 1"),
+        origin: Origin::Go(&[(".", "otelcol")]),
     },
     Tool {
         name: "zstd",
@@ -252,8 +274,9 @@ fn from_debian(packages: &[&str], programs: &[&str], directory: &Path) -> Result
         }
     }
     for program in programs {
-        let from = unpacked.join("usr/bin").join(program);
-        std::fs::copy(&from, directory.join(program)).map_err(|error| format!("copy {}: {error}", from.display()))?;
+        let places = ["usr/bin", "usr/sbin"].map(|place| unpacked.join(place).join(program));
+        let from = places.iter().find(|place| place.is_file()).unwrap_or(&places[0]);
+        std::fs::copy(from, directory.join(program)).map_err(|error| format!("copy {}: {error}", from.display()))?;
     }
     // Libraries that a program comes with lie beside it, in `lib`.
     for place in std::fs::read_dir(unpacked.join("usr/lib")).into_iter().flatten().flatten() {
