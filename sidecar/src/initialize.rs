@@ -156,7 +156,11 @@ async fn until_decided(
                 see(Step::Check);
             }
             // From here on no etcd starts on it until it is known what becomes of it.
-            let held = match datadir::hold(dir) {
+            let held = datadir::hold(dir).and_then(|held| {
+                datadir::Staged::clear_leftovers(datadir::RealDisk, dir)?;
+                Ok(held)
+            });
+            let held = match held {
                 Err(error @ etcd_format::Error::Precondition { .. }) => return Ok(Outcome::in_use(&error)),
                 held => held.map_err(Error::format(dir.display().to_string()))?,
             };

@@ -57,6 +57,17 @@ pub enum Ended {
 
 /// Runs a command whose n-th call of a kind is hit.
 pub async fn run(command: &Sidecar, calls: &str, nth: usize, hit: Hit) -> Result<Ended> {
+    run_while(command, calls, nth, hit, std::future::pending()).await
+}
+
+/// The same of one that serves: `drive` asks it for something, and when that has ended it is asked to end.
+pub async fn run_while(
+    command: &Sidecar,
+    calls: &str,
+    nth: usize,
+    hit: Hit,
+    drive: impl Future<Output = ()>,
+) -> Result<Ended> {
     let log = tempfile::NamedTempFile::new()?;
     let path = crate::program("strace", "strace")?;
     let libraries = path.with_file_name("lib");
@@ -77,10 +88,22 @@ pub async fn run(command: &Sidecar, calls: &str, nth: usize, hit: Hit) -> Result
         .kill_on_drop(true);
     let mut child = strace.spawn()?;
     let deadline = Instant::now() + Duration::from_secs(120);
+    let tracer = child.id().unwrap_or_default();
+    let traced = || {
+        let children = std::fs::read_to_string(format!("/proc/{tracer}/task/{tracer}/children")).unwrap_or_default();
+        children.split_whitespace().next().and_then(|pid| Pid::from_raw(pid.parse().ok()?))
+    };
+    let mut drive = std::pin::pin!(drive);
+    let mut is_driven = false;
     let code = loop {
-        if let Ok(status) = tokio::time::timeout(Duration::from_millis(100), child.wait()).await {
+        tokio::select! {
             // strace ends itself by the signal that ended the program.
-            break status?.code().unwrap_or(-1);
+            status = child.wait() => break status?.code().unwrap_or(-1),
+            () = &mut drive, if !is_driven => {
+                is_driven = true;
+                let _ = traced().map(|pid| kill_process(pid, Signal::TERM));
+            }
+            () = tokio::time::sleep(Duration::from_millis(100)) => {}
         }
         let text = std::fs::read_to_string(log.path())?;
         if is_elsewhere(&text) {
@@ -91,9 +114,7 @@ pub async fn run(command: &Sidecar, calls: &str, nth: usize, hit: Hit) -> Result
     };
     if child.id().is_some() {
         // Without its tracer the program would go on.
-        let traced = std::fs::read_to_string(log.path())?;
-        let traced = traced.split_whitespace().next().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
-        let _ = traced.map(|pid| kill_process(pid, Signal::KILL));
+        let _ = traced().map(|pid| kill_process(pid, Signal::KILL));
         let _ = child.kill().await;
     }
     let text = std::fs::read_to_string(log.path())?;

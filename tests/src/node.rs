@@ -112,10 +112,10 @@ impl Node {
         };
         succeed(&mut tar(&layer, &content)).await?;
         std::fs::remove_dir_all(&content)?;
-        let digest: String = Sha256::digest(std::fs::read(&layer)?).iter().map(|byte| format!("{byte:02x}")).collect();
+        let digest = bytes::Bytes::copy_from_slice(&Sha256::digest(std::fs::read(&layer)?));
         let config = serde_json::json!({
             "architecture": "amd64", "os": "linux", "config": {"Entrypoint": entrypoint},
-            "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest}")]},
+            "rootfs": {"type": "layers", "diff_ids": [format!("sha256:{digest:x}")]},
         });
         std::fs::write(build.join("config.json"), config.to_string())?;
         let manifest = serde_json::json!([{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]);

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use etcd_client::Client;
+use proto::sidecar as api;
 use proto::sidecar::sidecar_client::SidecarClient;
 use rustix::process::{Pid, Signal, kill_process};
 use tonic::transport::{Channel, Endpoint};
@@ -255,6 +256,26 @@ impl Pod {
             anyhow::Ok(client)
         };
         eventually(LONG, connect).await
+    }
+
+    /// Asks for an initialization once its API answers; how it ended.
+    pub async fn initialize(&self) -> Result<api::Outcome> {
+        let mut client = eventually(LONG, || self.client(true)).await?;
+        let mut told = client.initialize(api::InitializeRequest {}).await?.into_inner();
+        let mut outcome = None;
+        while let Some(progress) = told.message().await? {
+            outcome = progress.outcome.or(outcome);
+        }
+        outcome.context("it ended without an outcome")
+    }
+
+    /// A client of its API over plain HTTP, with a certificate.
+    pub fn http(&self) -> Result<reqwest::Client> {
+        let Some(tls) = &self.tls else { return Ok(reqwest::Client::new()) };
+        let (cert, key) = tls.client();
+        let pem = [std::fs::read(cert)?, std::fs::read(key)?].concat();
+        let ca = reqwest::Certificate::from_pem(&std::fs::read(tls.ca())?)?;
+        Ok(reqwest::Client::builder().tls_certs_only([ca]).identity(reqwest::Identity::from_pem(&pem)?).build()?)
     }
 
     /// A client of its API, with a certificate or without.

@@ -429,14 +429,20 @@ fn cut_off_from_the_store_and_from_its_peers() -> Result<()> {
 async fn cut_off(dir: &std::path::Path, network: &Network) -> Result<()> {
     let minio = Minio::start_at(&dir.join("minio"), "backups", &STORE.to_string()).await?;
     let store = minio.store("backups/c");
-    let mut cluster = Cluster::of(Pod::on_hosts(dir, "3.6", network, Some(&store))?).await?;
+    let mut pods = Pod::on_hosts(dir, "3.6", network, Some(&store))?;
+    let hosts: Vec<_> = (0..3).map(|host| network.address(host)).collect();
+    let names: Vec<_> = hosts.iter().map(String::as_str).collect();
+    // Certificates everywhere: of clients, of peers, of the API.
+    Pod::secure(&mut pods, &dir.join("certificates"), &names)?;
+    let mut cluster = Cluster::of(pods).await?;
     write(&mut cluster.client(0).await?, 1).await?;
     cluster.back_up().await?;
     let first = cluster.leader().await?;
     // Any member takes the predecessor's call: the leader's sidecar does what it asks for.
     for host in 0..3 {
         cluster.client(host).await?.put("asked", host.to_string(), None).await?;
-        let answer = reqwest::get(format!("{}/snapshot/delta", cluster.pods[host].url())).await?;
+        let pod = &cluster.pods[host];
+        let answer = pod.http()?.get(format!("{}/snapshot/delta", pod.url())).send().await?;
         let (code, text) = (answer.status(), answer.text().await?);
         ensure!(code == 200 && text.contains("\"kind\":\"Incr\""), "{host} of leader {first}: {code} {text}");
     }
@@ -524,5 +530,42 @@ async fn a_member_that_nobody_configures_leaves() -> Result<()> {
     })
     .await?;
     write(&mut cluster.client(1).await?, 2).await?;
+    cluster.stop_all().await
+}
+
+/// Peers of a running cluster come to show each other certificates, one member after the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn peers_turn_to_tls() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut cluster = Cluster::start(dir.path(), "3.6", None).await?;
+    write(&mut cluster.client(0).await?, 1).await?;
+    let tls = tests::certificates::Certificates::issue(&dir.path().join("certificates"))?;
+    let mut members: Vec<_> = cluster.pods.iter().map(|pod| pod.member.clone()).collect();
+    for member in &mut members {
+        member.peer_tls = Some(tls.clone());
+    }
+    Member::introduce(&mut members);
+    for (at, member) in members.iter().enumerate() {
+        cluster.stop(at).await?;
+        cluster.pods[at].member = member.clone();
+        cluster.serving.remove(at).terminate().await?.expect(0)?;
+        let serving = cluster.pods[at].start_serve().await?;
+        cluster.serving.insert(at, serving);
+        cluster.start_one(at)?;
+        let listed = || async {
+            let listed = cluster.client(at).await?.member_list().await?;
+            let ours = listed.members().iter().find(|listed| listed.name() == member.name).context("not listed")?;
+            ensure!(ours.peer_urls() == [member.peer_url()], "{listed:?}");
+            Ok(())
+        };
+        eventually(LONG, listed).await.with_context(|| cluster.serve_logs())?;
+    }
+    cluster.settled().await?;
+    write(&mut cluster.client(2).await?, 2).await?;
+    let before = state::read(&mut cluster.client(2).await?).await?;
+    for member in [0, 1] {
+        let caught_up = || async { state::same(&before, &state::read(&mut cluster.client(member).await?).await?) };
+        eventually(LONG, caught_up).await?;
+    }
     cluster.stop_all().await
 }

@@ -25,7 +25,7 @@ fn deploy(path: &str) -> PathBuf {
 fn static_program() -> Result<PathBuf> {
     let own = std::env::current_exe()?;
     let target = own.ancestors().nth(3).context("no target directory")?;
-    let path = target.join("x86_64-unknown-linux-musl/debug/sidecar");
+    let path = target.join(format!("{}-unknown-linux-musl/debug/sidecar", std::env::consts::ARCH));
     ensure!(path.is_file(), "{} is missing: `cargo suite` builds it", path.display());
     Ok(path)
 }

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use tests::etcd::{Etcd, Member};
-use tests::faults::{CALLS, Ended, Hit, run};
+use tests::faults::{CALLS, Ended, Hit, run_while};
 use tests::objects;
+use tests::pod::Pod;
 use tests::program::Sidecar;
 use tests::state::{self, Keys};
 use tests::store::Store;
@@ -88,9 +89,23 @@ impl Scene {
 }
 
 /// Hits every kind of call of a command. `prepare` gives the command; `check` gets its exit code, and looks at what it left.
-async fn sweep<P, C>(mut prepare: impl FnMut() -> P, mut check: impl FnMut(i32) -> C) -> Result<()>
+async fn sweep<P, C>(prepare: impl FnMut() -> P, check: impl FnMut(i32) -> C) -> Result<()>
 where
     P: Future<Output = Result<Sidecar>>,
+    C: Future<Output = Result<()>>,
+{
+    sweep_while(prepare, std::future::pending, check).await
+}
+
+/// The same of one that serves, and is asked for something meanwhile.
+async fn sweep_while<P, D, C>(
+    mut prepare: impl FnMut() -> P,
+    mut drive: impl FnMut() -> D,
+    mut check: impl FnMut(i32) -> C,
+) -> Result<()>
+where
+    P: Future<Output = Result<Sidecar>>,
+    D: Future<Output = ()>,
     C: Future<Output = Result<()>>,
 {
     let mut hits = 0;
@@ -102,7 +117,7 @@ where
             }
             for nth in nth() {
                 let command = prepare().await?;
-                let code = match run(&command, calls, nth, hit).await? {
+                let code = match run_while(&command, calls, nth, hit, drive()).await? {
                     Ended::With(code) => code,
                     Ended::Untouched => break,
                     Ended::Elsewhere => continue,
@@ -277,4 +292,56 @@ async fn snapshot_full() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn snapshot_delta() -> Result<()> {
     snapshot("delta").await
+}
+
+/// What a serving sidecar does before etcd starts: whenever it fails or is killed there, the next one gets the member going
+/// with everything that the backups have, and what was there before lies beside it.
+async fn initialization(from: Option<&str>) -> Result<()> {
+    let mut scene = Scene::new().await?;
+    scene.etcd.kill9()?;
+    let mut pod = Pod::new(&scene.path("pod"), "3.6", Some(Store::directory(&scene.path("copy"))))?;
+    pod.member = Member { data_dir: scene.path("looked-after"), ..scene.member.clone() };
+    let data = pod.member.data_dir.clone();
+    let before = from.map(|from| state::of_directory(&scene.path(from))).transpose()?.map(|(revision, ..)| revision);
+    let prepare = || async {
+        scene.store("copy").await?;
+        let _ = std::fs::remove_dir_all(&data);
+        if let Some(from) = from {
+            copy(&scene.path(from), &data).await?;
+        }
+        pod.serve()
+    };
+    let drive = || async {
+        // It may be killed, or fail, at any moment.
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(30), pod.initialize()).await;
+    };
+    sweep_while(prepare, drive, |_| {
+        let (scene, pod, data) = (&scene, &pod, &data);
+        async move {
+            if let (Some(before), true) = (before, data.join("member").exists()) {
+                let (revision, ..) = state::of_directory(data)?;
+                ensure!(revision == scene.revision || revision == before, "it is at {revision}");
+            }
+            let serving = pod.start_serve().await?;
+            let outcome = pod.initialize().await?;
+            serving.terminate().await?.expect(0)?;
+            ensure!(outcome.revision == scene.revision, "{outcome:?}");
+            scene.is_restored(data)?;
+            let names = std::fs::read_dir(data)?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+            let left: Vec<_> = names.filter(|name| name != "member" && !name.starts_with("member.replaced-")).collect();
+            ensure!(left.is_empty(), "the next one left {left:?}");
+            Ok(())
+        }
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn initialization_of_what_is_lost() -> Result<()> {
+    initialization(None).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn initialization_of_what_is_behind() -> Result<()> {
+    initialization(Some("old")).await
 }

@@ -108,7 +108,8 @@ fn suite(filters: &[&str]) -> Result<()> {
     components()?;
     fetch(&[])?;
     step("fmt", &mut cargo(&["fmt", "--all", "--check"]))?;
-    step("clippy", &mut cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    let clippy = ["clippy", "--quiet", "--workspace", "--all-targets", "--features", FEATURES, "--", "-D", "warnings"];
+    step("clippy", &mut cargo(&clippy))?;
     step("doc", cargo(&["doc", "--quiet", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))?;
     let deny = tool("cargo-deny")?.program("cargo-deny").ok_or("cargo-deny is missing")?;
     step(
@@ -117,15 +118,27 @@ fn suite(filters: &[&str]) -> Result<()> {
             .args(["check", "--hide-inclusion-graph", "bans", "licenses", "sources"])
             .current_dir(workspace()),
     )?;
-    step("build", &mut cargo(&["build", "--quiet", "--workspace", "--bins"]))?;
-    let mut test = cargo(&["test", "--workspace", "--no-fail-fast"]);
+    step("static", &mut cargo(&["build", "--quiet", "--package", "sidecar", "--bin", "sidecar", "--target", STATIC]))?;
+    step("build", &mut cargo(&["build", "--quiet", "--workspace", "--bins", "--features", FEATURES]))?;
+    let mut test = cargo(&["test", "--workspace", "--no-fail-fast", "--features", FEATURES]);
     step("test", test.args(["--"]).args(filters))?;
     eprintln!("== suite passed in {:.0} s", started.elapsed().as_secs_f64());
     Ok(())
 }
 
-/// rustfmt and clippy come with the toolchain, or are added to it.
+/// What the static program is built for.
+const STATIC: &str =
+    if cfg!(target_arch = "aarch64") { "aarch64-unknown-linux-musl" } else { "x86_64-unknown-linux-musl" };
+/// What tests have the program do beside its defaults, which the static one has.
+const FEATURES: &str = "sidecar/otlp";
+
+/// rustfmt, clippy and the target of the static program come with the toolchain, or are added to it.
 fn components() -> Result<()> {
+    let targets = Command::new("rustup").args(["target", "list", "--installed"]).output();
+    let targets = targets.map_err(|error| format!("run rustup: {error}"))?;
+    if !String::from_utf8_lossy(&targets.stdout).lines().any(|target| target == STATIC) {
+        step(&format!("rustup target add {STATIC}"), Command::new("rustup").args(["target", "add", STATIC]))?;
+    }
     for (component, probe) in [("rustfmt", "fmt"), ("clippy", "clippy")] {
         let there = cargo(&[probe, "--version"])
             .stdout(Stdio::null())

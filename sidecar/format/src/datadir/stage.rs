@@ -75,6 +75,28 @@ impl<D: Disk> Staged<D> {
         Ok(staged)
     }
 
+    /// Removes what a restore that was killed left beside the member. A replaced member that it left under another name is
+    /// kept. Fails where another restore is at work.
+    pub fn clear_leftovers(disk: D, data_dir: &Path) -> Result<()> {
+        let (staging, note) = (data_dir.join(RESTORING), data_dir.join(NOTE));
+        if !staging.exists() && !note.exists() {
+            return Ok(());
+        }
+        let mut this = Self {
+            disk,
+            data_dir: data_dir.to_owned(),
+            layout: Layout::of_member(staging.clone()),
+            made: Vec::new(),
+            owns_staging: false,
+            lock: None,
+        };
+        this.lock()?;
+        if staging.exists() {
+            this.clear_staging(&staging)?;
+        }
+        if note.exists() { this.disk.remove_file(&note).map_err(Error::io("remove", &note)) } else { Ok(()) }
+    }
+
     fn make_data_dir(&mut self) -> Result<()> {
         let missing: Vec<_> = self
             .data_dir
