@@ -38,7 +38,7 @@ pub enum Error {
 
 /// Every field, as `--set` names it. The environment has each as `SIDECAR_` and its path in capitals, such as
 /// `SIDECAR_SNAPSHOTS_DELTA_PERIOD`.
-pub const FIELDS: [&str; 40] = [
+pub const FIELDS: [&str; 41] = [
     "member.etcdConfig",
     "etcd.endpoints",
     "etcd.clusterEndpoints",
@@ -52,6 +52,7 @@ pub const FIELDS: [&str; 40] = [
     "snapshots.fullSchedule",
     "snapshots.deltaPeriod",
     "snapshots.deltaMaxBytes",
+    "snapshots.fullBytesPerSecond",
     "retention.policy",
     "retention.maxBackups",
     "retention.deltas",
@@ -316,11 +317,19 @@ pub struct Snapshots {
     pub delta_period: Duration,
     /// A delta is closed when it has so many bytes before compression.
     pub delta_max_bytes: u64,
+    /// A full snapshot is read from etcd as fast as this, in bytes a second, so that its clients notice little of it; 0 for as
+    /// fast as it goes.
+    pub full_bytes_per_second: u64,
 }
 
 impl Default for Snapshots {
     fn default() -> Self {
-        Self { full_schedule: "0 * * * *".to_owned(), delta_period: Duration::from_secs(20), delta_max_bytes: 10 << 20 }
+        Self {
+            full_schedule: "0 * * * *".to_owned(),
+            delta_period: Duration::from_secs(20),
+            delta_max_bytes: 10 << 20,
+            full_bytes_per_second: 64 << 20,
+        }
     }
 }
 

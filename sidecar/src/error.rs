@@ -29,6 +29,21 @@ pub enum Class {
 }
 
 impl Class {
+    /// A word for it, in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Transient => "transient",
+            Self::Precondition => "precondition",
+            Self::Invalid => "invalid",
+            Self::Denied => "denied",
+            Self::Corrupt => "corrupt",
+            Self::Missing => "missing",
+            Self::Cancelled => "cancelled",
+            Self::Machine => "machine",
+            Self::Bug => "bug",
+        }
+    }
+
     /// The exit code of a command that fails with an error of this class.
     pub fn exit_code(self) -> u8 {
         match self {

@@ -75,8 +75,17 @@ pub struct Outcome {
     pub joins: Option<String>,
     /// What was found.
     pub cause: Option<Cause>,
-    /// The last revision of the backups, where the data was kept because its log may reach it.
-    pub owes: Option<i64>,
+    /// What etcd is to have once it has applied its log, where the data was kept for that.
+    pub owes: Option<Owed>,
+}
+
+/// What is to come of a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Owed {
+    /// The last revision of the backups.
+    pub revision: i64,
+    /// Raft index of the log's last entry.
+    pub log_end: u64,
 }
 
 impl Outcome {
@@ -147,7 +156,7 @@ async fn until_decided(
 ) -> Result<Outcome> {
     let dir = &settings.member.data_dir;
     let mut checked: Option<Checked> = None;
-    let mut waits_for = String::new();
+    let (mut told, mut waits_for) = (String::new(), String::new());
     loop {
         // Damage does not heal; but somebody may put something else in its place.
         let there = identity(dir);
@@ -170,14 +179,15 @@ async fn until_decided(
         let (facts, serving, is_recent) = observe(settings, now, recovery).await;
         let revision = if let Data::Sound(sound) = &facts.data { sound.revision } else { 0 };
         let (decision, reason) = decide(&facts);
-        if decision != Decision::Wait && !is_recent {
-            // Nothing is done by an old listing.
+        if !matches!(decision, Decision::Wait | Decision::Join) && !is_recent {
+            // Nothing of the store's is done by an old listing.
             now.listed = None;
             continue;
         }
-        if reason != waits_for {
+        if reason != told {
             tracing::info!(?decision, reason, "decided what becomes of the data");
             see(Step::Decided(decision, reason.clone()));
+            (told, waits_for) = (reason.clone(), String::new());
         }
         let outcome = Outcome {
             done: decision,
@@ -187,7 +197,7 @@ async fn until_decided(
             in_use: false,
             joins: None,
             cause: Some(Cause::of(&facts)),
-            owes: owed(&facts, decision),
+            owes: owed(&facts, decision, now.verdict.as_ref().map_or(0, |verdict| verdict.log_end)),
         };
         if decision == Decision::Append {
             // It locks the database itself, against others of its kind too.
@@ -227,7 +237,7 @@ struct Checked {
 
 /// The revision that etcd is to have when it has applied its log, where that alone reaches the backups: a transaction whose
 /// condition does not hold is an entry without a revision.
-fn owed(facts: &Facts, decision: Decision) -> Option<i64> {
+fn owed(facts: &Facts, decision: Decision, log_end: u64) -> Option<Owed> {
     match (&facts.data, &facts.backups) {
         (Data::Sound(sound), Backups::Upto { last, .. })
             if decision == Decision::Keep
@@ -236,7 +246,7 @@ fn owed(facts: &Facts, decision: Decision) -> Option<i64> {
                 && !sound.restored_since
                 && sound.revision < *last =>
         {
-            Some(*last)
+            Some(Owed { revision: *last, log_end })
         }
         _ => None,
     }
@@ -283,14 +293,14 @@ async fn act(
         }
         (Decision::Join, _) => {
             let serving = serving.ok_or_else(|| Error::Bug { what: "a cluster to join that does not serve".into() })?;
-            let joined = match (facts.live, &settings.store) {
-                (Live::Serves { cluster_id, .. }, Some(store)) => Joined::now(cluster_id, store).await,
-                _ => None,
-            };
             match serving.join(&settings.member, &settings.metrics).await {
                 // Such as when another learner is on its way, or too few members are up to change anything.
                 Err(error) => return Ok(Acted::Wait(format!("{}; not yet: {error}", outcome.reason))),
                 Ok(cluster) => {
+                    let joined = match (facts.live, &settings.store) {
+                        (Live::Serves { cluster_id, .. }, Some(store)) => Joined::now(cluster_id, store).await,
+                        _ => None,
+                    };
                     let moved_to = aside()?;
                     joined.map_or(Ok(()), |joined| joined.write(dir))?;
                     Outcome { moved_to, joins: Some(cluster), ..outcome }
@@ -391,7 +401,7 @@ fn data_of(verdict: &Verdict) -> Data {
     let damaged = |evidence: String| {
         let part = of(Severity::Corrupt).next().map_or(Part::Database, |finding| part_of(&finding.path));
         let cluster_id = verdict.member.map(|(_, cluster)| cluster.0);
-        let voters = verdict.voters.unwrap_or(1);
+        let voters = voters_of(verdict);
         Data::Damaged(Damaged { part, evidence, cluster_id, voters, restored_since: false })
     };
     match (&verdict.summary, verdict.severity()) {
@@ -405,10 +415,15 @@ fn data_of(verdict: &Verdict) -> Data {
                 unapplied: verdict.unapplied,
                 repairs: (severity == Some(Severity::Repairable)).then(|| evidence(Severity::Repairable)),
                 restored_since: false,
-                voters: verdict.voters.unwrap_or(1),
+                voters: voters_of(verdict),
             })
         }
     }
+}
+
+/// Voting members of the cluster; one where nothing says so.
+fn voters_of(verdict: &Verdict) -> usize {
+    verdict.members.as_ref().map_or(1, |members| members.voters.len().max(1))
 }
 
 /// What a file of a member belongs to.

@@ -108,9 +108,9 @@ async fn prepare(settings: &Settings) -> Result<String> {
 
 async fn ask(settings: &Settings) -> Result<String> {
     let mut client = settings.api.connect().await?;
-    let mut told = client.initialize(api::InitializeRequest {}).await.map_err(failed("initialize"))?.into_inner();
+    let mut told = client.initialize(api::InitializeRequest {}).await.map_err(not_yet)?.into_inner();
     let (mut outcome, mut told_of, mut told_at) = (None, String::new(), Instant::now());
-    while let Some(progress) = told.message().await.map_err(failed("initialize"))? {
+    while let Some(progress) = told.message().await.map_err(not_yet)? {
         // Numbers move all the time; what is new otherwise is of interest.
         let moves = progress.done > 0 || progress.total > 0;
         if !moves || progress.phase != told_of || told_at.elapsed() > PROGRESS_PERIOD {
@@ -131,6 +131,15 @@ async fn ask(settings: &Settings) -> Result<String> {
     let mut request = tonic::Request::new(api::GetEtcdConfigRequest {});
     request.set_timeout(CALL_DEADLINE);
     Ok(client.get_etcd_config(request).await.map_err(failed("get etcd's configuration"))?.into_inner().yaml)
+}
+
+/// Only an outcome says that etcd must not start: what keeps an initialization from one, such as a restore by hand that is at
+/// work there, passes.
+fn not_yet(status: tonic::Status) -> Error {
+    match failed("initialize")(status) {
+        Error::Precondition { what } => Error::Unanswered { what },
+        error => error,
+    }
 }
 
 /// Beside it first: an etcd never sees half of it.

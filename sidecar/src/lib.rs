@@ -7,7 +7,7 @@
 //! [`compact`], [`copy`] and [`gc`] keep a store in shape without any etcd; what goes is decided by [`retention`], which is
 //! pure. [`initialize`] decides, before etcd starts, what becomes of its data; [`supervise`] does that when it is asked to, and
 //! has the member backed up while it leads; [`server`] is how both are asked, [`launch`] who asks and then starts etcd.
-//! [`doctor`] says whether a configuration fits the world; [`cli`] is what a person types.
+//! What is not urgent keeps to a [`pace`]. [`doctor`] says whether a configuration fits the world; [`cli`] is what a person types.
 //!
 //! # Invariants
 //! - An object is put once and never overwritten; its name says which revisions it holds. Only [`gc`] deletes.
@@ -30,6 +30,7 @@ pub mod initialize;
 pub mod launch;
 pub mod metrics;
 pub mod object;
+pub mod pace;
 pub mod restore;
 pub mod retention;
 mod scratch;

@@ -436,6 +436,11 @@ impl Metrics {
         self.home().standing = Standing::default();
     }
 
+    /// A backup has ended, and left nothing to be seen to.
+    pub fn ended(&self) {
+        self.home().trouble = None;
+    }
+
     /// All that etcd is known to have is in the store.
     pub fn confirmed(&self) {
         let mut home = self.home();
@@ -470,7 +475,7 @@ impl Metrics {
     /// Backing up was interrupted.
     pub fn interrupted(&self, error: &Error) {
         self.home().trouble = Some(error.to_string());
-        let class = format!("{:?}", error.class()).to_lowercase();
+        let class = error.class().name().to_owned();
         self.snapshotter_failures.get_or_create(&FailedWith { error: class.clone() }).inc();
         self.failures.get_or_create(&Failed { class }).inc();
     }

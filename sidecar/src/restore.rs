@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use etcd_format::ReadAt;
@@ -36,6 +37,7 @@ use crate::catalog::{Chain, ObjectName, Timeline};
 use crate::container::{self, FromTail};
 use crate::delta::Record;
 use crate::object::{Content, Records, check_full_revision};
+use crate::pace::Pace;
 use crate::scratch::Scratch;
 use crate::store::Store;
 use crate::{Error, Result};
@@ -120,6 +122,9 @@ impl Origin {
         staged.write_origin(&json).map_err(Error::format("restore"))
     }
 }
+
+/// About how much larger rows are in a database than in a delta: for a pace, not for more.
+const DELTA_EXPANDS: u64 = 6;
 
 /// Told to whoever watches a restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -407,13 +412,15 @@ fn assemble(
 }
 
 /// Restores a chain into a temporary directory under `work_dir`, checks it, and compares every HashKV recorded with its
-/// objects. Returns the last revision and those whose hash was compared. Leaves nothing behind.
+/// objects. Returns the last revision and those whose hash was compared. Leaves nothing behind. `pace` is that at which the
+/// database is written.
 #[tracing::instrument(skip_all, fields(timeline))]
 pub(crate) async fn replay(
     store: &Store,
     timeline: Timeline,
     chain: Chain,
     work_dir: &Path,
+    pace: Option<Arc<Pace>>,
     stop: &CancellationToken,
 ) -> Result<(i64, Vec<i64>)> {
     let mut recorded = Vec::new();
@@ -428,9 +435,22 @@ pub(crate) async fn replay(
     let cluster = NewCluster::parse("default=http://localhost:2380", "verify").map_err(Error::format("a cluster"))?;
     let data_dir = dir.path().join("data");
     let targets = vec![Target { name: "default".to_owned(), data_dir: data_dir.clone() }];
+    let appended =
+        Mutex::new(chain.deltas.iter().map(|delta| delta.size * DELTA_EXPANDS).collect::<Vec<_>>().into_iter());
+    let keep_pace = move |progress| {
+        let Some(pace) = &pace else { return };
+        match progress {
+            Progress::Bytes(bytes) => pace.pass_blocking(bytes),
+            Progress::Delta => {
+                let next = appended.lock().unwrap_or_else(PoisonError::into_inner).next();
+                pace.pass_blocking(next.unwrap_or(0));
+            }
+            _ => {}
+        }
+    };
     let source = Source::Chain { timeline, chain, upto: None, at_time: None };
     let plan = Plan { source, targets, cluster, minor: None, bump_revision: 0, replace: false };
-    let outcome = execute(plan, Some(store.clone()), stop.clone(), |_| {}, || Ok(())).await?;
+    let outcome = execute(plan, Some(store.clone()), stop.clone(), keep_pace, || Ok(())).await?;
     let compared = tokio::task::spawn_blocking(move || compare_hashes(&data_dir, &recorded));
     let hashes = compared.await.map_err(|error| Error::task(&error))??;
     Ok((outcome.revision, hashes))

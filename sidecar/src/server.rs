@@ -38,12 +38,12 @@ const MOST_REQUEST_BYTES: usize = 64 << 10;
 const MOST_CALLS: usize = 32;
 /// How long calls that are under way may take when the sidecar ends.
 const LAST_CALLS: Duration = Duration::from_secs(3);
-/// Connections at once.
-const MOST_CONNECTIONS: usize = 512;
-/// Of these, places that only who is on this machine, or has shown a certificate, can have.
-const KEPT_CONNECTIONS: usize = 128;
-/// Connections from elsewhere that shake hands at once.
-const MOST_HANDSHAKES: usize = 128;
+/// Connections from this machine at once: its launcher, and whoever looks after it.
+const MOST_LOCAL: usize = 128;
+/// Connections at once from elsewhere that have shown a certificate.
+const MOST_KNOWN: usize = 256;
+/// Connections at once from elsewhere that have not, or not yet.
+const MOST_STRANGERS: usize = 128;
 /// A connection is asked to end when it is so old, when what is under way on it is done: who comes back is looked at with the
 /// certificates of then.
 const MOST_AGE: Duration = Duration::from_secs(1800);
@@ -129,12 +129,11 @@ where
     S::ConnectInfo: Shown,
     F: Future<Output = std::io::Result<S>> + Send + 'static,
 {
-    let (ready, connections) = mpsc::channel(MOST_HANDSHAKES);
-    let handshakes = Arc::new(Semaphore::new(MOST_HANDSHAKES));
-    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let (ready, connections) = mpsc::channel(16);
+    // Who holds all of one kind holds up nobody of another.
+    let [local, known, strangers] = [MOST_LOCAL, MOST_KNOWN, MOST_STRANGERS].map(|most| Arc::new(Semaphore::new(most)));
     tokio::spawn(async move {
         loop {
-            let Ok(place) = places.clone().acquire_owned().await else { return };
             let (stream, from) = tokio::select! {
                 accepted = listener.accept() => match accepted {
                     Ok(accepted) => accepted,
@@ -146,26 +145,19 @@ where
                 },
                 () = ready.closed() => return,
             };
-            let is_local = from.ip().is_loopback();
-            // Who stalls in the middle of it holds up others from elsewhere, never who is here.
-            let handshake = if is_local { None } else { handshakes.clone().try_acquire_owned().ok() };
-            if !is_local && handshake.is_none() {
-                tracing::debug!(%from, "too many shake hands: a connection is not taken");
+            let places = if from.ip().is_loopback() { &local } else { &strangers };
+            let Ok(place) = places.clone().try_acquire_owned() else {
+                tracing::debug!(%from, "too many connections: one is not taken");
                 continue;
-            }
-            let (accepting, ready, places) = (accept(stream), ready.clone(), places.clone());
+            };
+            let (accepting, ready, known) = (accept(stream), ready.clone(), known.clone());
             tokio::spawn(async move {
-                let accepted = accepting.await;
-                drop(handshake);
-                match accepted {
-                    Ok(stream)
-                        if !is_local
-                            && !stream.connect_info().has_shown()
-                            && places.available_permits() < KEPT_CONNECTIONS =>
-                    {
-                        tracing::debug!(%from, "too many connections: one without a certificate is not kept");
+                match accepting.await {
+                    Ok(stream) => {
+                        let is_known = !from.ip().is_loopback() && stream.connect_info().has_shown();
+                        let better = if is_known { known.try_acquire_owned().ok() } else { None };
+                        drop(ready.send(Ok(Connection::new(stream, better.unwrap_or(place)))).await);
                     }
-                    Ok(stream) => drop(ready.send(Ok(Connection::new(stream, place))).await),
                     Err(error) => tracing::debug!(%error, "a client could not shake hands"),
                 }
             });

@@ -61,6 +61,8 @@ pub struct Settings {
     pub delta_period: Duration,
     /// A delta is closed when its content reaches so many bytes.
     pub delta_max_bytes: u64,
+    /// How many bytes of a full snapshot are read from etcd in a second at most; none for as fast as it gives them.
+    pub full_bytes_per_second: Option<u64>,
     /// Held while a full snapshot is read, so that nobody defragments meanwhile.
     pub quiet: Arc<tokio::sync::Mutex<()>>,
     /// Who is told what was taken.

@@ -8,7 +8,6 @@ mod federation;
 mod gate;
 mod marks;
 mod open;
-mod pace;
 mod patience;
 mod upload;
 
@@ -27,11 +26,11 @@ pub use environment::Environment;
 use gate::Gate;
 pub use gate::{Operation, Operations};
 use marks::Marks;
-pub use pace::Pace;
 pub use upload::{Staged, Upload};
 
 use crate::catalog::{Catalog, Description, ObjectName, Timeline};
 use crate::container::{self, FromTail};
+use crate::pace::Pace;
 use crate::{Class, Error, Result};
 
 /// What S3 copies in one request at most.
@@ -521,11 +520,12 @@ fn remove_staged_files(directory: &std::path::Path, older_than: Duration) -> std
 
 impl Store {
     /// Retries `attempt` while the store fails in ways that pass, for ever, until `stop` is cancelled. Denied access counts
-    /// as passing: credentials are rotated.
+    /// as passing: credentials are rotated. `failed` is told of each failure.
     pub async fn persist<T, F>(
         &self,
         what: &str,
         stop: &tokio_util::sync::CancellationToken,
+        failed: impl Fn(&Error),
         mut attempt: impl FnMut() -> F,
     ) -> Result<T>
     where
@@ -541,6 +541,7 @@ impl Store {
             if stop.is_cancelled() {
                 return Err(error);
             }
+            failed(&error);
             tracing::warn!(%error, retry_in = ?delay, "{what} failed; it is kept and tried again");
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}

@@ -30,8 +30,9 @@ pub use upkeep::{Defragmentation, Upkeep, Verified};
 use crate::etcd::{Alarm, Etcd, EtcdFlags, Role, Status};
 use crate::initialize::{self, Decision, Outcome, Step, initialize};
 use crate::metrics::{self, Metrics};
+use crate::pace::Pace;
 use crate::snapshotter::{self, Kind, Request, Taken};
-use crate::store::{Pace, Store};
+use crate::store::Store;
 use crate::verify::{Journal, Level, Look, Report, verify};
 use crate::{Error, Result};
 
@@ -108,6 +109,17 @@ impl Observed {
     }
 }
 
+/// Whether etcd has what its log was to bring.
+#[derive(Debug, Default)]
+struct Owing {
+    /// Its log was applied when it was last looked.
+    is_applied: bool,
+    /// It has it.
+    is_paid: bool,
+    /// It has not.
+    missing: Option<String>,
+}
+
 /// A serving sidecar.
 pub struct Supervisor {
     settings: Settings,
@@ -121,11 +133,12 @@ pub struct Supervisor {
     backup: Mutex<CancellationToken>,
     /// Leads to the backup that runs.
     requests: Mutex<Option<mpsc::Sender<Request>>>,
-    /// What etcd was to have, and has not.
-    owed: Mutex<Option<String>>,
+    owed: Mutex<Owing>,
     listing: Arc<Listing>,
     /// Held by what costs disk and processor: one at a time.
     heavy: tokio::sync::Mutex<()>,
+    /// Held while databases are defragmented, from here one at a time.
+    defragmenting: tokio::sync::Mutex<()>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -154,6 +167,7 @@ impl Supervisor {
             owed: Mutex::default(),
             listing: Arc::default(),
             heavy: tokio::sync::Mutex::default(),
+            defragmenting: tokio::sync::Mutex::default(),
             tasks,
             stop,
         });
@@ -227,7 +241,7 @@ impl Supervisor {
     }
 
     async fn run_initialization(self: Arc<Self>) {
-        *self.owed.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.owed.lock().unwrap_or_else(PoisonError::into_inner) = Owing::default();
         // What was received from the last etcd comes home first: a restore must not miss it.
         let _quiet = loop {
             // One may have begun meanwhile.
@@ -341,8 +355,8 @@ impl Supervisor {
 
     /// Why backing up does not get on, or what is wrong with what etcd has.
     pub fn trouble(&self) -> Option<String> {
-        let owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        owed.or_else(|| self.settings.metrics.trouble())
+        let missing = self.owed.lock().unwrap_or_else(PoisonError::into_inner).missing.clone();
+        missing.or_else(|| self.settings.metrics.trouble())
     }
 
     /// For how long etcd has had something that is in no backup.
@@ -350,10 +364,14 @@ impl Supervisor {
         self.settings.metrics.unsaved_seconds()
     }
 
-    /// A store for what is not urgent, and its pace, where there is one.
-    fn in_the_background(&self, store: &Store) -> (Store, Option<Arc<Pace>>) {
-        let pace = self.settings.background_bytes_per_second.map(|most| Arc::new(Pace::new(most)));
-        (pace.as_ref().map_or_else(|| store.clone(), |pace| store.paced(pace.clone())), pace)
+    /// The pace of what is not urgent, where it has one.
+    fn pace(&self) -> Option<Arc<Pace>> {
+        self.settings.background_bytes_per_second.map(|most| Arc::new(Pace::new(most)))
+    }
+
+    /// A store for what is not urgent.
+    fn in_the_background(&self, store: &Store) -> Store {
+        self.pace().map_or_else(|| store.clone(), |pace| store.paced(pace))
     }
 
     /// Checks everything in the store.
@@ -363,12 +381,12 @@ impl Supervisor {
         let stop = self.stop.child_token();
         let _gone = stop.clone().drop_guard();
         let look = Look { timeline: None, level, work_dir: &self.settings.work_dir };
-        verify(&self.in_the_background(store).0, look, &mut Journal::default(), &stop).await
+        verify(&self.in_the_background(store), look, &mut Journal::default(), &stop).await
     }
 
     /// Defragments this member.
     pub async fn defragment(&self) -> Result<Sizes> {
-        let _one = self.heavy.lock().await;
+        let _one = self.defragmenting.lock().await;
         let started = Instant::now();
         let sizes = defragment::own(&self.settings.etcd, &self.settings.quiet).await;
         self.settings.metrics.defragmented(sizes.is_ok(), started.elapsed());
@@ -400,7 +418,6 @@ impl Supervisor {
             let role = status.as_ref().map(|status| status.role);
             if let (Some(etcd), Some(status)) = (&mut etcd, &status) {
                 membership.see_to(&self.settings.initialize, etcd, status).await;
-                self.see_what_is_owed(status);
             }
             self.observed.send_modify(|observed| {
                 if observed.role != role {
@@ -412,14 +429,18 @@ impl Supervisor {
                     }
                 }
                 observed.role = role;
-                observed.status = status.or_else(|| observed.status.take());
+                observed.status = status.clone().or_else(|| observed.status.take());
             });
             self.measure();
-            match role {
-                Some(Role::Leader) => self.begin_backup(),
+            match (role, &status) {
+                (Some(Role::Leader), Some(status)) => {
+                    if self.may_back_up(status) {
+                        self.begin_backup();
+                    }
+                }
                 // An etcd that cannot be reached for a while still leads, for all that is known; the backup waits for it.
-                None => {}
-                Some(Role::Follower | Role::Learner) => {
+                (None | Some(Role::Leader), _) => {}
+                (Some(Role::Follower | Role::Learner), _) => {
                     let backup = self.backup.lock().unwrap_or_else(PoisonError::into_inner);
                     if self.observed.borrow().backing_up && !backup.is_cancelled() {
                         tracing::info!("the member no longer leads: its backup ends");
@@ -430,27 +451,35 @@ impl Supervisor {
         }
     }
 
-    /// Data that was kept because its log was to reach the backups must have reached them once etcd leads: it has applied all
-    /// of its log then.
-    fn see_what_is_owed(&self, status: &Status) {
+    /// Data that was kept because its log was to reach the backups must have reached them once etcd leads and has applied all
+    /// of its log. Until that is known nothing is backed up, nor when it has not: a history of its own would begin in the store,
+    /// and what is missing would no longer be the newest there.
+    fn may_back_up(&self, status: &Status) -> bool {
         let owes = match &*self.phase.borrow() {
             Phase::Ready(outcome) => outcome.owes,
-            _ => return,
+            _ => None,
         };
+        let Some(owes) = owes else { return true };
         let mut owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_short = owes.is_some_and(|owes| {
-            status.role == Role::Leader && status.raft_applied_index >= status.raft_index && status.revision < owes
-        });
-        // It stays said: what is written from now on does not bring back what is missing.
-        if is_short && owed.is_none() {
-            let what = format!(
-                "etcd has revision {}, the backups reach {}: what its log had were not all revisions; stop etcd, move its member directory away, and the rest is restored",
-                status.revision,
-                owes.unwrap_or_default()
-            );
-            tracing::error!("{what}");
-            *owed = Some(what);
+        if owed.is_paid {
+            return true;
         }
+        // A new leader's own entry comes after all that was in the log. The revision was told before the index was.
+        let is_applied = status.role == Role::Leader && status.raft_applied_index > owes.log_end;
+        let looked_before = std::mem::replace(&mut owed.is_applied, is_applied);
+        if is_applied && looked_before && owed.missing.is_none() {
+            if status.revision >= owes.revision {
+                owed.is_paid = true;
+            } else {
+                let what = format!(
+                    "etcd has revision {}, the backups reach {}: not all that its log had were revisions. Nothing is backed up; stop etcd and have it initialized again, and what is missing is appended, or move its member directory away",
+                    status.revision, owes.revision
+                );
+                tracing::error!("{what}");
+                owed.missing = Some(what);
+            }
+        }
+        owed.is_paid
     }
 
     async fn ask(&self, etcd: &mut Option<Etcd>) -> Option<Status> {
@@ -486,6 +515,10 @@ impl Supervisor {
         self.tasks.spawn(async move {
             let ended = snapshotter::run(&settings, &stop, &mut requests).await;
             drop(requests);
+            if ended.is_ok() {
+                // Another's, if anybody's, is the trouble from here on.
+                settings.metrics.ended();
+            }
             if let Err(error) = ended {
                 tracing::error!(%error, "backing up ended; it is tried again");
                 settings.metrics.interrupted(&error);

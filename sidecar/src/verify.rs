@@ -333,7 +333,7 @@ async fn replay(
 ) -> Result<()> {
     let at = store.location(&chain.full.name(timeline));
     let full_revision = chain.full.revision;
-    match restore::replay(store, timeline, chain, work_dir, stop).await {
+    match restore::replay(store, timeline, chain, work_dir, None, stop).await {
         Ok((revision, hashes)) => report.replayed.push(Replayed { timeline, full_revision, revision, hashes }),
         Err(error) if matches!(error.class(), Class::Corrupt | Class::Missing) => {
             report.problems.push(Problem { at, what: error.to_string(), is_gap: false });

@@ -37,6 +37,13 @@ pub fn program(tool: &str, program: &str) -> Result<PathBuf> {
         .with_context(|| format!("{program} of {} {} is missing: run `cargo tools fetch`", tool.name, tool.version))
 }
 
+/// Path of a library that a Debian package has put into its place.
+pub fn library(name: &str) -> Result<PathBuf> {
+    let places = std::fs::read_dir("/usr/lib").context("list /usr/lib")?;
+    let found = places.filter_map(|place| Some(place.ok()?.path().join(name))).find(|path| path.is_file());
+    found.with_context(|| format!("{name} is missing: run `cargo tools fetch`"))
+}
+
 /// A port that nothing listens on and that no other test of this process got.
 pub fn free_port() -> Result<u16> {
     static GIVEN: LazyLock<Mutex<HashSet<u16>>> = LazyLock::new(Mutex::default);
@@ -105,4 +112,20 @@ pub fn objects(dir: &std::path::Path) -> Result<Vec<PathBuf>> {
     }
     found.sort();
     Ok(found)
+}
+
+/// Copies a directory, in the place of what is there.
+pub async fn copy(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
+    if to.exists() {
+        std::fs::remove_dir_all(to)?;
+    }
+    succeed(tokio::process::Command::new("cp").arg("-r").arg(from).arg(to)).await.map(drop)
+}
+
+/// Flips a byte of each page of a member's database, but for its meta pages.
+pub fn damage(data_dir: &std::path::Path) -> Result<()> {
+    let path = data_dir.join("member/snap/db");
+    let mut bytes = std::fs::read(&path)?;
+    bytes.iter_mut().skip(4096 * 2).step_by(4096).for_each(|byte| *byte ^= 0xff);
+    Ok(std::fs::write(path, bytes)?)
 }

@@ -1,5 +1,5 @@
 //! A machine of its own, as far as systemd can tell: it is the first process of its namespaces, and what it sees of `/etc`,
-//! `/var/lib`, `/var/backups` and `/usr/local/bin` lies in a directory.
+//! `/var/lib`, `/var/cache` and `/usr/local/bin` lies in a directory.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -15,8 +15,8 @@ use crate::eventually;
 pub struct Machine {
     dir: PathBuf,
     unshare: Child,
-    /// Its first process, as this machine numbers it.
-    first: Pid,
+    /// Its first process, as this machine numbers it, once that has begun.
+    first: Option<Pid>,
 }
 
 /// Hierarchies of cgroups, where systemd leaves its own.
@@ -25,7 +25,7 @@ const CGROUPS: &str = "/sys/fs/cgroup";
 impl Machine {
     /// Boots one in a directory. `etc` are files below `/etc`, `programs` those of `/usr/local/bin`; a user `etcd` is there.
     pub async fn boot(dir: &Path, units: &[PathBuf], etc: &[(&str, PathBuf)], programs: &[PathBuf]) -> Result<Self> {
-        for place in ["units", "etc", "etc.work", "lib", "backups", "cache", "bin"] {
+        for place in ["units", "etc", "etc.work", "lib", "cache", "bin"] {
             std::fs::create_dir_all(dir.join(place))?;
         }
         for (into, files) in [("units", units), ("bin", programs)] {
@@ -55,8 +55,8 @@ impl Machine {
             "set -e\nmount --make-rprivate /\n\
              mount -t overlay overlay -o lowerdir=/etc,upperdir={here}/etc,workdir={here}/etc.work /etc\n\
              mount --bind {here}/bin /usr/local/bin\nmount --bind {here}/lib /var/lib\n\
-             mount --bind {here}/cache /var/cache\nmkdir -p /var/backups\nmount --bind {here}/backups /var/backups\n\
-             chown -R 990:990 /etc/etcd-steward /var/backups\nmount -t tmpfs tmpfs /run\n\
+             mount --bind {here}/cache /var/cache\n\
+             chown -R 990:990 /etc/etcd-steward\nmount -t tmpfs tmpfs /run\n\
              export SYSTEMD_UNIT_PATH={here}/units container=steward SYSTEMD_LOG_TARGET=console\n\
              exec /lib/systemd/systemd --system --unit=default.target --show-status=no\n"
         );
@@ -70,14 +70,14 @@ impl Machine {
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn()?;
-        let pid = unshare.id();
+        let mut this = Self { dir: dir.to_owned(), unshare, first: None };
+        let pid = this.unshare.id();
         let children = move || async move {
             let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
             let first = children.split_whitespace().next().context("it has not begun")?;
             Pid::from_raw(first.parse()?).context("no pid")
         };
-        let first = eventually(Duration::from_secs(10), children).await?;
-        let this = Self { dir: dir.to_owned(), unshare, first };
+        this.first = Some(eventually(Duration::from_secs(10), children).await?);
         eventually(Duration::from_secs(20), || async { this.systemctl(&["is-active", "default.target"]).await })
             .await
             .with_context(|| std::fs::read_to_string(dir.join("systemd.log")).unwrap_or_default())?;
@@ -89,14 +89,9 @@ impl Machine {
         self.dir.join("lib")
     }
 
-    /// What is below `/var/backups` there.
-    pub fn backups(&self) -> PathBuf {
-        self.dir.join("backups")
-    }
-
     /// Runs `systemctl` in it; what it prints, when it succeeds.
     pub async fn systemctl(&self, arguments: &[&str]) -> Result<String> {
-        let first = self.first.as_raw_nonzero().to_string();
+        let first = self.first.context("it has not begun")?.as_raw_nonzero().to_string();
         let mut command = tokio::process::Command::new("nsenter");
         command.args(["--target", &first, "--mount", "--pid", "systemctl", "--no-pager"]).args(arguments);
         let output = command.stdin(Stdio::null()).output().await?;
@@ -114,7 +109,10 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         // All that is in its namespace goes with it.
-        let _ = kill_process(self.first, Signal::KILL);
+        match self.first {
+            Some(first) => drop(kill_process(first, Signal::KILL)),
+            None => drop(self.unshare.kill()),
+        }
         let _ = self.unshare.wait();
         remove_cgroups(&["system.slice", "init.scope"]);
     }

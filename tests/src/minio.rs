@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::certificates::Certificates;
 use crate::direct::{self, Signer};
@@ -85,6 +85,23 @@ impl Minio {
     /// The port.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// The same with its credentials in the files of a mounted secret, which this makes; the key that is in it.
+    pub fn store_by_secret(&self, place: &str, secret: &Path) -> Result<(Store, String)> {
+        let mut store = self.store(place);
+        std::fs::create_dir_all(secret)?;
+        let files = [
+            ("AWS_ACCESS_KEY_ID", "accessKeyID"),
+            ("AWS_REGION", "region"),
+            ("AWS_SECRET_ACCESS_KEY", "secretAccessKey"),
+        ];
+        for (variable, file) in files {
+            let at = store.environment.iter().position(|(name, _)| name == variable).context("no such variable")?;
+            std::fs::write(secret.join(file), store.environment.remove(at).1)?;
+        }
+        store.environment.push(("AWS_APPLICATION_CREDENTIALS".into(), secret.display().to_string()));
+        Ok((store, PASSWORD.to_owned()))
     }
 
     /// A prefix in one of its buckets, `bucket/prefix`.

@@ -269,6 +269,22 @@ impl Pod {
         outcome.context("it ended without an outcome")
     }
 
+    /// Where it stands.
+    pub async fn status(&self) -> Result<api::StatusResponse> {
+        Ok(self.client(true).await?.status(api::StatusRequest {}).await?.into_inner())
+    }
+
+    /// Has a snapshot taken.
+    pub async fn take(&self, kind: api::Kind, request_id: &str) -> Result<api::TakeSnapshotResponse> {
+        let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: request_id.to_owned() };
+        Ok(self.client(true).await?.take_snapshot(request).await?.into_inner())
+    }
+
+    /// The same, once its sidecar backs up.
+    pub async fn back_up(&self, kind: api::Kind) -> Result<()> {
+        eventually(LONG, || async { self.take(kind, "").await.map(drop) }).await
+    }
+
     /// A client of its API over plain HTTP, with a certificate.
     pub fn http(&self) -> Result<reqwest::Client> {
         let Some(tls) = &self.tls else { return Ok(reqwest::Client::new()) };

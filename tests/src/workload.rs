@@ -33,6 +33,11 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// A small one.
+    pub fn of(seed: u64) -> Self {
+        Self { seed, rounds: 6, compact: false, large: false, defragment: false }
+    }
+
     /// Everything, in short.
     pub fn everything(seed: u64) -> Self {
         Self { seed, rounds: 40, compact: true, large: true, defragment: true }

@@ -9,6 +9,7 @@ use futures::future::{join_all, try_join_all};
 use proto::sidecar as api;
 use tests::etcd::Member;
 use tests::eventually;
+use tests::garage::Garage;
 use tests::minio::Minio;
 use tests::network::{Network, STORE};
 use tests::pod::{Launched, Pod};
@@ -100,8 +101,7 @@ impl Cluster {
     }
 
     async fn role(&self, member: usize) -> Result<api::Role> {
-        let mut client = self.pods[member].client(true).await?;
-        Ok(client.status(api::StatusRequest {}).await?.into_inner().role())
+        Ok(self.pods[member].status().await?.role())
     }
 
     async fn leader(&self) -> Result<usize> {
@@ -118,33 +118,32 @@ impl Cluster {
 
     /// Has the leader's sidecar back everything up.
     async fn back_up(&self) -> Result<()> {
-        eventually(LONG, || async {
-            let mut client = self.pods[self.leader().await?].client(true).await?;
-            client
-                .take_snapshot(api::TakeSnapshotRequest { kind: api::Kind::Delta.into(), request_id: String::new() })
-                .await?;
-            Ok(())
-        })
-        .await
+        let take = || async { self.pods[self.leader().await?].take(api::Kind::Delta, "").await.map(drop) };
+        eventually(LONG, take).await
     }
 }
 
 async fn write(client: &mut Client, seed: u64) -> Result<()> {
-    Workload { seed, rounds: 6, compact: false, large: false, defragment: false }.run(client).await?;
+    Workload::of(seed).run(client).await?;
     tests::workload::expire(client).await
-}
-
-/// Flips bytes of the database.
-fn damage(pod: &Pod) -> Result<()> {
-    let path = pod.member.data_dir.join("member/snap/db");
-    let mut bytes = std::fs::read(&path)?;
-    bytes.iter_mut().skip(4096 * 2).step_by(4096).for_each(|byte| *byte ^= 0xff);
-    Ok(std::fs::write(path, bytes)?)
 }
 
 async fn members_come_back(minor: &str) -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let store = Store::directory(&dir.path().join("store"));
+    let place = dir.path().join("store");
+    // Who restores is claimed in the store: in one that knows conditions, and in one that does not.
+    let (minio, garage);
+    let store = match minor {
+        "3.5" => {
+            minio = Minio::start(&place, "backups").await?;
+            minio.store("backups/c")
+        }
+        "3.7" => {
+            garage = Garage::start(&place, "backups").await?;
+            garage.store("backups/c")
+        }
+        _ => Store::directory(&place),
+    };
     let mut cluster = Cluster::start(dir.path(), minor, Some(&store)).await?;
     let mut client = cluster.client(0).await?;
     write(&mut client, 1).await?;
@@ -164,7 +163,7 @@ async fn members_come_back(minor: &str) -> Result<()> {
     // Another has damage.
     let damaged = (lost + 1) % 3;
     cluster.stop(damaged).await?;
-    damage(&cluster.pods[damaged])?;
+    tests::damage(&cluster.pods[damaged].member.data_dir)?;
     cluster.start_one(damaged)?;
     cluster.settled().await?;
     ensure!(cluster.log(damaged).contains("the data is damaged"), "{}", cluster.log(damaged));
@@ -273,8 +272,22 @@ async fn leadership_moves_and_nothing_is_lost() -> Result<()> {
         }
         anyhow::Ok(written)
     });
-    for _ in 0..10 {
+    for round in 0..10 {
         let leader = cluster.leader().await?;
+        if round % 2 == 1 {
+            // Without a word to its sidecar.
+            let mut client = cluster.client(leader).await?;
+            let own = client.status().await?.leader();
+            let others = client.member_list().await?;
+            let other = others.members().iter().map(etcd_client::Member::id).find(|id| *id != own);
+            client.move_leader(other.context("no other")?).await?;
+            eventually(LONG, || async {
+                ensure!(cluster.leader().await? != leader, "{leader} leads still");
+                Ok(())
+            })
+            .await?;
+            continue;
+        }
         let prepared = || async {
             let prepared = cluster.pods[leader].ctl(["prepare-shutdown"]).run().await?.expect(0)?.json()?;
             ensure!(prepared["leaderId"].as_str().is_some_and(|id| !id.is_empty()), "{prepared}");
@@ -405,7 +418,7 @@ async fn what_takes_the_place_of_damage_is_kept() -> Result<()> {
     let pod = &cluster.pods[0];
     let (member, good) = (pod.member.data_dir.join("member"), dir.path().join("good"));
     tests::succeed(tokio::process::Command::new("cp").arg("-r").arg(&member).arg(&good)).await?;
-    damage(pod)?;
+    tests::damage(&pod.member.data_dir)?;
     cluster.start_one(0)?;
     cluster.launched[0].as_mut().context("it runs")?.running()?.logs("no other member serves", LONG).await?;
     std::fs::rename(&member, dir.path().join("damaged"))?;

@@ -89,7 +89,6 @@ async fn systemd(dir: &Path) -> Result<()> {
     for name in ["ca.crt", "server.crt", "server.key", "client.crt", "client.key"] {
         etc.push((format!("etcd-steward/pki/{name}"), dir.join("pki").join(name)));
     }
-    std::fs::create_dir_all(dir.join("m/backups/etcd"))?;
     let etc: Vec<_> = etc.iter().map(|(name, from)| (name.as_str(), from.clone())).collect();
     let programs = [static_program()?, program("etcd-3.6", "etcd")?];
     let machine = Machine::boot(&dir.join("m"), &units, &etc, &programs).await?;
@@ -110,14 +109,9 @@ async fn systemd(dir: &Path) -> Result<()> {
     ensure!(machine.property("etcd.service", "MainPID").await? == before);
 
     // Stopped, damaged and started: it has everything.
-    let db = machine.lib().join("etcd/data/member/snap/db");
-    let damage = || -> Result<()> {
-        let mut bytes = std::fs::read(&db)?;
-        bytes.iter_mut().skip(8192).step_by(4096).for_each(|byte| *byte ^= 0xff);
-        Ok(std::fs::write(&db, bytes)?)
-    };
+    let data = machine.lib().join("etcd/data");
     machine.systemctl(&["stop", "etcd.service"]).await?;
-    damage()?;
+    tests::damage(&data)?;
     machine.systemctl(&["start", "etcd.service"]).await?;
     deployed.has("2").await?;
 
@@ -133,10 +127,11 @@ async fn systemd(dir: &Path) -> Result<()> {
 
     // Where somebody has to decide, nothing is tried again and again.
     machine.systemctl(&["stop", "etcd.service", "etcd-sidecar.service"]).await?;
-    std::fs::remove_dir_all(machine.backups().join("etcd"))?;
-    std::fs::create_dir(machine.backups().join("etcd"))?;
-    std::os::unix::fs::chown(machine.backups().join("etcd"), Some(990), Some(990))?;
-    damage()?;
+    std::fs::remove_dir_all(machine.lib().join("etcd-backups/t00000001"))?;
+    for entry in std::fs::read_dir(machine.lib().join("etcd-backups"))? {
+        std::fs::remove_dir_all(entry?.path())?;
+    }
+    tests::damage(&data)?;
     machine.systemctl(&["start", "etcd-sidecar.service"]).await?;
     ensure!(machine.systemctl(&["start", "etcd.service"]).await.is_err());
     ensure!(machine.property("etcd.service", "ExecMainStatus").await? == "12");
@@ -201,8 +196,7 @@ async fn static_pod(dir: &Path) -> Result<()> {
     std::fs::remove_dir_all(dir.join("data/member"))?;
     node.kill("launch").await?;
     let restored = || async {
-        let aside = std::fs::read_to_string(dir.join("data/last-exit.json"));
-        ensure!(dir.join("data/member/origin.json").exists(), "{aside:?}");
+        ensure!(dir.join("data/member/origin.json").exists(), "it is not restored");
         Ok(())
     };
     eventually(LONG, restored).await.with_context(|| node.log())?;

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use tests::copy;
 use tests::etcd::{Etcd, Member};
 use tests::faults::{CALLS, Ended, Hit, run_while};
 use tests::objects;
@@ -29,13 +30,6 @@ struct Scene {
     etcd: Etcd,
     revision: i64,
     keys: Keys,
-}
-
-async fn copy(from: &Path, to: &Path) -> Result<()> {
-    if to.exists() {
-        std::fs::remove_dir_all(to)?;
-    }
-    tests::succeed(tokio::process::Command::new("cp").arg("-r").arg(from).arg(to)).await.map(drop)
 }
 
 impl Scene {

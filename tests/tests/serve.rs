@@ -19,40 +19,12 @@ const LONG: Duration = Duration::from_secs(60);
 /// As which etcd ends when it was asked to: by the signal.
 const STOPPED: i32 = 128 + 15;
 
-fn workload(seed: u64) -> Workload {
-    Workload { seed, rounds: 6, compact: false, large: false, defragment: false }
-}
-
-async fn status(pod: &Pod) -> Result<api::StatusResponse> {
-    Ok(pod.client(true).await?.status(api::StatusRequest {}).await?.into_inner())
-}
-
-/// Takes a delta through the API, with everything there is; after a restore that takes a full snapshot first.
-async fn take_delta(pod: &Pod) -> Result<()> {
-    let take = || async {
-        let request = api::TakeSnapshotRequest { kind: api::Kind::Delta.into(), request_id: String::new() };
-        pod.client(true).await?.take_snapshot(request).await?;
-        Ok(())
-    };
-    eventually(LONG, take).await
-}
-
 async fn backed_up(pod: &Pod) -> Result<()> {
     eventually(LONG, || async {
         let latest = pod.client(true).await?.get_latest(api::GetLatestRequest {}).await?.into_inner();
         latest.full.map(drop).context("no full snapshot yet")
     })
     .await
-}
-
-/// Flips a byte of each page of the tree: bbolt would read other rows.
-fn damage(data_dir: &Path) -> Result<()> {
-    let path = data_dir.join("member/snap/db");
-    let mut bytes = std::fs::read(&path)?;
-    for at in (4096 * 2..bytes.len()).step_by(4096) {
-        bytes[at] ^= 0xff;
-    }
-    Ok(std::fs::write(path, bytes)?)
 }
 
 fn aside(data_dir: &Path) -> Result<usize> {
@@ -69,19 +41,19 @@ async fn a_member_is_looked_after(minor: &str) -> Result<()> {
     let serving = pod.start_serve().await?;
     let (launched, mut client) = pod.start_etcd().await?;
     ensure!(launched.log().contains("there is no data, and there are no backups"), "{}", launched.log());
-    workload(1).run(&mut client).await?;
+    Workload::of(1).run(&mut client).await?;
     backed_up(&pod).await?;
-    workload(2).run(&mut client).await?;
+    Workload::of(2).run(&mut client).await?;
     tests::workload::expire(&mut client).await?;
-    take_delta(&pod).await?;
+    pod.back_up(api::Kind::Delta).await?;
     let before = state::read(&mut client).await?;
-    let told = status(&pod).await?;
+    let told = pod.status().await?;
     ensure!(told.phase() == api::Phase::Ready && told.role() == api::Role::Leader, "{told:?}");
     ensure!(told.backup.as_ref().is_some_and(|backup| backup.active && backup.error.is_empty()), "{told:?}");
     launched.terminate().await?.expect(STOPPED)?.says("etcd has ended")?;
     let data = pod.member.data_dir.clone();
 
-    damage(&data)?;
+    tests::damage(&data)?;
     for year in 2019..2023 {
         std::fs::create_dir(data.join(format!("member.replaced-{year}0101T000000.000Z")))?;
     }
@@ -103,8 +75,8 @@ async fn a_member_is_looked_after(minor: &str) -> Result<()> {
         anyhow::Ok(count)
     };
     eventually(LONG, timelines).await?;
-    workload(3).run(&mut client).await?;
-    take_delta(&pod).await?;
+    Workload::of(3).run(&mut client).await?;
+    pod.back_up(api::Kind::Delta).await?;
     launched.terminate().await?.expect(STOPPED)?;
 
     if minor == "3.4" {
@@ -117,9 +89,9 @@ async fn a_member_is_looked_after(minor: &str) -> Result<()> {
     tests::succeed(tokio::process::Command::new("cp").arg("-r").arg(&data).arg(&old)).await?;
     let (launched, mut client) = pod.start_etcd().await?;
     ensure!(launched.log().contains("the data is sound"), "{}", launched.log());
-    workload(4).run(&mut client).await?;
+    Workload::of(4).run(&mut client).await?;
     tests::workload::expire(&mut client).await?;
-    take_delta(&pod).await?;
+    pod.back_up(api::Kind::Delta).await?;
     let newest = state::read(&mut client).await?;
     launched.terminate().await?.expect(STOPPED)?;
     std::fs::rename(&data, dir.path().join("newer"))?;
@@ -131,7 +103,7 @@ async fn a_member_is_looked_after(minor: &str) -> Result<()> {
     let mut again = pod.start_launch()?;
     again.running()?.logs("nothing is touched", LONG).await?;
     again.terminate().await?.expect(1)?;
-    let told = status(&pod).await?;
+    let told = pod.status().await?;
     ensure!(told.phase() == api::Phase::Ready, "what is known of the data still holds: {told:?}");
     ensure!(told.initialized.is_some_and(|outcome| outcome.cause() == api::Cause::Behind));
     launched.terminate().await?.expect(STOPPED)?;
@@ -202,7 +174,7 @@ async fn what_only_the_log_has_is_kept() -> Result<()> {
             client.put("x", written.to_string(), None).await?;
             // In some turns the backup has all but the last, in some next to nothing.
             if n == 50 * turn {
-                take_delta(&pod).await?;
+                pod.back_up(api::Kind::Delta).await?;
             }
         }
         launched.kill_etcd().await?;
@@ -226,7 +198,7 @@ async fn what_was_restored_by_hand_stays() -> Result<()> {
     for n in 20..40u32 {
         client.put("x", n.to_string(), None).await?;
     }
-    take_delta(&pod).await?;
+    pod.back_up(api::Kind::Delta).await?;
     launched.terminate().await?.expect(STOPPED)?;
     std::fs::remove_dir_all(pod.member.data_dir.join("member"))?;
     store.restore_member(&pod.member).args(["--revision", "25"]).run().await?.expect(0)?;
@@ -247,14 +219,14 @@ async fn what_cannot_be_decided_is_refused() -> Result<()> {
     let serving = pod.start_serve().await?;
     let (launched, mut client) = pod.start_etcd().await?;
     client.put("x", "1", None).await?;
-    let told = status(&pod).await?;
+    let told = pod.status().await?;
     ensure!(told.backup.is_some_and(|backup| backup.store.is_empty() && !backup.active));
     launched.terminate().await?.expect(STOPPED)?;
     // Without a store only the check happens.
     let (launched, _) = pod.start_etcd().await?;
     ensure!(launched.log().contains("no store to compare it with"), "{}", launched.log());
     launched.terminate().await?.expect(STOPPED)?;
-    damage(&pod.member.data_dir)?;
+    tests::damage(&pod.member.data_dir)?;
     pod.launch()?.run().await?.expect(12)?.says("etcd must not start: the data is damaged")?;
     ensure!(pod.member.data_dir.join("member").exists() && aside(&pod.member.data_dir)? == 0);
     serving.terminate().await?.expect(0)?;
@@ -291,7 +263,7 @@ async fn a_store_that_is_away_is_waited_for() -> Result<()> {
     let (launched, mut client) = pod.start_etcd().await?;
     client.put("x", "1", None).await?;
     backed_up(&pod).await?;
-    take_delta(&pod).await?;
+    pod.back_up(api::Kind::Delta).await?;
     launched.terminate().await?.expect(STOPPED)?;
     minio.kill9();
     std::fs::remove_dir_all(pod.member.data_dir.join("member"))?;
@@ -343,7 +315,7 @@ async fn an_etcd_that_ends_ends_the_launcher() -> Result<()> {
     drop(taken);
     serving.logs("etcd has ended", LONG).await?;
     ensure!(ended.stderr.matches("etcd is started").count() == 3, "{}", ended.stderr);
-    ensure!(status(&pod).await?.last_exit.is_some_and(|exit| exit.code == 1));
+    ensure!(pod.status().await?.last_exit.is_some_and(|exit| exit.code == 1));
     serving.terminate().await?.expect(0)?;
     Ok(())
 }
@@ -455,7 +427,7 @@ async fn certificates_rotate_under_load() -> Result<()> {
     stop.send(true)?;
     let calls = (one_connection.await??, many_connections.await??);
     ensure!(calls.0 > 100 && calls.1 > 20, "{calls:?}");
-    take_delta(&pod).await?;
+    pod.back_up(api::Kind::Delta).await?;
     let ca = reqwest::Certificate::from_pem(&std::fs::read(new.ca())?)?;
     let http = reqwest::Client::builder().tls_certs_only([ca]).build()?;
     let metrics = http.get(format!("{}/metrics", pod.url())).send().await?.text().await?;
@@ -490,8 +462,8 @@ async fn a_browser_shows_the_page() -> Result<()> {
     let serving = pod.start_serve().await?;
     let (launched, mut client) = pod.start_etcd().await?;
     backed_up(&pod).await?;
-    workload(9).run(&mut client).await?;
-    take_delta(&pod).await?;
+    Workload::of(9).run(&mut client).await?;
+    pod.back_up(api::Kind::Delta).await?;
     // A listing to look at may be half a minute old.
     let url = pod.url();
     let shown = || async {
@@ -526,14 +498,14 @@ async fn without_permission_nothing_is_touched() -> Result<()> {
     let serving = pod.start_serve().await?;
     let (launched, mut client) = pod.start_etcd().await?;
     backed_up(&pod).await?;
-    workload(5).run(&mut client).await?;
+    Workload::of(5).run(&mut client).await?;
     tests::workload::expire(&mut client).await?;
-    take_delta(&pod).await?;
+    pod.back_up(api::Kind::Delta).await?;
     let before = state::read(&mut client).await?;
     launched.terminate().await?.expect(STOPPED)?;
     serving.terminate().await?.expect(0)?;
     let data = pod.member.data_dir.clone();
-    damage(&data)?;
+    tests::damage(&data)?;
     let damaged = std::fs::read(data.join("member/snap/db"))?;
     let open = |path: &Path, mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode));
     open(dir.path(), 0o755)?;
@@ -695,13 +667,13 @@ async fn every_call_can_be_made() -> Result<()> {
     ensure!(call(&["get-etcd-config"], 0).await?.stdout.contains("data-dir"));
     call(&["take-snapshot", "full"], 12).await?;
     let (launched, mut client) = pod.start_etcd().await?;
-    workload(1).run(&mut client).await?;
+    Workload::of(1).run(&mut client).await?;
     backed_up(&pod).await?;
     let full =
         || async { Ok(pod.ctl(["take-snapshot", "full", "--request-id", "one"]).run().await?.expect(0)?.stdout) };
     let full = eventually(LONG, full).await?;
     ensure!(full.contains("KIND_FULL"), "{full}");
-    workload(2).run(&mut client).await?;
+    Workload::of(2).run(&mut client).await?;
     let again = call(&["take-snapshot", "full", "--request-id", "one"], 0).await?.stdout;
     ensure!(again == full, "{again} instead of {full}");
     call(&["take-snapshot", "delta", "--request-id", "one"], 2).await?;
@@ -718,7 +690,7 @@ async fn every_call_can_be_made() -> Result<()> {
     ensure!(call(&["compact", "--request-id", "two"], 0).await?.json()? == compacted);
     let sizes = call(&["defragment"], 0).await?.json()?;
     ensure!(sizes["after"].as_i64() > Some(0) && sizes["after"].as_i64() <= sizes["before"].as_i64(), "{sizes}");
-    workload(3).run(&mut client).await?;
+    Workload::of(3).run(&mut client).await?;
     let prepared = call(&["prepare-shutdown"], 0).await?.json()?;
     ensure!(prepared["snapshots"][0]["kind"] == "KIND_DELTA" && prepared["leaderId"] == "", "{prepared}");
     let told = call(&["status"], 0).await?.json()?;
@@ -738,80 +710,6 @@ fn damage_store(pod: &Pod) -> Result<()> {
     let newest = deltas.filter_map(Result::ok).map(|entry| entry.path()).max().context("no delta")?;
     let bytes = std::fs::read(&newest)?;
     Ok(std::fs::write(newest, &bytes[..bytes.len() / 2])?)
-}
-
-/// What nobody asks for each time: deltas are merged, what that replaces goes, and the newest chain is restored to see.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_store_is_kept_in_shape() -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let store = Store::directory(&dir.path().join("store"));
-    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store))?;
-    pod.more = format!(
-        "snapshots: {{deltaPeriod: 1s}}\nretention: {{policy: limit-based, maxBackups: 1, period: 5s}}\ncompaction: {{deltas: 3, workDir: {work}}}\nverification: {{schedule: '* * * * *', workDir: {work}}}\n",
-        work = dir.path().display()
-    );
-    let serving = pod.start_serve().await?;
-    let (launched, mut client) = pod.start_etcd().await?;
-    backed_up(&pod).await?;
-    for seed in 0..5 {
-        workload(seed).run(&mut client).await?;
-        take_delta(&pod).await?;
-    }
-    let in_shape = || async {
-        let log = serving.log();
-        ensure!(log.contains("deltas are merged") && log.contains("looked which backups can go"), "{log}");
-        let verified = status(&pod).await?.backup.and_then(|backup| backup.verified);
-        ensure!(
-            verified.as_ref().is_some_and(|verified| verified.revision > 1 && verified.seconds > 0.0),
-            "{verified:?}"
-        );
-        let latest = pod.client(true).await?.get_latest(api::GetLatestRequest {}).await?.into_inner();
-        ensure!(latest.deltas.len() < 5, "{latest:?}");
-        let fulls = pod.store.as_ref().context("no store")?.list().await?["timelines"][0]["fulls"].clone();
-        ensure!(fulls.as_array().is_none_or(|fulls| fulls.len() == 1), "{fulls}");
-        Ok(())
-    };
-    eventually(Duration::from_secs(90), in_shape).await?;
-    let before = state::read(&mut client).await?;
-    take_delta(&pod).await?;
-    launched.terminate().await?.expect(STOPPED)?;
-    std::fs::remove_dir_all(pod.member.data_dir.join("member"))?;
-    let (launched, mut client) = pod.start_etcd().await?;
-    let after = state::read(&mut client).await?;
-    ensure!(before.keys == after.keys, "other keys");
-    launched.terminate().await?.expect(STOPPED)?;
-    serving.terminate().await?.expect(0)?;
-    Ok(())
-}
-
-/// A cluster that is full is compacted, defragmented and written to again, where that is allowed; and nothing is lost.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_full_cluster_gets_space_again() -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let store = Store::directory(&dir.path().join("store"));
-    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store))?;
-    pod.etcd_more = "quota-backend-bytes: 8000000\n".into();
-    pod.more = "defragmentation: {resolveNoSpace: true}\n".into();
-    let serving = pod.start_serve().await?;
-    let (launched, mut client) = pod.start_etcd().await?;
-    backed_up(&pod).await?;
-    let mut written = 0;
-    while client.put("same", vec![written; 400_000], None).await.is_ok() {
-        written += 1;
-    }
-    ensure!(written > 5);
-    let again = || {
-        let mut client = client.clone();
-        async move { Ok(client.put("after", "", None).await.map(drop)?) }
-    };
-    eventually(LONG, again).await.with_context(|| serving.log())?;
-    let log = serving.log();
-    ensure!(log.contains("NOSPACE") && log.contains("there is space again"), "{log}");
-    let got = client.get("same", None).await?;
-    ensure!(got.kvs()[0].value() == vec![written - 1; 400_000]);
-    launched.terminate().await?.expect(STOPPED)?;
-    serving.terminate().await?.expect(0)?;
-    Ok(())
 }
 
 /// What is asked of the predecessor, and what Prometheus reads.
@@ -845,7 +743,7 @@ async fn the_predecessors_calls_are_answered() -> Result<()> {
     let full: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/full?final=true", 200).await?)?;
     ensure!(full["kind"] == "Full" && full["isFinal"] == true && full["startRevision"] == 0, "{full}");
     ensure!(ask(&known, "/snapshot/delta", 200).await? == "null");
-    workload(1).run(&mut etcd).await?;
+    Workload::of(1).run(&mut etcd).await?;
     let delta: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/delta", 200).await?)?;
     ensure!(delta["kind"] == "Incr" && delta["lastRevision"].as_i64() > Some(2), "{delta}");
     let latest: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/latest", 200).await?)?;

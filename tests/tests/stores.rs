@@ -543,18 +543,9 @@ async fn google_s_token_service_gives_credentials() -> Result<()> {
 async fn credentials_in_files_are_read_again() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
-    let mut store = minio.store("backups/a");
     let secret = dir.path().join("secret");
-    std::fs::create_dir(&secret)?;
-    let take = |name: &str, environment: &mut Vec<(String, String)>| {
-        let at = environment.iter().position(|(other, _)| other == name).context("no such variable")?;
-        anyhow::Ok(environment.remove(at).1)
-    };
-    let key = take("AWS_SECRET_ACCESS_KEY", &mut store.environment)?;
-    std::fs::write(secret.join("accessKeyID"), take("AWS_ACCESS_KEY_ID", &mut store.environment)?)?;
-    std::fs::write(secret.join("region"), take("AWS_REGION", &mut store.environment)?)?;
+    let (store, key) = minio.store_by_secret("backups/a", &secret)?;
     std::fs::write(secret.join("secretAccessKey"), "not-the-key-that-it-should-be")?;
-    store.environment.push(("AWS_APPLICATION_CREDENTIALS".into(), secret.display().to_string()));
     let refused = store.command("list").run().await?.expect(1)?.says("permission denied")?;
     ensure!(!refused.stderr.contains("not-the-key"), "{}", refused.stderr);
     std::fs::write(secret.join("secretAccessKey"), &key)?;

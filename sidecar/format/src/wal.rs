@@ -32,6 +32,8 @@ mod kind {
 
 /// Entry type of a change of members.
 pub const ENTRY_CONF_CHANGE: i32 = 1;
+/// Field of an `InternalRaftRequest` that each of v3 has.
+const HEADER: u32 = 100;
 /// Types of a change of members.
 const ADD_NODE: i32 = 0;
 const REMOVE_NODE: i32 = 1;
@@ -147,12 +149,6 @@ impl Log {
         is_first && first.is_some_and(|snapshot| snapshot.index() <= members(snapshot))
     }
 
-    /// Who is a member at the end of the log.
-    pub fn members(&self) -> Members {
-        let start = self.newest_snapshot().cloned().unwrap_or_default();
-        self.members_at(&start.conf_state.clone().unwrap_or_default(), start.index(), u64::MAX)
-    }
-
     /// Who is a member at an index, given who was at an earlier one.
     pub fn members_at(&self, conf_state: &ConfState, after: u64, upto: u64) -> Members {
         let mut members = Members {
@@ -218,15 +214,18 @@ impl Effect {
         // header, id; v2; range, put, delete range, txn, compaction; leases and their checkpoints, alarm; authenticate;
         // version of the cluster, attributes of a member. Up to 17: a bare request of v2, which is applied anew at each start.
         let is_harmless = |number| matches!(number, 1..=17 | 100 | 1012 | 1300 | 1301);
-        // put, delete range, txn, and a lease that is revoked with its keys.
+        // put, delete range, txn, and a lease that is revoked with its keys; a bare request of v2 has other things there, and no
+        // header.
         let is_of_keys = |number| matches!(number, 4..=6 | 9);
+        let mut has_header = false;
         let mut effect = Self::default();
         let mut fields = Fields::new(request);
         loop {
             match fields.next() {
-                Ok(None) => return effect,
+                Ok(None) => return Self { on_keys: effect.on_keys && has_header, ..effect },
                 Ok(Some(Field::Varint(number, _) | Field::Bytes(number, _))) if is_harmless(number) => {
                     effect.on_keys |= is_of_keys(number);
+                    has_header |= number == HEADER;
                 }
                 Ok(Some(_)) | Err(_) => return Self { on_keys: true, on_more: true },
             }
@@ -247,7 +246,7 @@ pub struct Damage {
 
 /// Reads all segments of a log and checks them against each other.
 ///
-/// Memory is the size of the largest record; entries are not kept.
+/// Memory is the size of the largest record, and of the indexes of the newest entries that change keys.
 pub fn read(dir: &Path) -> Result<Log, Damage> {
     let damage = |error: Error| Damage { path: dir.to_owned(), error };
     let mut segments = Vec::new();
@@ -567,29 +566,76 @@ fn has_zero_sector(data: &[u8], data_offset: u64) -> bool {
 /// `entries` are the encoded [`ConfChange`]s that add each member, in ascending member id; they take the indexes 1 to N of
 /// term 1. All versions read it: every field is written also when it is zero.
 pub fn first_segment(metadata: Metadata, entries: &[ConfChange], state: HardState, members: &ConfState) -> Vec<u8> {
-    let mut out = Vec::new();
-    let mut crc = 0;
-    let mut put = |kind: i64, data: Option<Vec<u8>>| {
-        crc = crc32c::crc32c_append(crc, data.as_deref().unwrap_or_default());
-        let record = Record { r#type: Some(kind), crc: Some(crc), data }.encode_to_vec();
+    let mut segment = SegmentWriter::begin(metadata);
+    for (index, change) in (1..).zip(entries) {
+        segment.entry(ENTRY_CONF_CHANGE, (index, 1), change.encode_to_vec());
+    }
+    segment.state(state);
+    segment.snapshot(&WalSnapshot {
+        index: Some(entries.len() as u64),
+        term: Some(1),
+        conf_state: Some(members.clone()),
+    });
+    segment.out
+}
+
+/// Writes the first segment of a log.
+pub(crate) struct SegmentWriter {
+    pub(crate) out: Vec<u8>,
+    crc: u32,
+}
+
+impl SegmentWriter {
+    /// As etcd does when it begins.
+    pub(crate) fn begin(metadata: Metadata) -> Self {
+        let mut this = Self { out: Vec::new(), crc: 0 };
+        this.put(kind::CRC, None);
+        this.put(kind::METADATA, Some(metadata.encode_to_vec()));
+        this.snapshot(&WalSnapshot { index: Some(0), term: Some(0), conf_state: None });
+        this
+    }
+
+    /// An entry of a type, with its index and term.
+    pub(crate) fn entry(&mut self, r#type: i32, (index, term): (u64, u64), data: Vec<u8>) {
+        let entry = Entry { r#type: Some(r#type), term: Some(term), index: Some(index), data: Some(data) };
+        self.put(kind::ENTRY, Some(entry.encode_to_vec()));
+    }
+
+    pub(crate) fn state(&mut self, state: HardState) {
+        self.put(kind::STATE, Some(state.encode_to_vec()));
+    }
+
+    pub(crate) fn snapshot(&mut self, snapshot: &WalSnapshot) {
+        self.put(kind::SNAPSHOT, Some(snapshot.encode_to_vec()));
+    }
+
+    fn put(&mut self, kind: i64, data: Option<Vec<u8>>) {
+        self.crc = crc32c::crc32c_append(self.crc, data.as_deref().unwrap_or_default());
+        let record = Record { r#type: Some(kind), crc: Some(self.crc), data }.encode_to_vec();
         let padding = record.len().wrapping_neg() % 8;
         let top = if padding == 0 { 0 } else { (0x80 | padding as u64) << 56 };
-        out.extend_from_slice(&(record.len() as u64 | top).to_le_bytes());
-        out.extend_from_slice(&record);
-        out.resize(out.len() + padding, 0);
-    };
-    put(kind::CRC, None);
-    put(kind::METADATA, Some(metadata.encode_to_vec()));
-    put(kind::SNAPSHOT, Some(WalSnapshot { index: Some(0), term: Some(0), conf_state: None }.encode_to_vec()));
-    for (index, change) in (1..).zip(entries) {
-        let data = Some(change.encode_to_vec());
-        let entry = Entry { r#type: Some(ENTRY_CONF_CHANGE), term: Some(1), index: Some(index), data };
-        put(kind::ENTRY, Some(entry.encode_to_vec()));
+        self.out.extend_from_slice(&(record.len() as u64 | top).to_le_bytes());
+        self.out.extend_from_slice(&record);
+        self.out.resize(self.out.len() + padding, 0);
     }
-    put(kind::STATE, Some(state.encode_to_vec()));
-    let snapshot = WalSnapshot { index: Some(entries.len() as u64), term: Some(1), conf_state: Some(members.clone()) };
-    put(kind::SNAPSHOT, Some(snapshot.encode_to_vec()));
-    out
+}
+
+/// A request to raft that has a header, and one field of bytes with that number.
+#[cfg(test)]
+pub(crate) fn request(number: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let mut varint = |mut value: u32| {
+        while value >= 0x80 {
+            bytes.push((value & 0x7f) as u8 | 0x80);
+            value >>= 7;
+        }
+        bytes.push(value as u8);
+    };
+    for number in [number, HEADER] {
+        varint(number << 3 | 2);
+        varint(0);
+    }
+    bytes
 }
 
 #[cfg(test)]
@@ -618,6 +664,44 @@ mod tests {
         assert_eq!(log.member_changes.len(), 3);
         assert_eq!(log.newest_snapshot().unwrap().conf_state.as_ref().unwrap().voters, [1, 2, 3]);
         assert_eq!(log.tail, Tail::Clean);
+    }
+
+    #[test]
+    fn only_what_may_make_a_revision_is_counted() {
+        // put, delete range, txn, compaction, lease grant and revoke, alarm, authenticate, version of the cluster; a put.
+        let requests = [4, 5, 6, 7, 8, 9, 10, 1012, 1300, 4];
+        let mut segment = SegmentWriter::begin(Metadata { node_id: Some(1), cluster_id: Some(2) });
+        for (index, number) in (1..).zip(requests) {
+            segment.entry(0, (index, 1), request(number));
+        }
+        let whole = read_segment(&segment.out).unwrap();
+        assert_eq!([0, 1, 3, 6, 9, 10].map(|index| whole.key_changes_after(index)), [5, 4, 2, 1, 1, 0]);
+        assert_eq!(whole.other_changes, 0);
+        // As 3.4 and 3.5 publish a member, which is a bare request of v2 with a value in field 4.
+        segment.entry(0, (11, 1), vec![4 << 3 | 2, 0]);
+        assert_eq!(read_segment(&segment.out).unwrap().key_changes_after(10), 0);
+        // A leader of a later term replaces the last three.
+        segment.entry(0, (9, 2), request(1400));
+        let replaced = read_segment(&segment.out).unwrap();
+        assert_eq!([5, 9].map(|index| replaced.key_changes_after(index)), [2, 0]);
+        assert_eq!(replaced.other_changes, 9, "what is not understood may do everything");
+        assert!(!whole.began_restored() && read_segment(&super::tests::segment()).unwrap().began_restored());
+    }
+
+    #[test]
+    fn who_learns_does_not_vote() {
+        let mut segment = SegmentWriter::begin(Metadata { node_id: Some(1), cluster_id: Some(2) });
+        let mut log = |index, r#type, id| {
+            let change = ConfChange { id: Some(0), r#type: Some(r#type), node_id: Some(id), context: None };
+            segment.entry(ENTRY_CONF_CHANGE, (index, 1), change.encode_to_vec());
+            let members = read_segment(&segment.out).unwrap().members_at(&ConfState::default(), 0, u64::MAX);
+            (members.voters.into_iter().collect::<Vec<_>>(), members.learners.into_iter().collect::<Vec<_>>())
+        };
+        assert_eq!(log(1, ADD_NODE, 1), (vec![1], vec![]));
+        assert_eq!(log(2, ADD_LEARNER, 2), (vec![1], vec![2]));
+        assert_eq!(log(3, 2, 2), (vec![1], vec![2]), "other URLs");
+        assert_eq!(log(4, ADD_NODE, 2), (vec![1, 2], vec![]));
+        assert_eq!(log(5, REMOVE_NODE, 1), (vec![2], vec![]));
     }
 
     #[test]

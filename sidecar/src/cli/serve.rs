@@ -23,6 +23,8 @@ use crate::{Error, Result, snapshotter};
 
 /// Looking at the store more often than that would cost more than it gains.
 const LEAST_PERIOD: Duration = Duration::from_secs(1);
+/// Bytes a second; requests to a store have deadlines.
+const LEAST_PACE: u64 = 100_000;
 /// Nobody is gone for less.
 const LEAST_AWAY: Duration = Duration::from_secs(5);
 
@@ -141,9 +143,16 @@ pub(super) fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
         full_schedule,
         delta_period,
         delta_max_bytes,
+        full_bytes_per_second: Some(config.snapshots.full_bytes_per_second).filter(|most| *most > 0),
         quiet: quiet.clone(),
         metrics: metrics.clone(),
     });
+    let background = config.background.bytes_per_second;
+    if (1..LEAST_PACE).contains(&background) || (1..LEAST_PACE).contains(&config.snapshots.full_bytes_per_second) {
+        return Err(Error::invalid(format!(
+            "background.bytesPerSecond and snapshots.fullBytesPerSecond are 0, for as fast as it goes, or {LEAST_PACE} or more: what is read more slowly ends by its deadlines"
+        )));
+    }
     let others = others(config, &member, &etcd)?;
     let may_start_empty = config.safety.may_start_empty;
     let initialize = initialize::Settings { member, store, others, may_start_empty, metrics: metrics.clone() };
@@ -201,6 +210,11 @@ fn upkeep(config: &SidecarConfig) -> Result<Upkeep> {
                     "defragmentation.{field} is {share}, which is not a share from 0 to 1"
                 )));
             }
+        }
+        if urgent_free_share > 0.0 && urgent_free_share < least_free_share {
+            return Err(Error::invalid(
+                "defragmentation.urgentFreeShare is less than leastFreeShare: nothing would be done for it",
+            ));
         }
         let cron = cron("defragmentation.schedule", &defragmentation.schedule)?;
         Ok(supervise::Defragmentation { cron, least_free_share, urgent_free_share })

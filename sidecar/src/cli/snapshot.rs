@@ -99,6 +99,7 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
         full_schedule,
         delta_period: args.delta_period,
         delta_max_bytes: args.delta_max_bytes,
+        full_bytes_per_second: None,
         quiet: Arc::default(),
         metrics: Arc::default(),
     };

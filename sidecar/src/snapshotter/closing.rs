@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,6 +15,7 @@ use super::now_ms;
 use crate::catalog::{Layout, ObjectName, Timeline};
 use crate::delta::{self, Builder};
 use crate::etcd::{Etcd, Status};
+use crate::metrics::Metrics;
 use crate::store::Store;
 use crate::{Class, Error, Result};
 use crate::{container, gardener};
@@ -98,6 +100,7 @@ pub(super) struct CloseJob {
     pub meta: ObjectMeta,
     pub builder: Builder,
     pub ask: Ask,
+    pub metrics: Arc<Metrics>,
 }
 
 /// A question that the delta can do without.
@@ -171,7 +174,7 @@ impl Known {
 }
 
 async fn upload_delta(job: CloseJob, end: DeltaEnd, stop: &CancellationToken) -> Result<TakenDelta> {
-    let CloseJob { store, layout, timeline, builder, meta, .. } = job;
+    let CloseJob { store, layout, timeline, builder, meta, metrics, .. } = job;
     let (first, last, mut unix_ms) = (builder.first(), builder.last(), now_ms());
     let events = builder.events();
     let made = tokio::task::spawn_blocking(move || make(builder, layout, end, meta)).await;
@@ -179,7 +182,8 @@ async fn upload_delta(job: CloseJob, end: DeltaEnd, stop: &CancellationToken) ->
     let size = content.iter().map(Bytes::len).sum::<usize>() as u64;
     loop {
         let name = layout.delta(timeline, first, last, unix_ms);
-        match store.persist("upload of a delta", stop, || store.put_new(&name, &content)).await {
+        let put = || store.put_new(&name, &content);
+        match store.persist("upload of a delta", stop, |error| metrics.interrupted(error), put).await {
             Ok(()) => return Ok(TakenDelta { name, events, size, is_too_large_to_replay }),
             // Another writer closed the same revisions in the same moment, which is legal.
             Err(error) if error.class() == Class::Precondition && unix_ms < now_ms() + 1000 * layout.tick_ms() => {

@@ -12,6 +12,7 @@ use super::closing::Position;
 use crate::catalog::{Layout, ObjectName, Timeline};
 use crate::etcd::Etcd;
 use crate::object::FullWriter;
+use crate::pace::Pace;
 use crate::store::{Store, Upload};
 use crate::{Error, Result};
 
@@ -53,6 +54,7 @@ pub(super) struct Job {
     pub layout: Layout,
     pub timeline: Timeline,
     pub meta: ObjectMeta,
+    pub bytes_per_second: Option<u64>,
     pub quiet: Arc<tokio::sync::Mutex<()>>,
 }
 
@@ -112,7 +114,8 @@ async fn transfer(job: &mut Job, upload: &mut Upload) -> Result<Scanned> {
     let scanning = tokio::task::spawn_blocking(move || scan(scan_in, before.revision));
     let (layout, meta) = (job.layout, job.meta.clone());
     let compressing = tokio::task::spawn_blocking(move || compress(compress_in, &compressed, layout, &meta));
-    let receive = receive(&mut job.etcd, to_scan, to_compress);
+    let pace = job.bytes_per_second.map(Pace::new);
+    let receive = receive(&mut job.etcd, pace, to_scan, to_compress);
     let send = async {
         while let Some(bytes) = compressed_out.recv().await {
             upload.write(bytes).await?;
@@ -139,7 +142,12 @@ async fn transfer(job: &mut Job, upload: &mut Upload) -> Result<Scanned> {
 }
 
 /// Hands etcd's bytes to both workers. Reads to the end of the stream: the sha256 comes after the last announced byte.
-async fn receive(etcd: &mut Etcd, to_scan: mpsc::Sender<Bytes>, to_compress: mpsc::Sender<Bytes>) -> Result<()> {
+async fn receive(
+    etcd: &mut Etcd,
+    pace: Option<Pace>,
+    to_scan: mpsc::Sender<Bytes>,
+    to_compress: mpsc::Sender<Bytes>,
+) -> Result<()> {
     let mut stream = etcd.snapshot().await?;
     let mut piece = BytesMut::with_capacity(PIECE_BYTES);
     loop {
@@ -155,6 +163,10 @@ async fn receive(etcd: &mut Etcd, to_scan: mpsc::Sender<Bytes>, to_compress: mps
         }
         if piece.len() >= PIECE_BYTES || message.is_none() {
             let bytes = piece.split().freeze();
+            // What is not read etcd does not send: whoever writes to it has the disk and the processor meanwhile.
+            if let Some(pace) = &pace {
+                pace.pass(bytes.len() as u64).await;
+            }
             // A worker that ended early has the better error to tell.
             if to_scan.send(bytes.clone()).await.is_err() || to_compress.send(bytes).await.is_err() {
                 return Ok(());

@@ -371,7 +371,8 @@ impl<'s> Session<'s> {
         meta.auth_state = self.auth.state();
         let (store, layout, timeline) = (self.settings.store.clone(), self.settings.layout, self.timeline);
         let quiet = self.settings.quiet.clone();
-        full::Job { etcd: self.etcd.clone(), store, layout, timeline, meta, quiet }
+        let bytes_per_second = self.settings.full_bytes_per_second;
+        full::Job { etcd: self.etcd.clone(), store, layout, timeline, meta, bytes_per_second, quiet }
     }
 
     /// Takes the delta that fills, and begins the next one.
@@ -384,6 +385,7 @@ impl<'s> Session<'s> {
             meta: self.meta(),
             builder: self.pending.close()?,
             ask,
+            metrics: self.settings.metrics.clone(),
         })
     }
 

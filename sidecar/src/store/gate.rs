@@ -15,8 +15,8 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use tracing::Instrument;
 
-use super::pace::Pace;
 use crate::error::store_class;
+use crate::pace::Pace;
 
 /// What was asked, and the class of the error that it ended with, or `ok`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -73,7 +73,7 @@ async fn counted<V>(
 fn count<V>(operations: &Operations, operation: &'static str, result: Result<V>) -> Result<V> {
     let outcome = match &result {
         Ok(_) => "ok".to_owned(),
-        Err(error) => format!("{:?}", store_class(error)).to_lowercase(),
+        Err(error) => store_class(error).name().to_owned(),
     };
     operations.get_or_create(&Operation { operation, outcome }).inc();
     result

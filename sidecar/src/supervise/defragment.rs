@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Mutex;
 
-use crate::etcd::{Etcd, EtcdFlags, Role, Status};
+use crate::etcd::{Alarm, Etcd, EtcdFlags, Role, Status};
 use crate::{Error, Result};
 
 /// Sizes of a database before and after, in bytes.
@@ -75,13 +75,15 @@ async fn all_members(flags: &EtcdFlags, etcd: &mut Etcd) -> Result<Vec<Asked>> {
     Ok(asked)
 }
 
-/// What a cluster has to do that is more urgent: nothing, or why nobody may go away for a while.
-fn pressure(members: &[(Status, Duration)]) -> Option<String> {
+/// What a cluster has to do that is more urgent: nothing, or why nobody may go away for a while. To be full may be what it is
+/// done for.
+fn pressure(members: &[(Status, Duration)], may_be_full: bool) -> Option<String> {
     let committed = members.iter().map(|(status, _)| status.raft_index).max().unwrap_or(0);
     members.iter().find_map(|(status, took)| {
         let member = format!("member {:x}", status.member_id);
         let behind = committed.saturating_sub(status.raft_applied_index);
-        if let Some((id, alarm)) = status.alarms.first() {
+        let is_worry = |alarm: &Alarm| !(may_be_full && *alarm == Alarm::NoSpace);
+        if let Some((id, alarm)) = status.alarms.iter().find(|(_, alarm)| is_worry(alarm)) {
             Some(format!("member {id:x} has the alarm {}", alarm.name()))
         } else if status.leader_id == 0 {
             Some(format!("{member} knows no leader"))
@@ -96,10 +98,10 @@ fn pressure(members: &[(Status, Duration)]) -> Option<String> {
 }
 
 /// All members, none of which is under pressure.
-async fn all_well(flags: &EtcdFlags, etcd: &mut Etcd) -> Result<Vec<Asked>> {
+async fn all_well(flags: &EtcdFlags, etcd: &mut Etcd, may_be_full: bool) -> Result<Vec<Asked>> {
     let asked = all_members(flags, etcd).await?;
     let seen: Vec<_> = asked.iter().map(|asked| (asked.status.clone(), asked.took)).collect();
-    match pressure(&seen) {
+    match pressure(&seen, may_be_full) {
         Some(why) => Err(Error::precondition(format!("{why}: no database is defragmented now"))),
         None => Ok(asked),
     }
@@ -108,7 +110,7 @@ async fn all_well(flags: &EtcdFlags, etcd: &mut Etcd) -> Result<Vec<Asked>> {
 /// Defragments the member that `flags` lead to, when all are well.
 pub(super) async fn own(flags: &EtcdFlags, quiet: &Mutex<()>) -> Result<Sizes> {
     let (mut etcd, status) = Etcd::connect(flags).await?;
-    all_well(flags, &mut etcd).await?;
+    all_well(flags, &mut etcd, true).await?;
     this_member(&mut etcd, &status, quiet).await
 }
 
@@ -119,7 +121,7 @@ pub(super) async fn cluster(flags: &EtcdFlags, least_free_share: f64, quiet: &Mu
     let mut done = Vec::new();
     let mut seen = Vec::new();
     loop {
-        let mut asked = all_well(flags, &mut leader).await?;
+        let mut asked = all_well(flags, &mut leader, false).await?;
         if asked.iter().any(|asked| asked.status.leader_id != ours.member_id) {
             if done.is_empty() {
                 return Ok(done);
@@ -164,7 +166,6 @@ pub(super) fn is_urgent(status: &Status, urgent_free_share: f64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::etcd::Alarm;
 
     #[test]
     fn who_has_other_worries_is_left_alone() {
@@ -182,7 +183,7 @@ mod tests {
         let with = |change: Change| {
             let mut members = vec![(status(1), quick), (status(2), quick)];
             change(&mut members[1]);
-            pressure(&members)
+            pressure(&members, false)
         };
         assert_eq!(with(|_| {}), None);
         let cases: [(Change, &str); 4] = [
@@ -194,6 +195,8 @@ mod tests {
         for (change, said) in cases {
             assert!(with(change).is_some_and(|why| why.contains(said)), "{said}");
         }
+        let full = vec![(Status { alarms: vec![(2, Alarm::NoSpace)], ..status(2) }, quick)];
+        assert_eq!(pressure(&full, true), None);
         let free = status(1);
         assert!(is_urgent(&free, 0.75) && !is_urgent(&free, 0.9) && !is_urgent(&free, 0.0));
         assert!(!is_urgent(&Status { db_size: 50 << 20, db_size_in_use: 1, ..free }, 0.75));

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::Path;
 
-use etcd_format::datadir::LAST_EXIT;
+use etcd_format::datadir::{LAST_EXIT, LAST_EXIT_NEW};
 use serde::{Deserialize, Serialize};
 
 /// How an etcd ended.
@@ -29,9 +29,10 @@ impl LastExit {
         if !data_dir.is_dir() {
             return Ok(());
         }
-        let mut file = tempfile::NamedTempFile::new_in(data_dir)?;
-        io::Write::write_all(&mut file, &serde_json::to_vec(self)?)?;
-        file.persist(data_dir.join(LAST_EXIT)).map(drop).map_err(|error| error.error)
+        // Nobody else writes it, and what a kill leaves of it the next one replaces.
+        let new = data_dir.join(LAST_EXIT_NEW);
+        std::fs::write(&new, serde_json::to_vec(self)?)?;
+        std::fs::rename(&new, data_dir.join(LAST_EXIT))
     }
 }
 

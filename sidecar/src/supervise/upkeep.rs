@@ -134,7 +134,7 @@ pub(super) fn start(supervisor: &Arc<Supervisor>) {
         );
     }
     if upkeep.resolve_no_space {
-        supervisor.repeat("make space", When::Every(ALARM_PERIOD), Lasts::WhileLeading, |this| async move {
+        supervisor.repeat("make space", When::Every(ALARM_PERIOD), Lasts::WhileFull, |this| async move {
             this.make_space().await
         });
     }
@@ -166,8 +166,16 @@ impl When {
 enum Lasts {
     /// Given up when the member no longer leads.
     WhileLeading,
+    /// The same, and it cannot wait: nobody can write.
+    WhileFull,
     /// It hands leadership over itself, and ends by itself where another leads.
     ToItsEnd,
+}
+
+impl Lasts {
+    fn most_backoff(self) -> Duration {
+        if self == Self::WhileFull { LEAST_BACKOFF } else { MOST_BACKOFF }
+    }
 }
 
 impl Supervisor {
@@ -202,7 +210,7 @@ impl Supervisor {
                         Err(Error::Cancelled) => return,
                         Err(error) => {
                             tracing::error!(%error, "could not {what}; it is tried again at the next time");
-                            backoff = (backoff * 2).clamp(LEAST_BACKOFF, MOST_BACKOFF);
+                            backoff = (backoff * 2).clamp(LEAST_BACKOFF, MOST_BACKOFF).min(lasts.most_backoff());
                         }
                     },
                     () = gone => tracing::info!("the member no longer leads: it is left to the leader to {what}"),
@@ -218,7 +226,7 @@ impl Supervisor {
 
     async fn collect(&self, store: &Store, retention: Retention) -> Result<()> {
         let _one = self.heavy.lock().await;
-        let store = &self.in_the_background(store).0;
+        let store = &self.in_the_background(store);
         let collected = collect(store, retention, false, &self.stop.child_token()).await?;
         for damaged in &collected.damaged {
             tracing::error!("a backup is damaged: {damaged}");
@@ -251,7 +259,7 @@ impl Supervisor {
         let settings = compact::Settings { timeline: None, discard_history, work_dir: work_dir.to_owned() };
         let stop = self.stop.child_token();
         let _gone = stop.clone().drop_guard();
-        let compacted = compact::compact(&self.in_the_background(store).0, &settings, &stop).await?;
+        let compacted = compact::compact(&self.in_the_background(store), &settings, &stop).await?;
         tracing::info!(object = compacted.object, revision = compacted.revision, "deltas are merged");
         Ok(compacted)
     }
@@ -263,12 +271,12 @@ impl Supervisor {
         let Some((timeline, chain)) = catalog.newest_chain() else { return Ok(()) };
         let stop = self.stop.child_token();
         let _gone = stop.clone().drop_guard();
-        let (store, pace) = self.in_the_background(store);
+        let pace = self.pace();
         let started = Instant::now();
-        let replayed = restore::replay(&store, timeline, chain, work_dir, &stop).await;
+        let replayed = restore::replay(store, timeline, chain, work_dir, pace.clone(), &stop).await;
         self.settings.metrics.drilled(replayed.is_ok());
         let (revision, hashes) = replayed?;
-        // A restore in earnest keeps to no pace.
+        // A restore in earnest keeps to no pace: what is left is how long its own work took.
         let waited = pace.map_or(Duration::ZERO, |pace| pace.waited());
         let (seconds, unix_ms) =
             (started.elapsed().saturating_sub(waited).as_secs_f64(), Utc::now().timestamp_millis());
@@ -279,7 +287,7 @@ impl Supervisor {
     }
 
     async fn defragment_all(&self, least_free_share: f64) -> Result<()> {
-        let _one = self.heavy.lock().await;
+        let (_quiet, _one) = (self.heavy.lock().await, self.defragmenting.lock().await);
         let started = Instant::now();
         let done = defragment::cluster(&self.settings.etcd, least_free_share, &self.settings.quiet).await;
         self.settings.metrics.defragmented(done.is_ok(), started.elapsed());
@@ -310,7 +318,8 @@ impl Supervisor {
         if self.settings.backup.is_some() {
             self.take(Kind::Delta).await?;
         }
-        let _one = self.heavy.lock().await;
+        // What reads the store does not hold this up.
+        let defragmenting = self.defragmenting.lock().await;
         etcd.compact(status.revision).await?;
         // One that is not well must not keep the others from writing.
         let mut done = Vec::new();
@@ -332,6 +341,7 @@ impl Supervisor {
             etcd.disarm_no_space(*member).await?;
         }
         tracing::info!("there is space again");
+        drop(defragmenting);
         // Where what is live is more than the quota, it would be the same again.
         tokio::time::sleep(NO_SPACE_PERIOD).await;
         Ok(())

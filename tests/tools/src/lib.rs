@@ -39,8 +39,14 @@ pub struct Tool {
 }
 
 /// Programs of Debian's that tests need in whatever version there is, and the package of each.
-pub const INSTALLED: &[(&str, &str)] =
-    &[("ip", "iproute2"), ("chromium", "chromium"), ("systemctl", "systemd"), ("musl-gcc", "musl-tools")];
+pub const INSTALLED: &[(&str, &str)] = &[
+    ("ip", "iproute2"),
+    ("chromium", "chromium"),
+    ("systemctl", "systemd"),
+    ("musl-gcc", "musl-tools"),
+    ("faketime", "faketime"),
+    ("openssl", "openssl"),
+];
 
 /// Every tool that tests need, in the order in which it is fetched.
 pub const TOOLS: &[Tool] = &[

@@ -81,7 +81,7 @@ impl<D: Disk> Behind<D> {
         }
         let log = wal::read(&layout.wal()).map_err(|damage| damage.error)?;
         let summary = verdict.summary.unwrap_or_default();
-        let count = log.members().all().len();
+        let count = verdict.members.as_ref().map_or(0, |members| members.all().len());
         if count != 1 {
             return Err(refuse(format!("it is one of {count} members; the others bring it up to date when it starts")));
         }

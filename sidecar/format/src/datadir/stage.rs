@@ -29,6 +29,8 @@ const ORIGIN: &str = "origin.json";
 pub const JOINED: &str = "joined.json";
 /// The same: how its etcd ended.
 pub const LAST_EXIT: &str = "last-exit.json";
+/// The same, while it is written.
+pub const LAST_EXIT_NEW: &str = "last-exit.json.new";
 /// Lies in a staged member until it is whole. Without it, what is staged is a member that was replaced and not moved on yet.
 const UNFINISHED: &str = "unfinished";
 /// Lies beside what is staged and has the inode of its directory: whole or not, what has that inode was not in its place yet.
@@ -395,7 +397,7 @@ pub fn check_target(data_dir: &Path, replace: bool) -> Result<()> {
     for entry in std::fs::read_dir(data_dir).map_err(Error::io("list", data_dir))? {
         let name = entry.map_err(Error::io("list", data_dir))?.file_name();
         match name.to_str() {
-            Some(RESTORING | NOTE | "lost+found" | JOINED | LAST_EXIT) => {}
+            Some(RESTORING | NOTE | "lost+found" | JOINED | LAST_EXIT | LAST_EXIT_NEW) => {}
             Some(name) if name.starts_with("member.replaced-") => {}
             _ if replace => {}
             _ => {

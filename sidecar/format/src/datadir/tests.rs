@@ -355,3 +355,90 @@ fn damage_anywhere_in_a_directory_is_noticed_or_harmless() {
     }
     assert_eq!(verdict(dir.path()).unwrap(), whole);
 }
+
+/// What etcd leaves in the first moments of its life, and what is told of it.
+#[test]
+fn what_has_hardly_begun_is_told_from_what_has() {
+    use crate::wal::SegmentWriter;
+    use proto::Message;
+    use proto::disk::{ConfChange, HardState, Metadata, WalSnapshot};
+
+    type Log = Option<Vec<u8>>;
+    type Case<'c> = (Option<&'c [u8]>, &'c Log, bool, bool, Severity, u64);
+
+    fn segment(build: fn(&mut SegmentWriter)) -> Vec<u8> {
+        let mut segment = SegmentWriter::begin(Metadata { node_id: Some(1), cluster_id: Some(2) });
+        build(&mut segment);
+        segment.out
+    }
+    fn joins(segment: &mut SegmentWriter, commit: u64) {
+        let change = ConfChange { id: Some(0), r#type: Some(0), node_id: Some(1), context: Some(b"{}".to_vec()) };
+        segment.entry(crate::wal::ENTRY_CONF_CHANGE, (1, 1), change.encode_to_vec());
+        segment.state(HardState { term: Some(1), vote: Some(1), commit: Some(commit) });
+    }
+    fn put(segment: &mut SegmentWriter, index: u64) {
+        // A put, as raft is asked for it.
+        segment.entry(0, (index, 2), crate::wal::request(4));
+    }
+    fn received(segment: &mut SegmentWriter) {
+        segment.state(HardState { term: Some(3), vote: Some(0), commit: Some(500) });
+        segment.snapshot(&WalSnapshot { index: Some(500), term: Some(3), conf_state: None });
+    }
+    let mut builder = Builder::create(Vec::new(), 4096).unwrap();
+    for bucket in [mvcc::KEY_BUCKET, mvcc::META_BUCKET] {
+        builder.start(bucket).unwrap();
+    }
+    let (finished, mut young) = builder.finish().unwrap();
+    let metas = finished.metas().concat();
+    young[..metas.len()].copy_from_slice(&metas);
+
+    let begun: Log = Some(segment(|_| {}));
+    let uncommitted: Log = Some(segment(|segment| joins(segment, 0)));
+    let committed: Log = Some(segment(|segment| joins(segment, 1)));
+    let written: Log = Some(segment(|segment| {
+        joins(segment, 1);
+        put(segment, 2);
+        put(segment, 3);
+    }));
+    let of_leader: Log = Some(segment(received));
+    let (none, empty): (Option<&[u8]>, Option<&[u8]>) = (None, Some(&[]));
+    let young = Some(young.as_slice());
+    let (corrupt, repairable) = (Severity::Corrupt, Severity::Repairable);
+    // Database, log, whether the leader's database lies beside; whether it never ran, the worst finding, entries to apply.
+    let cases: [Case<'_>; 13] = [
+        (none, &None, false, true, corrupt, 0),
+        (empty, &None, false, true, corrupt, 0),
+        (young, &None, false, true, corrupt, 0),
+        (none, &begun, false, true, corrupt, 0),
+        (young, &begun, false, true, corrupt, 0),
+        (young, &uncommitted, false, true, repairable, 0),
+        (none, &committed, false, false, corrupt, 0),
+        (empty, &committed, false, false, repairable, 0),
+        (young, &committed, false, false, repairable, 0),
+        (young, &written, false, false, repairable, 2),
+        (young, &of_leader, false, false, corrupt, 0),
+        (young, &of_leader, true, false, repairable, 0),
+        (none, &of_leader, false, false, corrupt, 0),
+    ];
+    for (number, (db, log, has_received, never_ran, severity, unapplied)) in cases.into_iter().enumerate() {
+        let dir = tempfile::tempdir().unwrap();
+        let member = dir.path().join("member");
+        std::fs::create_dir_all(member.join("snap")).unwrap();
+        std::fs::create_dir_all(member.join("wal")).unwrap();
+        if let Some(db) = db {
+            std::fs::write(member.join("snap/db"), db).unwrap();
+        }
+        if let Some(log) = log {
+            std::fs::write(member.join("wal/0000000000000000-0000000000000000.wal"), log).unwrap();
+        }
+        if has_received {
+            std::fs::write(member.join(format!("snap/{:016x}.snap.db", 500)), "what the leader sent").unwrap();
+        }
+        let verdict = verify(dir.path(), &Verify::default()).unwrap().unwrap();
+        assert_eq!(
+            (verdict.never_ran, verdict.severity(), verdict.unapplied),
+            (never_ran, Some(severity), unapplied),
+            "case {number}: {verdict:?}"
+        );
+    }
+}

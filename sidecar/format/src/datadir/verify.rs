@@ -100,8 +100,8 @@ pub struct Verdict {
     pub log_end: u64,
     /// Whether the log still shows that it began with a restore.
     pub began_restored: bool,
-    /// Voting members of the cluster, as the log says.
-    pub voters: Option<usize>,
+    /// Members of the cluster, as the log says.
+    pub members: Option<wal::Members>,
     /// Whether no etcd got far enough on it to begin: it has nothing, and etcd would wait for ever for a cluster that there
     /// is not.
     pub never_ran: bool,
@@ -206,6 +206,10 @@ fn verify_member(layout: &Layout, options: &Verify) -> Result<Verdict> {
     let mut verdict = Verdict::default();
     let log = verify_log(layout, &mut verdict)?;
     let snapshots = verify_snapshots(layout, log.as_ref(), &mut verdict)?;
+    if let Some(log) = &log {
+        let (start, conf_state) = start_of(log, snapshots.as_ref());
+        verdict.members = Some(log.members_at(&conf_state, start.index(), u64::MAX));
+    }
     let path = layout.db();
     // etcd creates its database, then its log, then writes into that who its members are.
     let has_begun = log.as_ref().map_or_else(
@@ -306,7 +310,6 @@ fn verify_log(layout: &Layout, verdict: &mut Verdict) -> Result<Option<Log>> {
     verdict.raft = Some((log.state.term(), log.state.commit()));
     verdict.log_end = log.last_index();
     verdict.began_restored = log.began_restored();
-    verdict.voters = Some(log.members().voters.len());
     Ok(Some(log))
 }
 
@@ -575,6 +578,17 @@ fn verify_agreement<R: ReadAt>(
     verify_members(db, summary, log, &start, snapshot, path, verdict)
 }
 
+/// The snapshot that etcd starts from, and who was a member then. A log of 3.4 does not have that; the snapshot itself has.
+fn start_of(
+    log: &Log,
+    snapshot: Option<&(SnapName, proto::disk::Snapshot)>,
+) -> (proto::disk::WalSnapshot, proto::disk::ConfState) {
+    let start = log.newest_snapshot().cloned().unwrap_or_default();
+    let from_file = || snapshot.and_then(|(_, snapshot)| snapshot.metadata.clone()?.conf_state);
+    let conf_state = start.conf_state.clone().or_else(from_file).unwrap_or_default();
+    (start, conf_state)
+}
+
 fn verify_members<R: ReadAt>(
     db: &Db<R>,
     summary: &Summary,
@@ -584,8 +598,7 @@ fn verify_members<R: ReadAt>(
     path: &Path,
     verdict: &mut Verdict,
 ) -> Result<()> {
-    let from_file = || snapshot.and_then(|(_, snapshot)| snapshot.metadata.clone()?.conf_state);
-    let conf_state = start.conf_state.clone().or_else(from_file).unwrap_or_default();
+    let (_, conf_state) = start_of(log, snapshot);
     let expected = log.members_at(&conf_state, start.index(), summary.consistent_index).all();
     let local = log.metadata.node_id();
     if !expected.is_empty() && !expected.contains(&local) {

@@ -26,18 +26,40 @@ impl Pace {
     }
 
     /// Waits until so many bytes may pass. Who comes meanwhile waits behind.
-    pub(super) async fn pass(&self, bytes: u64) {
+    pub(crate) async fn pass(&self, bytes: u64) {
         let mut free_at = self.free_at.lock().await;
-        let now = Instant::now();
-        if *free_at > now {
-            let wait = *free_at - now;
+        let wait = free_at.saturating_duration_since(Instant::now());
+        if !wait.is_zero() {
             tokio::time::sleep(wait).await;
-            self.waited_us.fetch_add(u64::try_from(wait.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
+            self.has_waited(wait);
         }
+        *free_at = self.after(*free_at, Instant::now(), bytes);
+    }
+
+    /// The same on a thread that may wait.
+    pub(crate) fn pass_blocking(&self, bytes: u64) {
+        let wait = {
+            let mut free_at = self.free_at.blocking_lock();
+            let now = Instant::now();
+            let wait = free_at.saturating_duration_since(now);
+            *free_at = self.after(*free_at, now, bytes);
+            wait
+        };
+        if !wait.is_zero() {
+            std::thread::sleep(wait);
+            self.has_waited(wait);
+        }
+    }
+
+    /// From when on more may pass after so many bytes.
+    fn after(&self, free_at: Instant, now: Instant, bytes: u64) -> Instant {
         let micros = u128::from(bytes) * 1_000_000 / u128::from(self.bytes_per_second);
         let takes = Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX / 2));
-        let earliest = Instant::now().checked_sub(BURST).unwrap_or(now);
-        *free_at = (*free_at).max(earliest) + takes;
+        free_at.max(now.checked_sub(BURST).unwrap_or(now)) + takes
+    }
+
+    fn has_waited(&self, wait: Duration) {
+        self.waited_us.fetch_add(u64::try_from(wait.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     /// For how long it has kept anybody waiting.

@@ -1,0 +1,175 @@
+//! What an initialization finds has a name of its own, a reason with evidence, and an outcome.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use proto::sidecar::{Action, Cause};
+use tests::copy;
+use tests::etcd::Member;
+use tests::pod::Pod;
+use tests::state;
+use tests::store::Store;
+use tests::workload::Workload;
+
+/// The last segment of the log, and where what was written to it ends.
+fn end_of_log(data: &Path) -> Result<(PathBuf, u64)> {
+    let segments = std::fs::read_dir(data.join("member/wal"))?.filter_map(|entry| Some(entry.ok()?.path()));
+    let last = segments.filter(|path| path.extension().is_some_and(|kind| kind == "wal")).max().context("no log")?;
+    let written = std::fs::read(&last)?.iter().rposition(|byte| *byte != 0).context("an empty log")?;
+    Ok((last, (written as u64 + 8) / 8 * 8))
+}
+
+type Harm = fn(&Path) -> Result<()>;
+/// What it is called, what is copied, what is done to it; what is found, what is done about it, and what is said.
+type Case<'c> = (&'static str, &'c Path, Harm, Cause, Action, &'static str);
+
+fn cases<'c>(good: &'c Path, old: &'c Path, other: &'c Path) -> [Case<'c>; 10] {
+    let nothing: Harm = |_| Ok(());
+    [
+        ("sound", good, nothing, Cause::Sound, Action::Keep, "the data is sound"),
+        ("none", good, |data| Ok(std::fs::remove_dir_all(data)?), Cause::NoData, Action::Restore, "there is no data"),
+        ("behind", old, nothing, Cause::Behind, Action::Append, "behind the backups"),
+        ("foreign", other, nothing, Cause::ForeignCluster, Action::Refuse, "another's"),
+        (
+            "torn",
+            good,
+            |data| {
+                // The head of a record of 600 bytes, of which nothing else came to the disk.
+                let (path, end) = end_of_log(data)?;
+                Ok(File::options().write(true).open(path)?.write_all_at(&600u64.to_le_bytes(), end)?)
+            },
+            Cause::Repairable,
+            Action::Keep,
+            "the log ends in a record that a crash cut",
+        ),
+        (
+            "no log",
+            good,
+            |data| Ok(std::fs::remove_dir_all(data.join("member/wal"))?),
+            Cause::DamagedLog,
+            Action::Restore,
+            "the log directory is missing",
+        ),
+        (
+            "a flipped bit in the log",
+            good,
+            |data| {
+                let (path, end) = end_of_log(data)?;
+                let file = File::options().read(true).write(true).open(path)?;
+                let mut byte = [0];
+                file.read_exact_at(&mut byte, end / 2)?;
+                Ok(file.write_all_at(&[byte[0] ^ 1], end / 2)?)
+            },
+            Cause::DamagedLog,
+            Action::Restore,
+            ".wal",
+        ),
+        ("corrupt pages", good, tests::damage, Cause::DamagedDatabase, Action::Restore, "snap/db"),
+        (
+            "a cut database",
+            good,
+            |data| {
+                let file = File::options().write(true).open(data.join("member/snap/db"))?;
+                Ok(file.set_len(3 * 4096)?)
+            },
+            Cause::DamagedDatabase,
+            Action::Restore,
+            "snap/db",
+        ),
+        (
+            "no database",
+            good,
+            |data| Ok(std::fs::remove_file(data.join("member/snap/db"))?),
+            Cause::DamagedDatabase,
+            Action::Restore,
+            "the database is missing",
+        ),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_thing_that_is_found_has_a_name() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store.clone()))?;
+    let data = pod.member.data_dir.clone();
+    let (good, old, other) = (dir.path().join("good"), dir.path().join("old"), dir.path().join("other"));
+    let mut etcd = pod.member.start().await?;
+    Workload::of(1).run(&mut etcd.client().await?).await?;
+    tests::workload::expire(&mut etcd.client().await?).await?;
+    store.once("full", &pod.member).run().await?.expect(0)?;
+    etcd.stop()?;
+    copy(&data, &old).await?;
+    etcd = pod.member.start().await?;
+    Workload::of(2).run(&mut etcd.client().await?).await?;
+    tests::workload::expire(&mut etcd.client().await?).await?;
+    store.once("delta", &pod.member).run().await?.expect(0)?;
+    etcd.stop()?;
+    copy(&data, &good).await?;
+    let (revision, keys, _) = state::of_directory(&good)?;
+    let stranger = Member::single("3.6", &other)?;
+    let mut etcd = stranger.start().await?;
+    etcd.client().await?.put("x", "1", None).await?;
+    etcd.stop()?;
+
+    pod.more = "snapshots: {deltaPeriod: 1h}\n".into();
+    let serving = pod.start_serve().await?;
+    for (what, from, harm, cause, action, said) in cases(&good, &old, &other) {
+        copy(from, &data).await?;
+        harm(&data)?;
+        let outcome = pod.initialize().await.context(what)?;
+        ensure!(
+            (outcome.cause(), outcome.action()) == (cause, action) && outcome.reason.contains(said),
+            "{what}: {outcome:?}"
+        );
+        let status = pod.status().await?;
+        ensure!(status.initialized.as_ref() == Some(&outcome), "{what}: {status:?}");
+        ensure!(serving.log().contains(said), "{what} is not logged: {}", serving.log());
+        if action != Action::Refuse {
+            ensure!(state::of_directory(&data)?.0 == revision, "{what}: the revision is another");
+            ensure!(state::of_directory(&data)?.1 == keys, "{what}: the keys are others");
+        }
+        // What was there lies beside.
+        let aside = !outcome.moved_to.is_empty() && Path::new(&outcome.moved_to).exists();
+        ensure!(aside == (action == Action::Restore && what != "none"), "{what}: {outcome:?}");
+    }
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// An etcd that cannot start on its data, although that is sound, is sent back a few times and no more; the data stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_etcd_that_fails_on_its_data_ends() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
+    let mut etcd = pod.member.start().await?;
+    etcd.client().await?.put("x", "1", None).await?;
+    // The members agree on the version of the cluster a while after they have begun.
+    let version = || async {
+        let http = reqwest::get(format!("{}/version", pod.member.client_url())).await?.text().await?;
+        ensure!(http.contains("\"etcdcluster\":\"3.6"), "{http}");
+        Ok(())
+    };
+    tests::eventually(std::time::Duration::from_secs(30), version).await?;
+    etcd.stop()?;
+    let before = state::of_directory(&pod.member.data_dir)?;
+    // An older minor does not take it.
+    pod.member.minor = "3.5".into();
+    let serving = pod.start_serve().await?;
+    let mut launched = pod.start_launch()?;
+    launched.running()?.logs_times("etcd has ended", 3, std::time::Duration::from_secs(60)).await?;
+    let ended = launched.wait().await?;
+    ensure!(ended.code != 0 && ended.code != 12, "{}: {}", ended.code, ended.stderr);
+    ensure!(ended.stderr.matches("etcd is started").count() == 3, "{}", ended.stderr);
+    ensure!(serving.log().contains("how the last etcd ended"), "{}", serving.log());
+    ensure!(state::of_directory(&pod.member.data_dir)? == before);
+    serving.terminate().await?.expect(0)?;
+    // A sidecar that comes anew still knows.
+    let serving = pod.start_serve().await?;
+    let status = pod.status().await?;
+    ensure!(status.last_exit.is_some_and(|exit| exit.code == ended.code), "{status:?}");
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
