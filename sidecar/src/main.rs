@@ -5,11 +5,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use sidecar::cli::Cli;
 
-/// It gives back what is no longer used, which the allocators of libc keep; and that of musl is slow with several threads.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
+    sidecar::allocator::share_arenas();
     let cli = Cli::parse();
     // Backups and data directories hold every secret of a cluster: they are for their owner alone.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));

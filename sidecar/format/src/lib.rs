@@ -11,6 +11,8 @@
 //!   big-endian hosts are refused by their magic.
 //! - No async, no network, no clock, no `unsafe`.
 
+#![forbid(unsafe_code)]
+
 pub mod bolt;
 mod cursor;
 pub mod datadir;
