@@ -14,6 +14,7 @@ fn main() -> std::io::Result<()> {
         // `sidecar ctl` prints answers as JSON, with the names of values that have one.
         .type_attribute(".", "#[derive(serde::Serialize)]\n#[serde(rename_all = \"camelCase\")]")
         .field_attribute("Outcome.action", serialize("Action"))
+        .field_attribute("Outcome.cause", serialize("Cause"))
         .field_attribute("StatusResponse.phase", serialize("Phase"))
         .field_attribute("StatusResponse.role", serialize("Role"))
         .field_attribute("Snapshot.kind", serialize("Kind"))

@@ -40,7 +40,7 @@ pub mod sidecar {
         };
     }
 
-    named!(Action, Phase, Role, Kind, Level);
+    named!(Action, Cause, Phase, Role, Kind, Level);
 
     /// A value of an enumeration by its name, one that is not known by its number.
     fn named<E: Named, S: serde::Serializer>(value: &i32, serializer: S) -> Result<S::Ok, S::Error> {

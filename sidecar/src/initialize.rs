@@ -372,6 +372,7 @@ async fn observe(
                 checked.listed = Some((Instant::now(), data.clone(), backups.clone()));
                 backups
             }
+            Err(error) if error.class() == Class::Corrupt => Backups::Damaged { why: error.to_string() },
             Err(error) => Backups::Unknown { why: error.to_string() },
         },
     };
@@ -453,6 +454,9 @@ async fn look_at(store: &Store, member: &Member, data: &mut Data, verdict: Optio
     let Some(chain) = history.newest_chain() else {
         return Err(Error::Bug { what: "a timeline that can be restored has no chain".into() });
     };
+    // Beyond a gap too: what is there was acknowledged, and data that lacks it is behind, whether it can be appended or not.
+    let revisions = history.fulls.iter().map(|full| full.revision).chain(history.deltas.iter().map(|delta| delta.last));
+    let last = revisions.max().unwrap_or(0).max(chain.last);
     let described = if timeline == PREDECESSOR { None } else { store.description(timeline).await? };
     let cluster_id = described.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok());
     let ours = match data {
@@ -474,7 +478,7 @@ async fn look_at(store: &Store, member: &Member, data: &mut Data, verdict: Optio
     if let (Data::Sound(sound), Some(verdict)) = (data, verdict)
         && let Some((term, _)) = verdict.raft
         && !sound.restored_since
-        && sound.revision < chain.last
+        && sound.revision < last
         // Without that nothing in the data says that somebody restored it, and appending has a proof of its own.
         && verdict.began_restored
     {
@@ -482,7 +486,7 @@ async fn look_at(store: &Store, member: &Member, data: &mut Data, verdict: Optio
         let is_its_log = restore::is_of_its_log(store, timeline, history, sound.revision, log_end, SLACK).await?;
         sound.restored_since = is_its_log == Some(false);
     }
-    Ok(Backups::Upto { last: chain.last, timeline, cluster_id })
+    Ok(Backups::Upto { last, timeline, cluster_id })
 }
 
 /// Whether a timeline after the one that can be restored was begun with that cluster: its first full is on its way.

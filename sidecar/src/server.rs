@@ -39,7 +39,7 @@ const MOST_CALLS: usize = 32;
 /// How long calls that are under way may take when the sidecar ends.
 const LAST_CALLS: Duration = Duration::from_secs(3);
 /// Connections from this machine at once: its launcher, and whoever looks after it.
-const MOST_LOCAL: usize = 128;
+const MOST_LOCAL: usize = 512;
 /// Connections at once from elsewhere that have shown a certificate.
 const MOST_KNOWN: usize = 256;
 /// Connections at once from elsewhere that have not, or not yet.

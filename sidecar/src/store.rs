@@ -223,7 +223,18 @@ impl Store {
         }
     }
 
+    /// A directory that was there and is not, such as what was mounted, must not be made anew below.
+    fn check_directory(&self) -> Result<()> {
+        match &self.directory {
+            Some(directory) if !directory.is_dir() => Err(Error::Unanswered {
+                what: format!("the store's directory {} is gone; it is waited for", directory.display()),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     async fn try_put_new(&self, name: &str, content: &[Bytes]) -> Result<()> {
+        self.check_directory()?;
         let size: usize = content.iter().map(Bytes::len).sum();
         let payload: PutPayload = content.iter().cloned().collect();
         let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };

@@ -38,6 +38,8 @@ use crate::{Error, Result};
 
 /// How often the member is asked what it is.
 const ROLE_PERIOD: Duration = Duration::from_secs(2);
+/// An etcd that may run and cannot be reached for so long is worth a word.
+const UNREACHED_AFTER: Duration = Duration::from_secs(20);
 /// How long backing up may take to bring its last delta home when it ends; it sees to it itself.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(25);
 
@@ -100,6 +102,8 @@ pub struct Observed {
     pub verified: Option<Verified>,
     /// How the last etcd ended.
     pub last_exit: Option<LastExit>,
+    /// Since when it cannot be reached, and why.
+    pub unreached: Option<(Instant, String)>,
 }
 
 impl Observed {
@@ -287,8 +291,10 @@ impl Supervisor {
         let (reply, answer) = oneshot::channel();
         let interrupted = || Error::Unanswered { what: "the backup was interrupted; ask again".into() };
         let sender = sender.filter(|_| self.observed.borrow().role == Some(Role::Leader));
-        let sender = sender
-            .ok_or_else(|| Error::precondition("this member does not lead its cluster; ask the leader's sidecar"))?;
+        let sender = sender.ok_or_else(|| match &self.observed.borrow().unreached {
+            Some((_, why)) => Error::precondition(format!("etcd cannot be reached: {why}")),
+            None => Error::precondition("this member does not lead its cluster; ask the leader's sidecar"),
+        })?;
         let taking = async {
             sender.send(Request { kind, reply }).await.map_err(|_| interrupted())?;
             answer.await.map_err(|_| interrupted())?
@@ -356,7 +362,12 @@ impl Supervisor {
     /// Why backing up does not get on, or what is wrong with what etcd has.
     pub fn trouble(&self) -> Option<String> {
         let missing = self.owed.lock().unwrap_or_else(PoisonError::into_inner).missing.clone();
-        missing.or_else(|| self.settings.metrics.trouble())
+        let unreached = || {
+            let observed = self.observed.borrow();
+            let (since, why) = observed.unreached.as_ref()?;
+            (since.elapsed() > UNREACHED_AFTER).then(|| format!("etcd cannot be reached: {why}"))
+        };
+        missing.or_else(|| self.settings.metrics.trouble()).or_else(unreached)
     }
 
     /// For how long etcd has had something that is in no backup.
@@ -414,7 +425,9 @@ impl Supervisor {
                 _ = tick.tick() => {}
                 () = self.stop.cancelled() => break,
             }
-            let status = self.ask(&mut etcd).await;
+            let asked = self.ask(&mut etcd).await;
+            self.see_whether_reached(asked.as_ref().err());
+            let status = asked.ok();
             let role = status.as_ref().map(|status| status.role);
             if let (Some(etcd), Some(status)) = (&mut etcd, &status) {
                 membership.see_to(&self.settings.initialize, etcd, status).await;
@@ -482,10 +495,26 @@ impl Supervisor {
         owed.is_paid
     }
 
-    async fn ask(&self, etcd: &mut Option<Etcd>) -> Option<Status> {
+    /// Takes note of an etcd that is to run and is not there, and says so once it has had the time to start.
+    fn see_whether_reached(&self, error: Option<&Error>) {
+        let is_to_run = matches!(&*self.phase.borrow(), Phase::Ready(_));
+        self.observed.send_modify(|observed| {
+            let before = observed.unreached.take();
+            let Some(error) = error.filter(|_| is_to_run) else { return };
+            let since = before.map_or_else(Instant::now, |(since, _)| since);
+            let late = since.elapsed().saturating_sub(UNREACHED_AFTER);
+            if late > Duration::ZERO && late <= ROLE_PERIOD {
+                tracing::warn!(%error, "etcd may run, and cannot be reached: nothing is backed up from here");
+            }
+            observed.unreached = Some((since, error.to_string()));
+        });
+    }
+
+    async fn ask(&self, etcd: &mut Option<Etcd>) -> Result<Status> {
+        let mut last = None;
         if let Some(connected) = etcd {
             match connected.status().await {
-                Ok(status) => return Some(status),
+                Ok(status) => return Ok(status),
                 Err(error) => tracing::debug!(%error, "the member cannot be reached"),
             }
         }
@@ -494,12 +523,15 @@ impl Supervisor {
             match Etcd::reach(&self.settings.etcd, endpoint.trim()).await {
                 Ok((connected, status)) => {
                     *etcd = Some(connected);
-                    return Some(status);
+                    return Ok(status);
                 }
-                Err(error) => tracing::debug!(%error, "the member cannot be reached"),
+                Err(error) => {
+                    tracing::debug!(%error, "the member cannot be reached");
+                    last = Some(error);
+                }
             }
         }
-        None
+        Err(last.unwrap_or_else(|| Error::invalid("etcd.endpoints names no endpoint")))
     }
 
     /// Unless one runs, or the data is being initialized.

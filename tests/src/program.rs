@@ -57,8 +57,11 @@ impl Ended {
     }
 }
 
-/// The built program: beside the test's own binary.
+/// The built program: beside the test's own binary, or what `SIDECAR_PROGRAM` names, such as the static one.
 pub fn path() -> Result<PathBuf> {
+    if let Some(other) = std::env::var_os("SIDECAR_PROGRAM") {
+        return Ok(other.into());
+    }
     let own = std::env::current_exe()?;
     let found = own.ancestors().skip(1).take(2).map(|dir| dir.join("sidecar")).find(|path| path.is_file());
     found.context("the sidecar program is not built: run `cargo build --package sidecar`, or `cargo suite`")

@@ -173,3 +173,47 @@ async fn an_etcd_that_fails_on_its_data_ends() -> Result<()> {
     serving.terminate().await?.expect(0)?;
     Ok(())
 }
+
+/// A store that answers and is damaged, or lacks revisions in the middle, may have more than a volume that is old.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_volume_does_not_start_beside_damaged_backups() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let place = dir.path().join("store");
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(Store::directory(&place)))?;
+    pod.more = "snapshots: {deltaPeriod: 1h}\n".into();
+    let (data, old, whole) = (pod.member.data_dir.clone(), dir.path().join("old"), dir.path().join("whole"));
+    let store = pod.store.clone().context("no store")?;
+    let mut etcd = pod.member.start().await?;
+    Workload::of(1).run(&mut etcd.client().await?).await?;
+    store.once("full", &pod.member).run().await?.expect(0)?;
+    etcd.stop()?;
+    copy(&data, &old).await?;
+    etcd = pod.member.start().await?;
+    for seed in [2, 3, 4] {
+        Workload::of(seed).run(&mut etcd.client().await?).await?;
+        store.once("delta", &pod.member).run().await?.expect(0)?;
+    }
+    etcd.stop()?;
+    let newest = state::of_directory(&data)?.0;
+    copy(&place, &whole).await?;
+    let mut deltas = tests::objects(&place)?;
+    deltas.retain(|name| name.to_string_lossy().contains(".delta."));
+    let serving = pod.start_serve().await?;
+    for (what, said) in [("gap", "are missing"), ("description", "timeline.json"), ("whole", "behind the backups")] {
+        copy(&old, &data).await?;
+        copy(&whole, &place).await?;
+        match what {
+            "gap" => std::fs::remove_file(&deltas[0])?,
+            "description" => std::fs::write(place.join("t00000001/timeline.json"), "{")?,
+            _ => {}
+        }
+        let outcome = pod.initialize().await?;
+        let expected = if what == "whole" { Action::Append } else { Action::Refuse };
+        ensure!(outcome.action() == expected && outcome.reason.contains(said), "{what}: {outcome:?}");
+        let revision = state::of_directory(&data)?.0;
+        ensure!(what == "whole" || revision < newest, "{what}: it is at {revision}");
+        ensure!(what != "whole" || revision == newest, "{what}: it is at {revision}");
+    }
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}

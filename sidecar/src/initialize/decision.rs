@@ -148,6 +148,11 @@ pub enum Backups {
         /// Id of the cluster whose backups the newest are; `None` when nothing says so.
         cluster_id: Option<u64>,
     },
+    /// They do not say what they should.
+    Damaged {
+        /// What is wrong, and where.
+        why: String,
+    },
     /// It cannot be told.
     Unknown {
         /// Why.
@@ -311,6 +316,13 @@ fn with_data(sound: &Sound, facts: &Facts) -> (Decision, String) {
         Backups::Empty | Backups::Begun => keep("; there are no backups yet"),
         // What is there is whole. Not to start for want of a store would make an outage of two.
         Backups::Unknown { why } => keep(&format!("; whether the store has more cannot be told: {why}")),
+        // A store that answers and is damaged may have more, and whoever sees to it finds out.
+        Backups::Damaged { why } => (
+            Decision::Refuse { may_pass: false },
+            format!(
+                "{sound_at}, and whether the backups have more cannot be told: {why}; see to the store, or configure none"
+            ),
+        ),
         Backups::Upto { last, .. } => {
             if revision >= *last {
                 keep(&format!(", and the backups end at {last}"))
@@ -329,6 +341,7 @@ fn without_data(what: &str, facts: &Facts, may_start_empty: bool) -> (Decision, 
     let refuse = |may_pass, why: &str| (Decision::Refuse { may_pass }, format!("{what}, and {why}"));
     match &facts.backups {
         Backups::Unknown { why } => refuse(true, &format!("whether there are backups cannot be told: {why}")),
+        Backups::Damaged { why } => refuse(false, &format!("the backups are damaged: {why}")),
         Backups::Upto { last, .. } => (Decision::Restore, format!("{what}; the backups reach revision {last}")),
         Backups::Empty | Backups::Begun if may_start_empty => {
             (Decision::Bootstrap, format!("{what}, and there are no backups"))
@@ -367,6 +380,10 @@ fn one_of_several(what: &str, facts: &Facts, is_absent: bool) -> (Decision, Stri
         (_, Backups::Unknown { why }) => {
             let why = format!("{what}, no other member serves, and whether there are backups cannot be told: {why}");
             (Decision::Refuse { may_pass: true }, why)
+        }
+        (_, Backups::Damaged { why }) => {
+            let why = format!("{what}, no other member serves, and the backups are damaged: {why}");
+            (Decision::Refuse { may_pass: false }, why)
         }
         (_, Backups::Upto { last, .. }) if facts.lost >= facts.replicas => {
             (Decision::Restore, format!("{what}, and so it is with every member; the backups reach revision {last}"))
@@ -410,6 +427,10 @@ mod tests {
 
     fn unknown() -> Backups {
         Backups::Unknown { why: "no route".into() }
+    }
+
+    fn spoiled() -> Backups {
+        Backups::Damaged { why: "timeline.json".into() }
     }
 
     fn damaged() -> Data {
@@ -456,6 +477,9 @@ mod tests {
             (sound(5, 0), Backups::NotConfigured, false, KEEP),
             (sound(5, 0), Backups::Empty, false, KEEP),
             (sound(5, 0), unknown(), false, KEEP),
+            (sound(5, 0), spoiled(), false, NEVER),
+            (Data::Absent, spoiled(), true, NEVER),
+            (damaged(), spoiled(), true, NEVER),
             (sound(5, 0), upto(5), false, KEEP),
             (sound(5, 3), upto(8), false, KEEP),
             (sound(5, 2), upto(8), false, Decision::Append),
@@ -501,6 +525,9 @@ mod tests {
             (sound(5, 0), upto(8), started, 0, KEEP),
             (sound(5, 0), Backups::NotConfigured, started, 0, KEEP),
             (sound(5, 0), unknown(), started, 0, KEEP),
+            (sound(5, 0), spoiled(), Live::Nobody, 0, KEEP),
+            (Data::Absent, spoiled(), Live::Nobody, 3, NEVER),
+            (damaged(), spoiled(), started, 0, join),
             (sound(5, 0), upto(8), foreign, 0, NEVER),
             (sound(5, 0), Backups::Upto { last: 8, timeline: 1, cluster_id: Some(99) }, Live::Nobody, 0, NEVER),
             (sound(5, 0), upto(8), serves(Place::NotListed), 0, join),
@@ -557,8 +584,16 @@ mod tests {
         let mut lives: Vec<_> = places.into_iter().flat_map(serves).collect();
         lives.extend([Live::Nobody, Live::NoQuorum { knows_us: false }, Live::NoQuorum { knows_us: true }]);
         let of = |cluster_id| Backups::Upto { last: 8, timeline: 1, cluster_id };
-        let stores =
-            [Backups::NotConfigured, Backups::Empty, Backups::Begun, unknown(), of(None), of(Some(OURS)), of(Some(99))];
+        let stores = [
+            Backups::NotConfigured,
+            Backups::Empty,
+            Backups::Begun,
+            unknown(),
+            spoiled(),
+            of(None),
+            of(Some(OURS)),
+            of(Some(99)),
+        ];
         let mut datas = vec![Data::Absent, damaged(), sound(5, 0), sound(5, 9), sound(9, 0)];
         for (of_cluster, voters) in [(OURS, 1), (OURS, 3), (99, 1)] {
             datas.extend([false, true].map(|since| damaged_of(Some(of_cluster), voters, since)));
@@ -585,7 +620,7 @@ mod tests {
                 never(is_sound && replaces, "sound data is never replaced from the store");
                 never(!is_sound && matches!(decision, Decision::Keep | Decision::Append), "etcd starts on no damage");
                 never(
-                    matches!(backups, Backups::Unknown { .. }) && replaces && !is_served,
+                    matches!(backups, Backups::Unknown { .. } | Backups::Damaged { .. }) && replaces && !is_served,
                     "what is not known is not there",
                 );
                 never(

@@ -39,6 +39,13 @@ impl Member {
 
     pub(super) fn parse(text: &str, pod: Option<&str>) -> Result<Self, String> {
         let mut config: Map<String, Value> = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
+        // etcd takes its keys whatever their case; what is not seen here would be another log, or another cluster.
+        if let Some(key) = config.keys().find(|key| key.chars().any(|letter| letter.is_ascii_uppercase())) {
+            return Err(format!("{key}: keys are in lower case"));
+        }
+        if config.get("force-new-cluster").is_some_and(|value| *value != Value::Bool(false)) {
+            return Err("force-new-cluster begins another cluster at each start; restore the member instead".into());
+        }
         let name = match (pod, text_of(&config, "member-name-prefix")?) {
             (Some(pod), Some(prefix)) => format!("{prefix}-{pod}"),
             (Some(pod), None) if is_by_member(&config) => pod.to_owned(),
@@ -184,6 +191,8 @@ mod tests {
             ("data-dir: /d\nwal-dir: /w\n", "wal-dir"),
             ("data-dir: /d\nname: a\ninitial-cluster: b=http://127.0.0.1:2380\n", "not in the initial cluster"),
             ("data-dir: [\n", "line"),
+            ("data-dir: /d\nWal-Dir: /w\n", "Wal-Dir: keys are in lower case"),
+            ("data-dir: /d\nforce-new-cluster: true\n", "another cluster at each start"),
         ] {
             let refused = Member::parse(text, None);
             assert!(refused.as_ref().is_err_and(|what| what.contains(said)), "{refused:?}");

@@ -125,7 +125,7 @@ fn member(shown: &View<'_>) -> Markup {
     let (phase, why) = match shown.phase {
         Phase::New => ("nobody has asked to start etcd yet", String::new()),
         Phase::Running(step) => ("the data is being looked after", step.to_string()),
-        Phase::Ready(outcome) => ("etcd may run", outcome.reason.clone()),
+        Phase::Ready(outcome) => ("etcd may run", format!("{}, for {}", outcome.done.name(), outcome.reason)),
         Phase::Refused(outcome) => ("etcd must not start", outcome.reason.clone()),
         Phase::Failed(error) => ("the data could not be looked after", error.to_string()),
     };

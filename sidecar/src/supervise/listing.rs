@@ -30,7 +30,7 @@ struct State {
 }
 
 impl Listing {
-    /// The last one; an older one than it might be while the next is made.
+    /// The last one; an older one than it might be when the next takes its time.
     pub(super) async fn newest(self: &Arc<Self>, store: &Store) -> Listed {
         let made = self.made.notified();
         if let Some(last) = self.last_or_begin(store) {
@@ -56,7 +56,7 @@ impl Listing {
                 this.made.notify_waiters();
             });
         }
-        state.last.as_ref().map(|(_, listed)| listed.clone())
+        state.last.as_ref().filter(|_| is_fresh).map(|(_, listed)| listed.clone())
     }
 }
 

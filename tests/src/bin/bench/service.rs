@@ -22,9 +22,11 @@ use tokio::task::JoinSet;
 use super::{Scenario, Values, fresh, measure, median, record, write_snapshot};
 
 const LONG: Duration = Duration::from_secs(600);
-/// Size of a written value, and how often all writers together write one: 30 MB/s.
+/// Size of a written value, and how often all writers together write one: 30 MB/s,
 const VALUE: usize = 16 << 10;
-const EVERY: Duration = Duration::from_micros(550);
+pub const FAST: Duration = Duration::from_micros(550);
+/// and what a calm cluster does.
+pub const CALM: Duration = Duration::from_millis(50);
 const WRITERS: u64 = 16;
 
 /// A pod with certificates, whose etcd may grow.
@@ -140,9 +142,9 @@ fn saved(store: &Path) -> Result<i64> {
     Ok(last.max().unwrap_or(0))
 }
 
-/// Writes to a live etcd as fast as about 30 MB/s while it is backed up; prints what that takes, and how far the store is behind.
-pub async fn tail(dir: &Path, period: u64) -> Result<()> {
-    const SECONDS: u64 = 30;
+/// Writes to a live etcd a value every so often while it is backed up; prints what that takes, and how far the store is behind.
+pub async fn tail(dir: &Path, every: Duration, period: u64) -> Result<()> {
+    let limit = Duration::from_secs(30.max(3 * period));
     let dir = dir.join("tail");
     fresh(&dir)?;
     std::fs::create_dir_all(&dir)?;
@@ -155,11 +157,11 @@ pub async fn tail(dir: &Path, period: u64) -> Result<()> {
     eventually(LONG, || take(&pod, api::Kind::Full)).await?;
     let (.., before) = usage(&serving)?;
     let (stop, written) = (Arc::default(), Arc::default());
-    let writers = write_on(clients(&pod, WRITERS).await?, EVERY, &stop, &written);
+    let writers = write_on(clients(&pod, WRITERS).await?, every, &stop, &written);
     let started = Instant::now();
     // When which revision was the newest, those that the store lacks.
     let (mut unsaved, mut lags) = (std::collections::VecDeque::new(), Vec::new());
-    while started.elapsed() < Duration::from_secs(SECONDS) {
+    while started.elapsed() < limit {
         tokio::time::sleep(Duration::from_millis(100)).await;
         let now = Instant::now();
         let revision = client.status().await?.header().map_or(0, etcd_client::ResponseHeader::revision);
@@ -179,7 +181,7 @@ pub async fn tail(dir: &Path, period: u64) -> Result<()> {
     let megabytes = (written.load(Ordering::Relaxed) * VALUE as u64) as f64 / 1e6;
     lags.sort_by(f64::total_cmp);
     println!(
-        "tail: a delta every {period} s, {:.0} MB/s: peak RSS {peak:.0} MiB, {:.1} ms of CPU per MB; what is not saved yet is {:.1} s old at the median, {:.1} s at most",
+        "tail: a delta every {period} s, {:.1} MB/s: peak RSS {peak:.0} MiB, {:.1} ms of CPU per MB; what is not saved yet is {:.1} s old at the median, {:.1} s at most",
         megabytes / seconds,
         (cpu - before) * 1000.0 / megabytes,
         lags.get(lags.len() / 2).copied().unwrap_or_default(),
