@@ -122,7 +122,7 @@ async fn newest_whole(
 ) -> Result<Option<(Timeline, Full)>> {
     for (timeline, full) in fulls(catalog) {
         match content(store, full.name(timeline), full.size, Level::Decode, stop).await {
-            Ok(()) => return Ok(Some((timeline, full))),
+            Ok(_) => return Ok(Some((timeline, full))),
             Err(error) if matches!(error.class(), Class::Corrupt | Class::Missing) => {
                 tracing::error!(%error, "a full snapshot is damaged; nothing is deleted for its sake");
                 damaged.push(error.to_string());

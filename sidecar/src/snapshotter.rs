@@ -139,20 +139,26 @@ pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> 
 pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut Requests) -> Result<()> {
     let mut delay = Duration::from_millis(500);
     let mut began = false;
+    // Why something that was received is in no store: the next session takes it from etcd, if there is one.
+    let mut unsaved: Option<String> = None;
     loop {
         let started = Instant::now();
         let ended = match begin(settings, stop).await {
             Ok(session) => {
-                began = true;
+                (began, unsaved) = (true, None);
                 session.run(stop, requests).await
             }
             Err(error) => Ended::Interrupted(error),
         };
         let error = match ended {
             Ended::Clean => return Ok(()),
-            Ended::Interrupted(_) if stop.is_cancelled() => return Ok(()),
+            Ended::Interrupted(_) if stop.is_cancelled() => return all_saved(unsaved),
             Ended::Unsaved(error) if stop.is_cancelled() => return Err(error),
-            Ended::Interrupted(error) | Ended::Unsaved(error) => error,
+            Ended::Interrupted(error) => error,
+            Ended::Unsaved(error) => {
+                unsaved = Some(error.to_string());
+                error
+            }
         };
         // At the start, most trouble is a mistake that somebody wants to hear of.
         if !error.class().passes(began) {
@@ -165,8 +171,17 @@ pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut R
         tracing::warn!(%error, retry_in = ?delay, "backup is interrupted; go on from what the store has");
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
-            () = stop.cancelled() => return Ok(()),
+            () = stop.cancelled() => return all_saved(unsaved),
         }
         delay = (delay * 2).min(Duration::from_secs(15));
     }
+}
+
+fn all_saved(unsaved: Option<String>) -> Result<()> {
+    let lost = |why| Error::Unanswered {
+        what: format!(
+            "the last changes are not backed up, there was no time; the next run takes them from etcd: {why}"
+        ),
+    };
+    unsaved.map_or(Ok(()), |why| Err(lost(why)))
 }

@@ -121,14 +121,18 @@ pub async fn verify(store: &Store, look: Look<'_>, journal: &mut Journal, stop: 
             fulls.chain(history.deltas.iter().map(|delta| (delta.name(*timeline), delta.size))).collect();
         report.objects += objects.len() as u64;
         if level >= Level::Bytes {
+            let mut cluster_id = None;
             match store.description(*timeline).await {
                 Err(error) if error.class() == Class::Corrupt => {
                     let at = store.location(&ObjectName::Timeline { timeline: *timeline });
                     report.problems.push(Problem { at, what: error.to_string(), is_gap: false });
                 }
-                described => drop(described?),
+                // What was copied out of the predecessor's layout does not say.
+                described => {
+                    cluster_id = described?.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok());
+                }
             }
-            contents(store, objects, level, stop, journal, &mut report).await?;
+            contents(store, objects, cluster_id, level, stop, journal, &mut report).await?;
         }
     }
     if level == Level::Replay {
@@ -190,6 +194,7 @@ fn names<'c>(
 async fn contents(
     store: &Store,
     objects: Vec<(ObjectName, u64)>,
+    cluster_id: Option<u64>,
     level: Level,
     stop: &CancellationToken,
     journal: &mut Journal,
@@ -205,7 +210,11 @@ async fn contents(
             continue;
         }
         report.bytes += size;
-        match content(store, name, size, level, stop).await {
+        let found = match content(store, name, size, level, stop).await {
+            Ok(Some(meta)) => is_of_timeline(&meta, cluster_id, &at),
+            found => found.map(|_| ()),
+        };
+        match found {
             Ok(()) => journal.add_object(level, &at, size)?,
             Err(error) if matches!(error.class(), Class::Corrupt | Class::Missing) => {
                 report.problems.push(Problem { at, what: error.to_string(), is_gap: false });
@@ -216,14 +225,25 @@ async fn contents(
     Ok(())
 }
 
-/// Reads one object to its end, at least every byte of it.
+/// A delta in another cluster's timeline is whole, and no restore takes it.
+fn is_of_timeline(meta: &ObjectMeta, cluster_id: Option<u64>, at: &str) -> Result<()> {
+    match cluster_id.filter(|_| meta.cluster_id != 0) {
+        Some(cluster_id) if cluster_id != meta.cluster_id => Err(Error::corrupt(format!(
+            "{at}: it is of cluster {:x}, its timeline of cluster {cluster_id:x}: it was put into another's store",
+            meta.cluster_id
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Reads one object to its end, at least every byte of it. Returns its metadata, where it has any.
 pub(crate) async fn content(
     store: &Store,
     name: ObjectName,
     size: u64,
     level: Level,
     stop: &CancellationToken,
-) -> Result<()> {
+) -> Result<Option<ObjectMeta>> {
     let location = store.location(&name);
     if size == 0 {
         return Err(Error::corrupt(format!("{location}: object is empty")));
@@ -233,13 +253,13 @@ pub(crate) async fn content(
         None => None,
     };
     let (feeder, mut received) = restore::fetch(store.clone(), vec![(name, size)], stop.clone());
-    let stop = stop.clone();
+    let (stop, meta) = (stop.clone(), ours.as_ref().map(|(meta, _)| meta.clone()));
     let checked = tokio::task::spawn_blocking(move || {
         check(ours, Stoppable::new(PieceReader::new(&mut received), &stop), &name, &location, level)
     });
     let checked = checked.await.map_err(|error| Error::task(&error))?;
     feeder.abort();
-    checked
+    checked.map(|()| meta)
 }
 
 /// Reads an object to its end. `ours` are metadata and frames of one of ours.

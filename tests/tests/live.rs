@@ -185,6 +185,28 @@ async fn a_restored_etcd_begins_a_new_timeline() -> Result<()> {
     state::same(&before, &after)
 }
 
+/// Where a timeline has a full snapshot alone, its hash says where the next one parts from it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_timeline_parts_from_a_full_snapshot_too() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let mut etcd = member.start().await?;
+    writes(1).run(&mut etcd.client().await?).await?;
+    store.once("full", &member).run().await?.expect(0)?;
+    etcd.kill9()?;
+    std::fs::remove_dir_all(&member.data_dir)?;
+    store.restore_member(&member).run().await?.expect(0)?;
+    let mut etcd = member.start().await?;
+    writes(2).run(&mut etcd.client().await?).await?;
+    store.once("full", &member).run().await?.expect(0)?;
+    etcd.kill9()?;
+    let listed = store.list().await?;
+    let (first, second) = (&listed["timelines"][0], &listed["timelines"][1]);
+    ensure!(second["forkRevision"] == first["fulls"][0]["lastRevision"], "{listed}");
+    Ok(())
+}
+
 /// Restored once, then again from an older snapshot, and written past every revision that is backed up: neither the ids nor
 /// the numbers tell this etcd from the one before, what it holds does.
 #[tokio::test(flavor = "multi_thread")]
@@ -440,6 +462,77 @@ async fn what_somebody_did_to_the_store_is_noticed() -> Result<()> {
     backup.logs_times("full snapshot is in the store", 2, LONG).await?;
     client.put("x", "5", None).await?;
     backup.terminate().await?.expect(0)?;
+    let before = state::read(&mut client).await?;
+    etcd.kill9()?;
+    state::same(&before, &store.restore_and_read(&member).await?)
+}
+
+/// Another cluster's store in the place of ours: a timeline of its own begins there, and theirs stays theirs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_takes_the_place_of_another_is_noticed() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (place, theirs) = (dir.path().join("store"), dir.path().join("theirs"));
+    let store = Store::directory(&place);
+    let (member, other) =
+        (Member::single("3.6", &dir.path().join("data"))?, Member::single("3.6", &dir.path().join("other"))?);
+    let mut stranger = other.start().await?;
+    stranger.client().await?.put("theirs", "1", None).await?;
+    Store::directory(&theirs).once("full", &other).run().await?.expect(0)?;
+    let before = state::read(&mut stranger.client().await?).await?;
+    stranger.stop()?;
+    let mut etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    for n in 0..5 {
+        client.put(format!("ours/{n}"), "1", None).await?;
+    }
+    let mut backup = store.follow(&member, "200ms").spawn()?;
+    backup.logs("full snapshot is in the store", LONG).await?;
+    client.put("ours", "2", None).await?;
+    backup.logs("delta is in the store", LONG).await?;
+    std::fs::rename(&place, dir.path().join("ours"))?;
+    std::fs::rename(&theirs, &place)?;
+    // Before anybody looks: it goes astray, and is told from theirs.
+    client.put("ours", "3", None).await?;
+    backup.logs("another store was put in its place", LONG).await?;
+    backup.logs_times("full snapshot is in the store", 2, LONG).await?;
+    client.put("ours", "4", None).await?;
+    backup.terminate().await?.expect(0)?;
+    let astray = objects(&place)?.into_iter().any(|path| path.to_string_lossy().contains("t00000001/delta"));
+    let verified = store.command("verify").args(["--level", "bytes"]).run().await?;
+    ensure!(verified.code == if astray { 10 } else { 0 }, "{}: {}", verified.code, verified.stdout);
+    ensure!(!astray || verified.stdout.contains("another's store"), "{}", verified.stdout);
+    let restored = dir.path().join("restored");
+    store.restore(&restored).args(["--timeline", "1", "--revision", "2"]).run().await?.expect(0)?;
+    let theirs = Member { data_dir: restored, ..other };
+    state::same(&before, &state::of(&theirs).await?)?;
+    let ours = state::read(&mut client).await?;
+    etcd.kill9()?;
+    state::same(&ours, &store.restore_and_read(&member).await?)
+}
+
+/// An older copy of the store in its place: what it lacks is taken again, as long as etcd has it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_was_set_back_is_filled_up() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (place, old) = (dir.path().join("store"), dir.path().join("old"));
+    let store = Store::directory(&place);
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let mut etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    client.put("x", "1", None).await?;
+    let mut backup = store.follow(&member, "200ms").spawn()?;
+    backup.logs("full snapshot is in the store", LONG).await?;
+    client.put("x", "2", None).await?;
+    backup.logs("delta is in the store", LONG).await?;
+    tests::copy(&place, &old).await?;
+    client.put("x", "3", None).await?;
+    backup.logs_times("delta is in the store", 2, LONG).await?;
+    tests::copy(&old, &place).await?;
+    backup.logs("revisions up to 4 were in the store, which ends at 3 now", LONG).await?;
+    backup.logs_times("delta is in the store", 3, LONG).await?;
+    client.put("x", "4", None).await?;
+    backup.terminate().await?.expect(0)?;
+    store.command("verify").args(["--level", "replay"]).run().await?.expect(0)?;
     let before = state::read(&mut client).await?;
     etcd.kill9()?;
     state::same(&before, &store.restore_and_read(&member).await?)

@@ -17,7 +17,7 @@ use super::pending::Pending;
 use super::requests::{Asked, Request, Requests};
 use super::timeline::{self, Comparison, Decision};
 use super::{Kind, Settings, now_ms};
-use crate::catalog::{Catalog, Description, History, Layout, ObjectName, PREDECESSOR, Timeline};
+use crate::catalog::{Catalog, Chain, Description, History, Layout, ObjectName, PREDECESSOR, Timeline};
 use crate::container::LAYOUT;
 use crate::etcd::{Etcd, Status};
 use crate::metrics;
@@ -36,6 +36,8 @@ const AUTH_PERIOD: Duration = Duration::from_secs(10);
 const TTL_PERIOD: Duration = Duration::from_millis(500);
 /// and of so many at once.
 const MOST_EARLY_TTLS: usize = 512;
+/// Clocks that differ by less are taken to agree.
+const MOST_AHEAD_MS: i64 = 30_000;
 /// A full snapshot that failed is tried again after so long.
 const FULL_RETRY: Duration = Duration::from_secs(15);
 
@@ -142,6 +144,8 @@ pub(super) struct Session<'s> {
     asked: Asked,
     /// The full snapshot that deltas follow.
     base: Option<ObjectName>,
+    /// The last object of the chain: what `home` stands for.
+    newest: Option<ObjectName>,
     /// A delta was lost: those after it would follow nothing.
     lost: bool,
     /// Why changes that etcd had when the run was asked to end were not received.
@@ -163,6 +167,11 @@ impl<'s> Session<'s> {
             }
         }
         store.remove_abandoned_files(ABANDONED_AFTER).await;
+        let newest_ms = catalog.newest().and_then(|(_, history)| history.times().max()).unwrap_or_default();
+        if newest_ms > now_ms().saturating_add(MOST_AHEAD_MS) {
+            let newest = DateTime::from_timestamp_millis(newest_ms).unwrap_or_default();
+            tracing::warn!(%newest, "the newest backup is of a time to come: a clock is or was wrong, and times of backups and retention go by it");
+        }
         let later = etcd.status().await?;
         let known = Known { position: Position::between(&status, &later), db_size: status.db_size, ..Known::default() };
         let mut session = Self {
@@ -180,6 +189,7 @@ impl<'s> Session<'s> {
             auth: AuthWatch::default(),
             known,
             base: None,
+            newest: None,
             lost: false,
             unsaved: None,
         };
@@ -327,7 +337,7 @@ impl<'s> Session<'s> {
             let parent = self.timeline;
             return self.begin_timeline(parent.saturating_add(1), parent, Some(history), reason).await;
         }
-        self.base = Some(chain.full.name(self.timeline));
+        self.follow_chain(&chain);
         if let Some(full) = full {
             self.auth = AuthWatch::since(&full);
             self.known.compact_revision = full.compact_revision;
@@ -470,6 +480,7 @@ impl<'s> Session<'s> {
         match (result, home) {
             (_, Err(error)) => Ended::Unsaved(error),
             (Ok(()), Ok(())) if self.unsaved.is_some() => self.unsaved.map_or(Ended::Clean, Ended::Unsaved),
+            (Err(error), Ok(())) if self.lost => Ended::Unsaved(error),
             (Err(error), Ok(())) => Ended::Interrupted(error),
             (Ok(()), Ok(())) => Ended::Clean,
         }
@@ -526,7 +537,7 @@ impl<'s> Session<'s> {
                     }
                 }
                 _ = auth_tick.tick(), if !tasks.full && self.due.is_none() => {
-                    self.check_base().await?;
+                    self.check_chain().await?;
                     if self.auth.changed(&mut self.etcd).await? {
                         self.due = Some((Due::AuthChanged, Instant::now()));
                     }
@@ -579,31 +590,47 @@ impl<'s> Session<'s> {
         tasks.running.spawn(async move { Done::Ttls(ttls_of(&etcd, unknown).await.0) });
     }
 
-    /// Notices that somebody emptied the store: deltas that follow nothing are no backup.
-    async fn check_base(&mut self) -> Result<()> {
+    /// Notices that somebody emptied the store, or put another in its place: deltas that follow nothing are no backup.
+    async fn check_chain(&mut self) -> Result<()> {
         let Some(base) = self.base else { return Ok(()) };
-        match self.settings.store.exists(&base).await {
+        let store = &self.settings.store;
+        let newest = self.newest.unwrap_or(base);
+        let both = async { Ok(store.exists(&base).await? && (newest == base || store.exists(&newest).await?)) };
+        match both.await {
             Ok(true) => Ok(()),
-            // A compaction may have taken its place, and a collection it.
-            Ok(false) if self.find_base().await? => Ok(()),
-            Ok(false) => Err(Error::missing(format!(
-                "{}: the full snapshot that deltas follow is gone from the store",
-                self.settings.store.location(&base)
-            ))),
-            Err(error) => {
+            // A compaction may have taken their place, and a collection them.
+            Ok(false) => self.find_chain().await.inspect_err(|_| self.lost = true),
+            Err::<_, Error>(error) => {
                 tracing::debug!(%error, "the store could not be looked at");
                 Ok(())
             }
         }
     }
 
-    /// Finds another full snapshot that the deltas follow.
-    async fn find_base(&mut self) -> Result<bool> {
-        let catalog = self.settings.store.catalog().await?;
-        let history = catalog.timelines.get(&self.timeline);
-        let chain = history.and_then(History::newest_chain).filter(|chain| chain.gap.is_none());
-        self.base = chain.map(|chain| chain.full.name(self.timeline)).or(self.base);
-        Ok(history.is_some_and(|history| !history.fulls.is_empty()))
+    /// Finds what deltas follow now. Fails when they would follow nothing.
+    async fn find_chain(&mut self) -> Result<()> {
+        let (store, timeline, home) = (&self.settings.store, self.timeline, self.home);
+        let gone = |what: String| Error::missing(format!("{}: {what}", store.url()));
+        let catalog = store.catalog().await?;
+        let described = if timeline == PREDECESSOR { None } else { store.description(timeline).await? };
+        let (ours, theirs) = (format!("{:x}", self.status.cluster_id), described.map(|described| described.cluster_id));
+        if let Some(theirs) = theirs.filter(|theirs| !theirs.is_empty() && *theirs != ours) {
+            return Err(gone(format!(
+                "another store was put in its place, whose timeline {timeline} is of cluster {theirs}"
+            )));
+        }
+        let chain = catalog.timelines.get(&timeline).and_then(History::newest_chain);
+        let chain = chain.ok_or_else(|| gone("the full snapshot that deltas follow is gone from the store".into()))?;
+        if chain.last < home {
+            return Err(gone(format!("revisions up to {home} were in the store, which ends at {} now", chain.last)));
+        }
+        self.follow_chain(&chain);
+        Ok(())
+    }
+
+    fn follow_chain(&mut self, chain: &Chain) {
+        self.base = Some(chain.full.name(self.timeline));
+        self.newest = chain.deltas.last().map(|delta| delta.name(self.timeline)).or(self.base);
     }
 
     /// Receives what etcd had when the run was asked to end.
@@ -698,6 +725,7 @@ impl<'s> Session<'s> {
                 match taken {
                     Ok(taken) => {
                         self.home = taken.name.revisions().map_or(self.home, |(_, last)| last);
+                        self.newest = Some(taken.name);
                         self.asked.delta_taken(&taken);
                         log_delta(&taken);
                         if taken.is_too_large_to_replay {
@@ -714,7 +742,7 @@ impl<'s> Session<'s> {
                 self.auth.taken(taken.auth_revision);
                 self.schedule_after(taken.unix_ms);
                 self.tip = Tip::At(taken.revision);
-                self.base = Some(taken.name);
+                (self.base, self.newest) = (Some(taken.name), Some(taken.name));
                 log_full(&taken);
             }
             Done::Full(Err(error), _) => {

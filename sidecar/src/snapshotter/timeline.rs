@@ -239,7 +239,7 @@ async fn live_revisions(etcd: &Etcd, first: i64, last: i64) -> Result<BTreeMap<i
 }
 
 /// The last revision that the live etcd shares with a timeline; 0 when that cannot be known, because etcd has compacted it or
-/// because the timeline has no deltas there.
+/// because the timeline has neither deltas there nor a full snapshot with a hash.
 pub async fn fork_revision(
     store: &Store,
     etcd: &mut Etcd,
@@ -263,7 +263,28 @@ pub async fn fork_revision(
             differ = middle;
         }
     }
-    Ok(fork)
+    Ok(fork.max(shared_full(store, etcd, timeline, history, (fork, live)).await?))
+}
+
+/// The newest full snapshot of these revisions whose rows the live etcd has, by their hash; 0 when there is none.
+async fn shared_full(
+    store: &Store,
+    etcd: &mut Etcd,
+    timeline: Timeline,
+    history: &History,
+    (after, upto): (i64, i64),
+) -> Result<i64> {
+    let fulls = history.fulls.iter().rev().filter(|full| full.revision > after && full.revision <= upto);
+    for full in fulls.take(MOST_LOOKS) {
+        let meta = store.meta(&full.name(timeline), full.size).await?;
+        let Some(recorded) = meta.and_then(|meta| meta.hash_kv) else { continue };
+        if let Ok(live) = etcd.hash_kv(recorded.revision).await
+            && (live.hash, live.compact_revision) == (recorded.hash, recorded.compact_revision.max(0))
+        {
+            return Ok(full.revision);
+        }
+    }
+    Ok(0)
 }
 
 /// The last revision of a delta up to which the live etcd has the same.
