@@ -13,7 +13,7 @@ use bytes::Bytes;
 use chrono::Utc;
 use etcd_format::bolt::Db;
 use etcd_format::datadir::{self, Finding, Rewrite, Severity, Staged, Summary, Verify, WantHash, verify_and_see};
-use etcd_format::mvcc::{HashRequest, HashRules};
+use etcd_format::mvcc::HashRules;
 use proto::backup::ObjectMeta;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -221,12 +221,8 @@ impl Merge {
         let path = staged.layout().db();
         let name = path.display().to_string();
         let db = Db::open(File::open(&path).map_err(Error::io("open", &name))?).map_err(Error::format(&name))?;
-        let hash = recorded_at(aside.recorded, restored.compaction.revision()).map(|recorded| HashRequest {
-            revision: recorded.hash.revision,
-            compact_revision: recorded.hash.compact_revision.max(0),
-            clean_up_to: restored.compaction.finished,
-            rules: recorded.rules,
-        });
+        let hash = recorded_at(aside.recorded, restored.compaction.revision())
+            .map(|recorded| recorded.request(restored.compaction.finished));
         let options = Verify { hash: hash.map(WantHash::At), compaction: Some(restored.compaction) };
         let revision = restored.revision;
         let known = if self.discard_history { revision } else { aside.compact_revision.min(revision) };

@@ -17,6 +17,7 @@ use serde::Serialize;
 use crate::error::is_refused;
 use crate::etcd::{Etcd, EtcdFlags};
 use crate::initialize::{self, Data};
+use crate::room::{existing, free, mib};
 use crate::store::Store;
 use crate::{Class, Error, Result, supervise};
 
@@ -65,8 +66,12 @@ impl Finding {
     }
 }
 
-/// Checks everything that a configuration names.
-pub async fn examine(config: &SidecarConfig, settings: &supervise::Settings) -> Vec<Finding> {
+/// Checks everything that a configuration names. `not_opened` is why its store could not be opened.
+pub async fn examine(
+    config: &SidecarConfig,
+    settings: &supervise::Settings,
+    not_opened: Option<&Error>,
+) -> Vec<Finding> {
     let member = &settings.initialize.member;
     let (name, count) = (&member.name, member.cluster.members().len());
     let mut findings = vec![Finding::good("member", format!("{name}, in a cluster of {count}"))];
@@ -82,11 +87,12 @@ pub async fn examine(config: &SidecarConfig, settings: &supervise::Settings) -> 
     }));
     findings.push(listener(config));
     let mut newest = Newest::default();
-    match &settings.initialize.store {
-        None => {
+    match (&settings.initialize.store, not_opened) {
+        (_, Some(error)) => findings.push(Finding::bad("store", error.to_string())),
+        (None, None) => {
             findings.push(Finding::remark("store", "none is given: no backups are taken, only the data is checked"));
         }
-        Some(store) => match store.examine().await {
+        (Some(store), None) => match store.examine().await {
             Ok(found) => {
                 findings.extend(found);
                 match Newest::read(store).await {
@@ -99,7 +105,7 @@ pub async fn examine(config: &SidecarConfig, settings: &supervise::Settings) -> 
         },
     }
     for endpoint in &settings.etcd.endpoints {
-        findings.extend(etcd(&settings.etcd, endpoint.trim(), newest.cluster_id).await);
+        findings.extend(etcd(&settings.etcd, endpoint.trim(), newest.cluster_id, &member.client_ports()).await);
     }
     if let Some(others) = &settings.initialize.others {
         findings.extend(others_reached(others).await);
@@ -246,11 +252,18 @@ impl Newest {
 }
 
 /// What a member says of itself, and what follows.
-async fn etcd(flags: &EtcdFlags, endpoint: &str, backed_up: Option<u64>) -> Vec<Finding> {
+async fn etcd(flags: &EtcdFlags, endpoint: &str, backed_up: Option<u64>, ports: &[u16]) -> Vec<Finding> {
     let what = "etcd";
     let (mut etcd, status) = match Etcd::reach(flags, endpoint).await {
         Ok(reached) => reached,
         Err(error) if is_refused(&error) => {
+            let port = url::Url::parse(endpoint).ok().and_then(|url| url.port_or_known_default());
+            if port.is_some_and(|port| !ports.contains(&port)) {
+                let found = format!(
+                    "nothing listens at {endpoint}, nor will etcd, whose listen-client-urls have ports {ports:?}: see to etcd.endpoints"
+                );
+                return vec![Finding::bad(what, found)];
+            }
             let found = format!("nothing listens at {endpoint}, which is right before etcd is started");
             return vec![Finding::remark(what, found)];
         }
@@ -331,17 +344,11 @@ async fn data(dir: &Path) -> Vec<Finding> {
     findings
 }
 
-/// The nearest directory that exists.
-fn existing(dir: &Path) -> PathBuf {
-    dir.ancestors().find(|dir| dir.is_dir()).map_or_else(|| PathBuf::from("/"), Path::to_owned)
-}
-
 /// Whether a restore fits beside what is there, which it moves aside.
 fn room(dir: &Path, database: u64) -> Finding {
     let what = "room for a restore";
-    let dir = existing(dir);
     let needed = database.saturating_add(SPARE_BYTES);
-    match free(&dir) {
+    match free(dir) {
         Ok(free) if free < needed => {
             let why = "a restore is written beside what is there, and needs";
             Finding::bad(what, format!("{} has {} free: {why} {}", dir.display(), mib(free), mib(needed)))
@@ -364,14 +371,4 @@ fn work_dir(what: &'static str, dir: &Path, database: u64) -> Finding {
         Ok(free) => Finding::good(what, format!("{} has {} free", dir.display(), mib(free))),
         Err(error) => Finding::bad(what, error.to_string()),
     }
-}
-
-fn free(dir: &Path) -> Result<u64> {
-    let stat =
-        rustix::fs::statvfs(dir).map_err(|error| Error::io("ask for the room in", dir.display())(error.into()))?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
-}
-
-fn mib(bytes: u64) -> String {
-    format!("{} MiB", bytes >> 20)
 }

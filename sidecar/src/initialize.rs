@@ -18,13 +18,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
-use etcd_format::datadir::{self, JOINED, Severity, Verdict, Verify};
+use etcd_format::datadir::{self, JOINED, Severity, Verdict, Verify, WantHash, put_beside};
+use etcd_format::mvcc::HashRequest;
 use etcd_format::wal;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 pub use decision::{Backups, Cause, Damaged, Data, Decision, Facts, Live, Part, Place, Sound, decide};
 pub use member::Member;
+pub(crate) use member::read_text;
 
 use cluster::Serving;
 use recovery::Recovery;
@@ -32,13 +34,18 @@ use recovery::Recovery;
 use crate::catalog::{Catalog, PREDECESSOR, Timeline};
 use crate::etcd::EtcdFlags;
 use crate::metrics::Metrics;
-use crate::restore::{self, Choice, Far, Origin, Plan, Progress, Source, Target};
+use crate::restore::{self, Choice, Far, Origin, Plan, Progress, Recorded, Source, Target};
 use crate::store::Store;
 use crate::{Class, Error, Result};
 
 /// Entries without a revision, such as grants of leases, that etcd may have written between the last event of a delta and the
 /// moment that its position was asked for.
 const SLACK: i128 = 16;
+
+/// Newest objects that are asked for a hash of the data,
+const MOST_RECORDED: usize = 8;
+/// and how long: the data is there, and waits.
+const RECORDED_DEADLINE: Duration = Duration::from_secs(5);
 
 /// While others are waited for, the store is listed so often.
 const LISTING_PERIOD: Duration = Duration::from_secs(30);
@@ -173,7 +180,9 @@ async fn until_decided(
                 Err(error @ etcd_format::Error::Precondition { .. }) => return Ok(Outcome::in_use(&error)),
                 held => held.map_err(Error::format(dir.display().to_string()))?,
             };
-            checked = Some(Checked { there, held, verdict: check(dir).await?, listed: None });
+            let recorded = recorded(settings.store.as_ref()).await;
+            let verdict = check(dir, &recorded).await?;
+            checked = Some(Checked { there, held, verdict, recorded, listed: None });
         }
         let Some(now) = &mut checked else { return Err(Error::Bug { what: "nothing was checked".into() }) };
         let (facts, serving, is_recent) = observe(settings, now, recovery).await;
@@ -231,6 +240,8 @@ struct Checked {
     /// Keeps an etcd from starting on it.
     held: datadir::Hold,
     verdict: Option<Verdict>,
+    /// What etcd had answered for its hash when the newest backups were taken.
+    recorded: Vec<Recorded>,
     /// What the store had, and what the data is beside it; listed anew from time to time.
     listed: Option<(Instant, Data, Backups)>,
 }
@@ -321,7 +332,7 @@ fn identity(dir: &Path) -> Option<(u64, u64)> {
 
 /// What a data directory is, and which minor's schema it has. Fails where an etcd runs on it.
 pub async fn look_into(dir: &Path) -> Result<(Data, Option<datadir::Minor>)> {
-    let verdict = check(dir).await?;
+    let verdict = check(dir, &[]).await?;
     let schema = verdict.as_ref().and_then(|verdict| verdict.summary.as_ref()).and_then(|summary| summary.schema);
     Ok((data_in(verdict.as_ref()), schema))
 }
@@ -333,13 +344,41 @@ fn data_in(verdict: Option<&Verdict>) -> Data {
     }
 }
 
-async fn check(dir: &Path) -> Result<Option<Verdict>> {
+async fn check(dir: &Path, recorded: &[Recorded]) -> Result<Option<Verdict>> {
     if !dir.try_exists().map_err(Error::io("look at", dir.display()))? {
         return Ok(None);
     }
     let (checked, place) = (dir.to_owned(), dir.display().to_string());
-    let verdict = tokio::task::spawn_blocking(move || datadir::verify(&checked, &Verify::default()));
+    let requests: Vec<HashRequest> = recorded.iter().map(|recorded| recorded.request(0)).collect();
+    let options = Verify { hash: (!requests.is_empty()).then_some(WantHash::First(requests)), compaction: None };
+    let verdict = tokio::task::spawn_blocking(move || datadir::verify(&checked, &options));
     verdict.await.map_err(|error| Error::task(&error))?.map_err(Error::format(format!("check {place}")))
+}
+
+/// The hashes of the newest backups, so that the check computes one of them as it passes; none when the store does not tell in
+/// time, for the data is checked without it too.
+async fn recorded(store: Option<&Store>) -> Vec<Recorded> {
+    let Some(store) = store else { return Vec::new() };
+    let newest = async {
+        let catalog = store.catalog().await?;
+        let Some((timeline, history)) = catalog.newest_restorable() else { return Ok(Vec::new()) };
+        let fulls = history.fulls.iter().map(|full| (full.revision, full.name(timeline), full.size));
+        let deltas = history.deltas.iter().map(|delta| (delta.last, delta.name(timeline), delta.size));
+        let mut objects: Vec<_> = fulls.chain(deltas).collect();
+        objects.sort_unstable_by_key(|(last, ..)| std::cmp::Reverse(*last));
+        objects.truncate(MOST_RECORDED);
+        let metas = objects.iter().map(|(_, name, size)| store.meta(name, *size));
+        let metas = futures::future::try_join_all(metas).await?;
+        Ok::<_, Error>(metas.iter().flatten().filter_map(restore::recorded_hash).collect())
+    };
+    match tokio::time::timeout(RECORDED_DEADLINE, newest).await {
+        Ok(Ok(recorded)) => recorded,
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "no recorded hash to compare with");
+            Vec::new()
+        }
+        Err(_) => Vec::new(),
+    }
 }
 
 /// What is known now, the cluster to join, and whether the store was listed for it.
@@ -367,7 +406,7 @@ async fn observe(
             (data, is_recent) = (known.clone(), false);
             backups.clone()
         }
-        (Some(store), _) => match look_at(store, member, &mut data, verdict).await {
+        (Some(store), _) => match look_at(store, member, &mut data, verdict, &checked.recorded).await {
             Ok(backups) => {
                 checked.listed = Some((Instant::now(), data.clone(), backups.clone()));
                 backups
@@ -376,7 +415,12 @@ async fn observe(
             Err(error) => Backups::Unknown { why: error.to_string() },
         },
     };
-    let is_lost = !matches!(data, Data::Sound(_)) && live == Live::Nobody && replicas > 1;
+    let has_lost = match &data {
+        Data::Absent => true,
+        Data::Sound(_) => false,
+        Data::Damaged(damaged) => damaged.beyond(&backups).is_none(),
+    };
+    let is_lost = has_lost && live == Live::Nobody && replicas > 1;
     let mut lost = 0;
     if let (Some(store), true, Backups::Upto { .. } | Backups::Begun) = (&settings.store, is_lost, &backups) {
         match recovery.report(store).await {
@@ -403,7 +447,7 @@ fn data_of(verdict: &Verdict) -> Data {
         let part = of(Severity::Corrupt).next().map_or(Part::Database, |finding| part_of(&finding.path));
         let cluster_id = verdict.member.map(|(_, cluster)| cluster.0);
         let voters = voters_of(verdict);
-        Data::Damaged(Damaged { part, evidence, cluster_id, voters, restored_since: false })
+        Data::Damaged(Damaged { part, evidence, cluster_id, voters, restored_since: false, reach: None })
     };
     match (&verdict.summary, verdict.severity()) {
         (_, Some(Severity::Corrupt)) if is_damaged => damaged(evidence(Severity::Corrupt)),
@@ -438,7 +482,13 @@ fn part_of(path: &Path) -> Part {
     }
 }
 
-async fn look_at(store: &Store, member: &Member, data: &mut Data, verdict: Option<&Verdict>) -> Result<Backups> {
+async fn look_at(
+    store: &Store,
+    member: &Member,
+    data: &mut Data,
+    verdict: Option<&Verdict>,
+    recorded: &[Recorded],
+) -> Result<Backups> {
     let catalog = store.catalog().await?;
     let Some((timeline, history)) = catalog.newest_restorable() else {
         // Somebody backed something up here.
@@ -475,7 +525,7 @@ async fn look_at(store: &Store, member: &Member, data: &mut Data, verdict: Optio
             })
             || Joined::of(&member.data_dir).is_some_and(|joined| joined.knows(ours, timeline, cluster_id));
     }
-    if let (Data::Sound(sound), Some(verdict)) = (data, verdict)
+    if let (Data::Sound(sound), Some(verdict)) = (&mut *data, verdict)
         && let Some((term, _)) = verdict.raft
         && !sound.restored_since
         && sound.revision < last
@@ -486,7 +536,42 @@ async fn look_at(store: &Store, member: &Member, data: &mut Data, verdict: Optio
         let is_its_log = restore::is_of_its_log(store, timeline, history, sound.revision, log_end, SLACK).await?;
         sound.restored_since = is_its_log == Some(false);
     }
+    if let (Data::Sound(sound), Some(verdict)) = (&*data, verdict)
+        && let Some(evidence) = differs(verdict, recorded)
+        && !sound.restored_since
+        && cluster_id == Some(sound.cluster_id)
+        && let (Some((term, _)), Some(summary)) = (verdict.raft, &verdict.summary)
+    {
+        // Of a log that is not the one backed up, other rows are to be expected.
+        let applied = (summary.consistent_index, term);
+        if restore::is_of_its_log(store, timeline, history, sound.revision, applied, 0).await? == Some(true) {
+            *data = Data::Damaged(Damaged {
+                part: Part::Database,
+                evidence,
+                cluster_id,
+                voters: sound.voters,
+                restored_since: false,
+                reach: Some(sound.reach()),
+            });
+        }
+    }
     Ok(Backups::Upto { last, timeline, cluster_id })
+}
+
+/// How what etcd had answered for its hash differs from what its rows give now: a bit has flipped, or a page is of another time.
+/// Nothing else in a database would show that.
+fn differs(verdict: &Verdict, recorded: &[Recorded]) -> Option<String> {
+    let found = verdict.summary.as_ref()?.hash?;
+    let is_same = |recorded: &&Recorded| {
+        (recorded.hash.revision, recorded.hash.compact_revision.max(0)) == (found.revision, found.compact_revision)
+    };
+    let recorded = recorded.iter().find(is_same)?.hash.hash;
+    (!found.may_be(recorded)).then(|| {
+        format!(
+            "the hash of its rows at revision {} is {}, etcd's own was {recorded}, as recorded with the backups: a value has changed in snap/db",
+            found.revision, found.hash
+        )
+    })
 }
 
 /// Whether a timeline after the one that can be restored was begun with that cluster: its first full is on its way.
@@ -533,8 +618,7 @@ impl Joined {
         // As etcd makes it.
         let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
         made.map_err(Error::io("create", dir.display()))?;
-        let path = dir.join(JOINED);
-        std::fs::write(&path, json).map_err(Error::io("write", path.display()))
+        put_beside(dir, JOINED, &json).map_err(Error::format("say what was joined"))
     }
 }
 

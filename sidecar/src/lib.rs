@@ -34,6 +34,7 @@ pub mod object;
 pub mod pace;
 pub mod restore;
 pub mod retention;
+mod room;
 mod scratch;
 pub mod server;
 pub mod snapshotter;

@@ -40,7 +40,7 @@ use crate::object::{Content, Records, check_full_revision};
 use crate::pace::Pace;
 use crate::scratch::Scratch;
 use crate::store::Store;
-use crate::{Error, Result};
+use crate::{Error, Result, room};
 
 /// What to restore from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -288,6 +288,10 @@ pub async fn execute(
         }
         (Source::Chain { .. }, None) => return Err(Error::Bug { what: "a chain without its store".into() }),
     };
+    // Beside what is there, which moves aside when it is done.
+    for target in &plan.targets {
+        room::need(&target.data_dir, full.content_bytes.saturating_mul(plan.targets.len() as u64))?;
+    }
     progress(Progress::Snapshot(Some(full.content_bytes).filter(|bytes| *bytes > 0)));
     let assembled = tokio::task::spawn_blocking(move || assemble(&plan, objects, &full, &stop, &progress, admit)).await;
     if let Some(feeder) = feeder {
@@ -301,6 +305,15 @@ pub async fn execute(
 pub(crate) struct Recorded {
     pub hash: HashKv,
     pub rules: HashRules,
+}
+
+impl Recorded {
+    /// It again, of rows of which each key has one only up to `clean_up_to`.
+    pub fn request(&self, clean_up_to: i64) -> HashRequest {
+        let Self { hash, rules } = self;
+        let compact_revision = hash.compact_revision.max(0);
+        HashRequest { revision: hash.revision, compact_revision, clean_up_to, rules: *rules }
+    }
 }
 
 pub(crate) fn recorded_hash(meta: &ObjectMeta) -> Option<Recorded> {
@@ -464,9 +477,9 @@ fn compare_hashes(data_dir: &Path, recorded: &[Recorded]) -> Result<Vec<i64>> {
     // Rows are as compacted as those of the snapshot, whatever compaction etcd is to finish when it starts.
     let finished = Compaction::read(&db).map_err(Error::format(&name))?.finished;
     let mut hashes = Vec::new();
-    for Recorded { hash, rules } in recorded {
-        let compact_revision = hash.compact_revision.max(0);
-        let request = HashRequest { revision: hash.revision, compact_revision, clean_up_to: finished, rules: *rules };
+    for recorded in recorded {
+        let hash = recorded.hash;
+        let request = recorded.request(finished);
         let mut found = mvcc::hash_kv(&db, request).map_err(Error::format(&name))?;
         if !found.may_be(hash.hash) {
             // Rows that a raised revision left: the quick way to hash does not hold.
@@ -475,8 +488,8 @@ fn compare_hashes(data_dir: &Path, recorded: &[Recorded]) -> Result<Vec<i64>> {
         }
         if !found.may_be(hash.hash) {
             return Err(Error::corrupt(format!(
-                "HashKV at revision {} (compacted at {compact_revision}) is {}; etcd itself had answered {}",
-                hash.revision, found.hash, hash.hash
+                "HashKV at revision {} (compacted at {}) is {}; etcd itself had answered {}",
+                hash.revision, request.compact_revision, found.hash, hash.hash
             )));
         }
         hashes.push(hash.revision);
@@ -647,12 +660,7 @@ fn prove(
     recorded: Option<Recorded>,
 ) -> Result<(Proof, BTreeSet<i64>)> {
     let usable = recorded.filter(|recorded| recorded.hash.compact_revision.max(0) >= restored.compaction.revision());
-    let request = usable.map(|recorded| HashRequest {
-        revision: recorded.hash.revision,
-        compact_revision: recorded.hash.compact_revision.max(0),
-        clean_up_to: restored.compaction.finished,
-        rules: recorded.rules,
-    });
+    let request = usable.map(|recorded| recorded.request(restored.compaction.finished));
     // The rows are as compacted as those of the snapshot, whatever compaction etcd is to finish when it starts: every
     // appended row is checked.
     let options = Verify { hash: request.map(WantHash::At), compaction: Some(restored.compaction) };

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use etcd_format::datadir::{Behind, Facts, RealDisk, WantHash};
-use etcd_format::mvcc::HashRequest;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
@@ -245,8 +244,7 @@ async fn check_same_history(
             continue;
         }
         check_cluster(store, &name, full.size, facts.cluster_id).await?;
-        let clean_up_to = facts.clean_up_to;
-        let request = HashRequest { revision: at, compact_revision, clean_up_to, rules: recorded.rules };
+        let request = recorded.request(facts.clean_up_to);
         let (found, behind) = blocking(move || {
             let found = behind.hash_kv(request).map_err(Error::format("compare the member"))?;
             Ok((found, behind))
@@ -302,14 +300,7 @@ impl Work {
         let recorded = aside.recorded;
         let usable =
             recorded.filter(|recorded| recorded.hash.compact_revision.max(0) >= self.facts.compaction.revision());
-        let hash = usable.map(|recorded| {
-            WantHash::At(HashRequest {
-                revision: recorded.hash.revision,
-                compact_revision: recorded.hash.compact_revision.max(0),
-                clean_up_to: self.facts.clean_up_to,
-                rules: recorded.rules,
-            })
-        });
+        let hash = usable.map(|recorded| WantHash::At(recorded.request(self.facts.clean_up_to)));
         let summary = appended.check(hash).map_err(fail())?;
         let proof = Proof::of(&summary, recorded, usable)?;
         if self.stop.is_cancelled() {

@@ -1,10 +1,11 @@
 //! How the last etcd ended, kept beside its data: a pod that is made anew still knows.
 
-use std::io;
 use std::path::Path;
 
-use etcd_format::datadir::{LAST_EXIT, LAST_EXIT_NEW};
+use etcd_format::datadir::{LAST_EXIT, put_beside};
 use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
 
 /// How an etcd ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,15 +25,14 @@ impl LastExit {
         serde_json::from_slice(&std::fs::read(data_dir.join(LAST_EXIT)).ok()?).ok()
     }
 
-    /// Replaces what was said before as a whole. Nothing is made where there is no data.
-    pub(super) fn write(&self, data_dir: &Path) -> io::Result<()> {
+    /// Replaces what was said before. Nothing is made where there is no data.
+    pub(super) fn write(&self, data_dir: &Path) -> Result<()> {
         if !data_dir.is_dir() {
             return Ok(());
         }
-        // Nobody else writes it, and what a kill leaves of it the next one replaces.
-        let new = data_dir.join(LAST_EXIT_NEW);
-        std::fs::write(&new, serde_json::to_vec(self)?)?;
-        std::fs::rename(&new, data_dir.join(LAST_EXIT))
+        let json = serde_json::to_vec(self)
+            .map_err(|error| Error::Bug { what: format!("describe how etcd ended: {error}") })?;
+        put_beside(data_dir, LAST_EXIT, &json).map_err(Error::format("say how etcd ended"))
     }
 }
 
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_last_one_is_kept() -> io::Result<()> {
+    fn the_last_one_is_kept() -> Result<(), Box<dyn std::error::Error>> {
         let dir = tempfile::tempdir()?;
         assert_eq!(LastExit::read(dir.path()), None);
         for code in [1, 137] {

@@ -5,7 +5,7 @@
 //! leaves nothing behind.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::sync_channel;
 
@@ -29,8 +29,8 @@ const ORIGIN: &str = "origin.json";
 pub const JOINED: &str = "joined.json";
 /// The same: how its etcd ended.
 pub const LAST_EXIT: &str = "last-exit.json";
-/// The same, while it is written.
-pub const LAST_EXIT_NEW: &str = "last-exit.json.new";
+/// What each of them has behind its name while it is written.
+const NEW: &str = ".new";
 /// Lies in a staged member until it is whole. Without it, what is staged is a member that was replaced and not moved on yet.
 const UNFINISHED: &str = "unfinished";
 /// Lies beside what is staged and has the inode of its directory: whole or not, what has that inode was not in its place yet.
@@ -388,6 +388,18 @@ pub fn origin(data_dir: &Path) -> Option<Vec<u8>> {
     file.take(64 << 10).read_to_end(&mut bytes).ok().map(|_| bytes)
 }
 
+/// Puts [`JOINED`] or [`LAST_EXIT`] into a data directory, as a whole in the place of what was there. Nobody else writes it, and
+/// what a kill leaves half written the next one replaces.
+pub fn put_beside(data_dir: &Path, name: &str, content: &[u8]) -> Result<()> {
+    let (path, new) = (data_dir.join(name), data_dir.join(format!("{name}{NEW}")));
+    let written = File::create(&new).and_then(|mut file| {
+        file.write_all(content)?;
+        file.sync_all()
+    });
+    written.map_err(Error::io("write", &new))?;
+    std::fs::rename(&new, &path).map_err(Error::io("put in place", &path))
+}
+
 /// Fails where a restore would refuse to put a member: into a directory with something in it, or under a running etcd.
 /// Changes nothing.
 pub fn check_target(data_dir: &Path, replace: bool) -> Result<()> {
@@ -397,7 +409,8 @@ pub fn check_target(data_dir: &Path, replace: bool) -> Result<()> {
     for entry in std::fs::read_dir(data_dir).map_err(Error::io("list", data_dir))? {
         let name = entry.map_err(Error::io("list", data_dir))?.file_name();
         match name.to_str() {
-            Some(RESTORING | NOTE | "lost+found" | JOINED | LAST_EXIT | LAST_EXIT_NEW) => {}
+            Some(RESTORING | NOTE | "lost+found") => {}
+            Some(name) if [JOINED, LAST_EXIT].contains(&name.strip_suffix(NEW).unwrap_or(name)) => {}
             Some(name) if name.starts_with("member.replaced-") => {}
             _ if replace => {}
             _ => {

@@ -141,12 +141,32 @@ impl Verdict {
 }
 
 /// Which HashKV [`verify`] computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WantHash {
     /// What a live etcd with these rows answers, by the rules of its version.
     Current(HashRules),
     /// At another revision or compaction.
     At(HashRequest),
+    /// The first of these that the rows can answer; none where they can answer none.
+    First(Vec<HashRequest>),
+}
+
+impl WantHash {
+    fn request<R: ReadAt>(&self, db: &Db<R>) -> Result<Option<HashRequest>> {
+        match self {
+            Self::Current(rules) => HashRequest::current(db, *rules).map(Some),
+            Self::At(request) => Ok(Some(*request)),
+            Self::First(requests) => {
+                let (compaction, last) = (Compaction::read(db)?, mvcc::current_revision(db)?);
+                let can_answer = |request: &&HashRequest| {
+                    request.compact_revision >= compaction.revision()
+                        && (request.compact_revision..=last).contains(&request.revision)
+                };
+                let request = requests.iter().find(can_answer);
+                Ok(request.map(|request| HashRequest { clean_up_to: compaction.finished, ..*request }))
+            }
+        }
+    }
 }
 
 /// What [`verify`] is to do.
@@ -391,13 +411,10 @@ pub fn verify_and_see<R: ReadAt>(
     see: &mut dyn FnMut(&[u8], &[u8]),
 ) -> Result<(Summary, Vec<Finding>)> {
     let (checked, hashed) = std::thread::scope(|scope| {
-        let hash = options.hash.map(|want| {
+        let hash = options.hash.as_ref().map(|want| {
             scope.spawn(move || {
-                let request = match want {
-                    WantHash::Current(rules) => HashRequest::current(db, rules)?,
-                    WantHash::At(request) => request,
-                };
-                mvcc::hash_kv(db, request).map(|hash| (request, hash))
+                let Some(request) = want.request(db)? else { return Ok(None) };
+                mvcc::hash_kv(db, request).map(|hash| Some((request, hash)))
             })
         });
         let checked = check_database(db, options, see);
@@ -408,14 +425,14 @@ pub fn verify_and_see<R: ReadAt>(
     let (mut summary, mut findings, counted) = checked?;
     match hashed {
         // Superseded rows below the compaction: the quick way to hash does not hold.
-        Some(Ok((request, _))) if counted.superseded_rows > 0 => {
+        Some(Ok(Some((request, _)))) if counted.superseded_rows > 0 => {
             summary.hash = Some(mvcc::hash_kv(db, HashRequest { clean_up_to: 0, ..request })?);
         }
-        Some(Ok((_, hash))) => summary.hash = Some(hash),
+        Some(Ok(Some((_, hash)))) => summary.hash = Some(hash),
         // Rows that do not decode are findings already.
         Some(Err(error)) if error.is_corruption() && !findings.is_empty() => {}
         Some(Err(error)) => return Err(error),
-        None => {}
+        Some(Ok(None)) | None => {}
     }
     findings.sort_by_key(|finding| std::cmp::Reverse(finding.severity));
     Ok((summary, findings))
