@@ -4,6 +4,7 @@
 mod connection;
 mod gardener;
 mod page;
+mod places;
 mod remembered;
 mod service;
 mod tls;
@@ -16,7 +17,7 @@ use futures::Stream;
 use proto::sidecar::DESCRIPTOR;
 use proto::sidecar::sidecar_server::SidecarServer;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -30,6 +31,7 @@ use crate::client::ApiFlags;
 use crate::supervise::Supervisor;
 use crate::{Error, Result};
 use connection::{Connection, Shown};
+use places::Places;
 use service::Api;
 
 /// No request is larger.
@@ -131,7 +133,7 @@ where
 {
     let (ready, connections) = mpsc::channel(16);
     // Who holds all of one kind holds up nobody of another.
-    let [local, known, strangers] = [MOST_LOCAL, MOST_KNOWN, MOST_STRANGERS].map(|most| Arc::new(Semaphore::new(most)));
+    let [local, known, strangers] = [MOST_LOCAL, MOST_KNOWN, MOST_STRANGERS].map(|most| Arc::new(Places::new(most)));
     tokio::spawn(async move {
         loop {
             let (stream, from) = tokio::select! {
@@ -146,16 +148,20 @@ where
                 () = ready.closed() => return,
             };
             let places = if from.ip().is_loopback() { &local } else { &strangers };
-            let Ok(place) = places.clone().try_acquire_owned() else {
+            let Some(place) = places.take().await else {
                 tracing::debug!(%from, "too many connections: one is not taken");
                 continue;
             };
             let (accepting, ready, known) = (accept(stream), ready.clone(), known.clone());
             tokio::spawn(async move {
-                match accepting.await {
+                let accepted = tokio::select! {
+                    accepted = accepting => accepted,
+                    () = place.left() => return,
+                };
+                match accepted {
                     Ok(stream) => {
                         let is_known = !from.ip().is_loopback() && stream.connect_info().has_shown();
-                        let better = if is_known { known.try_acquire_owned().ok() } else { None };
+                        let better = if is_known { known.take_to_stay() } else { None };
                         drop(ready.send(Ok(Connection::new(stream, better.unwrap_or(place)))).await);
                     }
                     Err(error) => tracing::debug!(%error, "a client could not shake hands"),

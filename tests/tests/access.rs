@@ -79,6 +79,30 @@ async fn who_has_no_certificate_learns_little() -> Result<()> {
     Ok(())
 }
 
+/// More of them than there are places: who comes is let in, and asks what it may.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_says_nothing_keeps_nobody_out() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
+    pod.tls = Some(Certificates::issue(&dir.path().join("tls"))?);
+    let serving = pod.start_serve().await?;
+    let mut known = pod.client(true).await?;
+    let address = pod.url().trim_start_matches("https://").to_owned();
+    let mut silent = Vec::new();
+    for _ in 0..700 {
+        silent.push(tokio::net::TcpStream::connect(&address).await?);
+    }
+    let asked = std::time::Instant::now();
+    pod.ctl(["status"]).run().await?.expect(0)?;
+    ensure!(pod.http()?.get(format!("{}/healthz", pod.url())).send().await?.status() == 200);
+    // One that has shown a certificate stays, whoever comes.
+    known.status(api::StatusRequest {}).await?;
+    ensure!(asked.elapsed() < Duration::from_secs(5), "it took {:?}", asked.elapsed());
+    drop(silent);
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn to_serve_without_tls_is_said_out_loud() -> Result<()> {
     let dir = tempfile::tempdir()?;

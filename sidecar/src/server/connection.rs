@@ -12,9 +12,10 @@ use axum::http::Extensions;
 use axum::middleware::Next;
 use axum::response::Response;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, Sleep};
 use tonic::transport::server::{Connected, TcpConnectInfo, TlsConnectInfo};
+
+use super::places::Place;
 
 /// A client of HTTP/2 is sent pings more often than this.
 const IDLE: Duration = Duration::from_secs(60);
@@ -28,21 +29,30 @@ pub(super) struct Connection<S> {
     stream: S,
     idle: Pin<Box<Sleep>>,
     /// When a stranger goes.
-    most: Option<Pin<Box<Sleep>>>,
+    most: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+    /// It has to go.
+    is_over: bool,
     calls: Arc<AtomicUsize>,
     /// Its place among those that are allowed.
-    _permit: OwnedSemaphorePermit,
+    _place: Place,
 }
 
 impl<S: Connected> Connection<S>
 where
     S::ConnectInfo: Shown,
 {
-    pub(super) fn new(stream: S, permit: OwnedSemaphorePermit) -> Self {
+    pub(super) fn new(stream: S, mut place: Place) -> Self {
         let info = stream.connect_info();
         let is_stranger = !info.has_shown() && !info.is_open();
-        let most = is_stranger.then(|| Box::pin(tokio::time::sleep(STRANGERS)));
-        Self { stream, idle: Box::pin(tokio::time::sleep(IDLE)), most, calls: Arc::default(), _permit: permit }
+        let most: Option<Pin<Box<dyn Future<Output = ()> + Send>>> = if is_stranger {
+            let left = place.left();
+            Some(Box::pin(async { drop(tokio::time::timeout(STRANGERS, left).await) }))
+        } else {
+            place.stay();
+            None
+        };
+        let idle = Box::pin(tokio::time::sleep(IDLE));
+        Self { stream, idle, most, is_over: false, calls: Arc::default(), _place: place }
     }
 }
 
@@ -130,6 +140,9 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.most.as_mut().is_some_and(|most| most.as_mut().poll(context).is_ready()) {
+            (self.most, self.is_over) = (None, true);
+        }
+        if self.is_over {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
@@ -166,11 +179,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::sync::Semaphore;
 
+    use super::super::places::Places;
     use super::*;
 
     /// A client that has shown a certificate, or has not.
@@ -227,9 +238,9 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_stranger_goes_whatever_it_does() {
         for has_shown in [true, false] {
-            let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+            let place = Places::new(1).take().await.unwrap();
             let (mut client, stream) = tokio::io::duplex(64);
-            let mut connection = Connection::new(Client { stream, has_shown }, permit);
+            let mut connection = Connection::new(Client { stream, has_shown }, place);
             let mut answered = 0;
             for _ in 0..20 {
                 tokio::time::sleep(IDLE / 4).await;
@@ -243,10 +254,10 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_gets_no_answer_goes() {
-        let places = Arc::new(Semaphore::new(1));
-        let permit = places.clone().acquire_owned().await.unwrap();
+        let places = Places::new(1);
+        let place = places.take().await.unwrap();
         let (mut client, stream) = tokio::io::duplex(64);
-        let mut connection = Connection::new(Client { stream, has_shown: true }, permit);
+        let mut connection = Connection::new(Client { stream, has_shown: true }, place);
         for _ in 0..5 {
             tokio::time::sleep(IDLE / 2).await;
             client.write_all(b"x").await.unwrap();
@@ -270,8 +281,8 @@ mod tests {
             }
         }
         assert_eq!(ended, Some(io::ErrorKind::TimedOut));
-        assert_eq!(places.available_permits(), 0);
+        assert!(places.take().await.is_none());
         drop(connection);
-        assert_eq!(places.available_permits(), 1);
+        assert!(places.take().await.is_some());
     }
 }
