@@ -527,27 +527,41 @@ impl Default for Kubernetes {
 mod duration {
     use std::time::Duration;
 
-    use serde::de::Error;
-    use serde::{Deserialize, Deserializer, Serializer};
+    use serde::de::{Error, Visitor};
+    use serde::{Deserializer, Serializer};
 
     pub(super) fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&format!("{}ms", duration.as_millis()))
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        let digits = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
-        let (number, unit) = text.split_at(digits);
-        let number: u64 = number.parse().map_err(|_| D::Error::custom("it must be a duration such as 20s"))?;
-        let seconds = |each: u64| number.checked_mul(each).map(Duration::from_secs);
-        let parsed = match unit {
-            "ms" => Some(Duration::from_millis(number)),
-            "s" => seconds(1),
-            "m" => seconds(60),
-            "h" => seconds(3600),
-            _ => None,
-        };
-        parsed.ok_or_else(|| D::Error::custom("it must be a duration such as 500ms, 20s, 5m or 1h"))
+        deserializer.deserialize_any(Text)
+    }
+
+    struct Text;
+
+    impl Visitor<'_> for Text {
+        type Value = Duration;
+
+        /// What is said of a number without a unit, too.
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a duration such as 500ms, 20s, 5m or 1h")
+        }
+
+        fn visit_str<E: Error>(self, text: &str) -> Result<Duration, E> {
+            let digits = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
+            let (number, unit) = text.split_at(digits);
+            let number: Option<u64> = number.parse().ok();
+            let seconds = |each: u64| number?.checked_mul(each).map(Duration::from_secs);
+            let parsed = match unit {
+                "ms" => number.map(Duration::from_millis),
+                "s" => seconds(1),
+                "m" => seconds(60),
+                "h" => seconds(3600),
+                _ => None,
+            };
+            parsed.ok_or_else(|| E::custom(format!("{text:?} is not a duration such as 500ms, 20s, 5m or 1h")))
+        }
     }
 }
 
@@ -733,7 +747,8 @@ mod tests {
         for (set, said) in [
             ("a.b=c", "there is no field"),
             ("store.url", "field=value"),
-            ("retention.deltas=5 weeks", "duration"),
+            ("retention.deltas=5 weeks", "\"5 weeks\" is not a duration such as 500ms"),
+            ("snapshots.deltaPeriod=20", "a duration such as 500ms"),
             ("server.insecure=maybe", "server.insecure"),
         ] {
             let refused = SidecarConfig::layered(Some(LEAST), |_| None, &[set.to_owned()]);

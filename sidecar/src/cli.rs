@@ -38,9 +38,9 @@ Exit codes:
 #[derive(Debug, Parser)]
 #[command(name = "sidecar", version, after_help = EXIT_CODES, max_term_width = 110)]
 pub struct Cli {
-    /// How to print results.
-    #[arg(short, long, global = true, value_enum, default_value_t = Output::Table)]
-    output: Output,
+    /// How to print results: as a table, where nothing is said, but for `ctl`, which prints JSON.
+    #[arg(short, long, global = true, value_enum)]
+    output: Option<Output>,
     /// How to print log lines, on standard error. Their level is set by RUST_LOG, such as RUST_LOG=debug.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -49,9 +49,10 @@ pub struct Cli {
 }
 
 /// How results are printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum Output {
     /// For people.
+    #[default]
     Table,
     /// For programs: one JSON value.
     Json,
@@ -114,23 +115,24 @@ impl Cli {
         let insist = CancellationToken::new();
         // Whose child must not outlive it sees to its end.
         let insisting = matches!(self.command, Command::Launch(_)).then(|| insist.clone());
+        let output = self.output.unwrap_or_default();
         let signals = tokio::spawn(cancel_on_signal(stop.clone(), insisting));
         let result = match self.command {
-            Command::Snapshot(args) => snapshot::run(args, self.output, stop).await,
-            Command::List(args) => until(&stop, list::run(args, self.output)).await,
-            Command::Restore(args) => restore::run(args, self.output, stop).await,
-            Command::Verify(args) => verify::run(args, self.output, stop).await,
-            Command::Compact(args) => compact::run(args, self.output, stop).await,
-            Command::Copy(args) => copy::run(args, self.output, stop).await,
-            Command::Gc(args) => gc::run(args, self.output, stop).await,
-            Command::Doctor(args) => until(&stop, doctor::run(args, self.output)).await,
+            Command::Snapshot(args) => snapshot::run(args, output, stop).await,
+            Command::List(args) => until(&stop, list::run(args, output)).await,
+            Command::Restore(args) => restore::run(args, output, stop).await,
+            Command::Verify(args) => verify::run(args, output, stop).await,
+            Command::Compact(args) => compact::run(args, output, stop).await,
+            Command::Copy(args) => copy::run(args, output, stop).await,
+            Command::Gc(args) => gc::run(args, output, stop).await,
+            Command::Doctor(args) => until(&stop, doctor::run(args, output)).await,
             Command::Serve(args) => serve::run(args, stop).await,
             Command::Launch(args) => launch::run(args, stop, insist).await,
-            Command::Ctl(args) => until(&stop, ctl::run(args)).await,
+            Command::Ctl(args) => until(&stop, ctl::run(args, self.output.unwrap_or(Output::Json))).await,
             Command::Install(args) => install::run(&args),
             Command::Completions(args) => manual::completions(&args),
             Command::Man(args) => manual::man(&args),
-            Command::Check(args) => until(&stop, check::run(args, self.output)).await,
+            Command::Check(args) => until(&stop, check::run(args, output)).await,
         };
         signals.abort();
         match result {

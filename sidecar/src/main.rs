@@ -8,6 +8,11 @@ use sidecar::cli::Cli;
 fn main() -> ExitCode {
     sidecar::allocator::share_arenas();
     let cli = Cli::parse();
+    // Everything that tells the time counts from then.
+    if std::time::SystemTime::now() < std::time::UNIX_EPOCH {
+        eprintln!("error: the clock of this machine is before 1970: set it");
+        return ExitCode::from(sidecar::Class::Precondition.exit_code());
+    }
     // Backups and data directories hold every secret of a cluster: they are for their owner alone.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     // Explicitly the one provider there is: nothing in the process picks one by accident.

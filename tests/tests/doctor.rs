@@ -81,7 +81,15 @@ async fn what_would_fail_is_bad_and_says_what_to_do() -> Result<()> {
     let doctor = pod.doctor()?.args(["-o", "json", "--set", &format!("etcd.endpoints=http://{address}")]);
     doctor.run().await?.expect(12)?;
     // A store that cannot be reached, and data that is damaged.
-    pod.doctor()?.args(["--set", "store.url=file:///no/such/place"]).run().await?.says("/no/such/place")?;
+    let nowhere = pod.doctor()?.args(["--set", "store.url=file:///no/such/place"]).run().await?.expect(12)?;
+    // It goes on to the rest.
+    ensure!(
+        ["/no/such/place", "room for a restore"].iter().all(|said| nowhere.stdout.contains(said)),
+        "{}",
+        nowhere.stdout
+    );
+    let wrong_port = pod.doctor()?.args(["--set", "etcd.endpoints=http://127.0.0.1:1"]).run().await?.expect(12)?;
+    ensure!(wrong_port.stdout.contains("nor will etcd, whose listen-client-urls have ports"), "{}", wrong_port.stdout);
     let member = pod.member.data_dir.join("member");
     std::fs::create_dir_all(member.join("snap"))?;
     std::fs::create_dir_all(member.join("wal"))?;

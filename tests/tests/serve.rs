@@ -634,7 +634,20 @@ async fn configurations_that_make_no_sense_are_refused() -> Result<()> {
         let refused = pod.serve()?.run().await?;
         ensure!(refused.code == 2 && refused.stderr.contains(said), "{more}: {}: {}", refused.code, refused.stderr);
     }
+    // Nor is it printed as if it did.
+    for (more, said) in [
+        ("snapshots:\n  deltaMaxBytes: 1\n", "deltaMaxBytes"),
+        ("etcd.cert", "go together"),
+        ("verification:\n  schedule: ''\n", "verification.schedule"),
+    ] {
+        let set = if more.contains('\n') { "server.insecure=true" } else { "etcd.cert=/x" };
+        pod.more = if more.contains('\n') { more.into() } else { String::new() };
+        pod.serve()?.args(["--print-config", "--set", set]).run().await?.expect(2)?.says(said)?;
+    }
     pod.more = String::new();
+    // Nothing that a person wrote has no end.
+    let endless = pod.serve()?.args(["--set", "member.etcdConfig=/dev/zero"]).run().await?;
+    ensure!(endless.code == 1 && endless.stderr.contains("no configuration is"), "{}", endless.stderr);
     let printed = pod.serve()?.arg("--print-config").run().await?.expect(0)?.json()?;
     ensure!(printed["snapshots"]["fullSchedule"] == "0 * * * *", "{printed}");
     // No TLS, and nobody said that this is meant.
@@ -678,6 +691,8 @@ async fn every_call_can_be_made() -> Result<()> {
     let again = call(&["take-snapshot", "full", "--request-id", "one"], 0).await?.stdout;
     ensure!(again == full, "{again} instead of {full}");
     call(&["take-snapshot", "delta", "--request-id", "one"], 2).await?;
+    let table = call(&["status", "-o", "table"], 0).await?.stdout;
+    ensure!(table.lines().any(|line| line.starts_with("initialized.reason  ")), "{table}");
     let delta = call(&["take-snapshot", "delta"], 0).await?.json()?;
     ensure!(delta["snapshots"][0]["kind"] == "KIND_DELTA", "{delta}");
     let listed = call(&["list-snapshots"], 0).await?.stdout;

@@ -4,16 +4,17 @@ use clap::{Subcommand, ValueEnum};
 use proto::sidecar as api;
 use proto::sidecar::sidecar_client::SidecarClient;
 use serde::Serialize;
+use serde_json::Value;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use super::write_out;
+use super::{Output, columns, write_out};
 use crate::client::{ApiFlags, failed};
 use crate::{Class, Error, Result};
 
 /// Call a sidecar that serves.
 ///
-/// Prints each answer as JSON, a stream as one value a line.
+/// Prints each answer as JSON, a stream as one value a line; with `--output table` a line for each thing in it.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -95,32 +96,63 @@ enum Call {
     },
 }
 
-fn print(value: &impl Serialize, pretty: bool) -> Result<()> {
-    let json = if pretty { serde_json::to_string_pretty(value) } else { serde_json::to_string(value) };
-    let json = json.map_err(|error| Error::Bug { what: format!("print an answer: {error}") })?;
-    write_out(format!("{json}\n").as_bytes())
-}
+/// Prints answers.
+#[derive(Clone, Copy)]
+struct Printer(Output);
 
-async fn each<T: Serialize>(mut stream: Streaming<T>, mut see: impl FnMut(&T)) -> Result<()> {
-    while let Some(message) = stream.message().await.map_err(failed("call"))? {
-        see(&message);
-        print(&message, false)?;
+impl Printer {
+    fn one(self, value: &impl Serialize) -> Result<()> {
+        self.print(value, serde_json::to_string_pretty)
     }
-    Ok(())
+
+    async fn each<T: Serialize>(self, mut stream: Streaming<T>, mut see: impl FnMut(&T)) -> Result<()> {
+        while let Some(message) = stream.message().await.map_err(failed("call"))? {
+            see(&message);
+            self.print(&message, serde_json::to_string)?;
+        }
+        Ok(())
+    }
+
+    fn print<T: Serialize>(self, value: &T, json: impl Fn(&T) -> serde_json::Result<String>) -> Result<()> {
+        let text = match self.0 {
+            Output::Json => json(value),
+            Output::Table => serde_json::to_value(value).map(|value| {
+                let mut rows = Vec::new();
+                flatten("", &value, &mut rows);
+                columns(&rows)
+            }),
+        };
+        let text = text.map_err(|error| Error::Bug { what: format!("print an answer: {error}") })?;
+        write_out(format!("{}\n", text.trim_end()).as_bytes())
+    }
 }
 
-pub(super) async fn run(args: Args) -> Result<u8> {
+/// A row for each thing that is something: where it is, and what.
+fn flatten(at: &str, value: &Value, rows: &mut Vec<Vec<String>>) {
+    let below = |part: &str| if at.is_empty() { part.to_owned() } else { format!("{at}.{part}") };
+    match value {
+        Value::Object(fields) => fields.iter().for_each(|(name, value)| flatten(&below(name), value, rows)),
+        Value::Array(values) => {
+            values.iter().enumerate().for_each(|(index, value)| flatten(&below(&index.to_string()), value, rows));
+        }
+        Value::Null => {}
+        Value::String(text) => rows.push(vec![at.to_owned(), text.clone()]),
+        other => rows.push(vec![at.to_owned(), other.to_string()]),
+    }
+}
+
+pub(super) async fn run(args: Args, output: Output) -> Result<u8> {
     let mut client = args.api.connect().await?;
-    call(&mut client, args.call).await
+    call(&mut client, args.call, Printer(output)).await
 }
 
-async fn call(client: &mut SidecarClient<Channel>, call: Call) -> Result<u8> {
+async fn call(client: &mut SidecarClient<Channel>, call: Call, printer: Printer) -> Result<u8> {
     let fail = failed("call");
     match call {
         Call::Initialize => {
             let stream = client.initialize(api::InitializeRequest {}).await.map_err(fail)?.into_inner();
             let mut action = api::Action::Unspecified;
-            each(stream, |told| action = told.outcome.as_ref().map_or(action, api::Outcome::action)).await?;
+            printer.each(stream, |told| action = told.outcome.as_ref().map_or(action, api::Outcome::action)).await?;
             return Ok(if action == api::Action::Refuse { Class::Precondition.exit_code() } else { 0 });
         }
         Call::GetEtcdConfig => {
@@ -130,19 +162,22 @@ async fn call(client: &mut SidecarClient<Channel>, call: Call) -> Result<u8> {
         Call::ReportExit { code, ran_ms } => {
             drop(client.report_exit(api::ReportExitRequest { code, ran_ms }).await.map_err(fail)?);
         }
-        Call::Status => print(&client.status(api::StatusRequest {}).await.map_err(fail)?.into_inner(), true)?,
+        Call::Status => printer.one(&client.status(api::StatusRequest {}).await.map_err(fail)?.into_inner())?,
         Call::TakeSnapshot { kind, once } => {
             let kind = match kind {
                 Kind::Full => api::Kind::Full,
                 Kind::Delta => api::Kind::Delta,
             };
             let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: once.request_id };
-            print(&client.take_snapshot(request).await.map_err(fail)?.into_inner(), true)?;
+            printer.one(&client.take_snapshot(request).await.map_err(fail)?.into_inner())?;
         }
         Call::ListSnapshots => {
-            each(client.list_snapshots(api::ListSnapshotsRequest {}).await.map_err(fail)?.into_inner(), |_| {}).await?;
+            let stream = client.list_snapshots(api::ListSnapshotsRequest {}).await.map_err(fail)?.into_inner();
+            printer.each(stream, |_| {}).await?;
         }
-        Call::GetLatest => print(&client.get_latest(api::GetLatestRequest {}).await.map_err(fail)?.into_inner(), true)?,
+        Call::GetLatest => {
+            printer.one(&client.get_latest(api::GetLatestRequest {}).await.map_err(fail)?.into_inner())?;
+        }
         Call::Verify { level } => {
             let level = match level {
                 Level::Names => api::Level::Names,
@@ -152,26 +187,27 @@ async fn call(client: &mut SidecarClient<Channel>, call: Call) -> Result<u8> {
             };
             let stream = client.verify(api::VerifyRequest { level: level.into() }).await.map_err(fail)?.into_inner();
             let mut worst = 0;
-            each(stream, |told| {
-                if let Some(api::verify_progress::What::Problem(problem)) = &told.what {
-                    let class = if problem.is_gap { Class::Missing } else { Class::Corrupt };
-                    worst = if worst == Class::Corrupt.exit_code() { worst } else { class.exit_code() };
-                }
-            })
-            .await?;
+            printer
+                .each(stream, |told| {
+                    if let Some(api::verify_progress::What::Problem(problem)) = &told.what {
+                        let class = if problem.is_gap { Class::Missing } else { Class::Corrupt };
+                        worst = if worst == Class::Corrupt.exit_code() { worst } else { class.exit_code() };
+                    }
+                })
+                .await?;
             return Ok(worst);
         }
         Call::Compact { discard_history, once } => {
             let request = api::CompactRequest { request_id: once.request_id, discard_history };
-            print(&client.compact(request).await.map_err(fail)?.into_inner(), true)?;
+            printer.one(&client.compact(request).await.map_err(fail)?.into_inner())?;
         }
         Call::Defragment { once } => {
             let request = api::DefragmentRequest { request_id: once.request_id };
-            print(&client.defragment(request).await.map_err(fail)?.into_inner(), true)?;
+            printer.one(&client.defragment(request).await.map_err(fail)?.into_inner())?;
         }
         Call::PrepareShutdown { once } => {
             let request = api::PrepareShutdownRequest { request_id: once.request_id };
-            print(&client.prepare_shutdown(request).await.map_err(fail)?.into_inner(), true)?;
+            printer.one(&client.prepare_shutdown(request).await.map_err(fail)?.into_inner())?;
         }
     }
     Ok(0)

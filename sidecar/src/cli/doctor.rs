@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::serve::{ConfigFlags, server_settings, settings};
+use super::serve::{ConfigFlags, check, open_store, settings};
 use super::{Output, columns, print};
 use crate::doctor::{Finding, Health, examine};
 use crate::store::{Open, Store};
@@ -36,9 +36,13 @@ pub(super) async fn run(args: Args, output: Output) -> Result<u8> {
         Report { subject: store.url().to_owned(), findings: store.examine().await? }
     } else {
         let config = args.config.read()?;
-        let settings = settings(&config)?;
-        server_settings(&config)?;
-        Report { subject: args.config.place(), findings: examine(&config, &settings).await }
+        check(&config)?;
+        let (store, not_opened) = match open_store(&config) {
+            Ok(store) => (store, None),
+            Err(error) => (None, Some(error)),
+        };
+        let settings = settings(&config, store)?;
+        Report { subject: args.config.place(), findings: examine(&config, &settings, not_opened.as_ref()).await }
     };
     print(output, &report, table)?;
     let bad = report.findings.iter().any(|finding| finding.health == Health::Bad);

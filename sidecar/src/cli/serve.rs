@@ -12,7 +12,7 @@ use super::write_out;
 use crate::catalog::Layout;
 use crate::client::ApiFlags;
 use crate::etcd::{EtcdFlags, Secret};
-use crate::initialize::{self, Member};
+use crate::initialize::{self, Member, read_text};
 use crate::metrics::Metrics;
 use crate::retention::{Policy, Retention};
 use crate::server::{self, Files};
@@ -67,8 +67,7 @@ impl ConfigFlags {
 
     pub(super) fn read(&self) -> Result<SidecarConfig> {
         let place = self.place();
-        let text =
-            self.config.as_deref().map(std::fs::read_to_string).transpose().map_err(Error::io("read", &place))?;
+        let text = self.config.as_deref().map(read_text).transpose().map_err(Error::io("read", &place))?;
         let config = SidecarConfig::layered(text.as_deref(), |name| std::env::var(name).ok(), &self.set);
         config.map_err(|error| Error::invalid(format!("{place}: {error}")))
     }
@@ -78,13 +77,14 @@ pub(super) async fn run(args: Args, stop: CancellationToken) -> Result<u8> {
     let mut flags = args.config;
     flags.set.extend(args.insecure.then(|| "server.insecure=true".to_owned()));
     let config = flags.read()?;
+    check(&config)?;
     if args.print_config {
         let json = serde_json::to_string_pretty(&config);
         let json = json.map_err(|error| Error::Bug { what: format!("print the configuration: {error}") })?;
         write_out(format!("{json}\n").as_bytes())?;
         return Ok(0);
     }
-    let settings = settings(&config)?;
+    let settings = settings(&config, open_store(&config)?)?;
     let server = server_settings(&config)?;
     let supervisor = Supervisor::start(settings, stop.clone());
     let served = server::serve(server, supervisor.clone(), stop.clone()).await;
@@ -93,33 +93,23 @@ pub(super) async fn run(args: Args, stop: CancellationToken) -> Result<u8> {
     served.map(|()| 0)
 }
 
-pub(super) fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
-    let pod = std::env::var("POD_NAME").ok();
-    let member = Member::read(&config.member.etcd_config, pod.as_deref())?;
-    let store = config.store.as_ref().map(|store| Store::open(&store.url, Open::Existing)).transpose()?;
-    let (cert, key) = (config.etcd.cert.clone(), config.etcd.key.clone());
-    if cert.is_some() != key.is_some() {
+/// Refuses what makes no sense, wherever it is.
+pub(super) fn check(config: &SidecarConfig) -> Result<()> {
+    if config.etcd.cert.is_some() != config.etcd.key.is_some() {
         return Err(Error::invalid("etcd.cert and etcd.key go together"));
     }
     if config.etcd.user.is_some() != config.etcd.password_file.is_some() {
         return Err(Error::invalid("etcd.user and etcd.passwordFile go together"));
     }
-    let password = config.etcd.password_file.as_deref().map(|path| {
-        let password = std::fs::read_to_string(path).map_err(Error::io("read the password in", path.display()))?;
-        Ok::<_, Error>(Secret::from(password.trim_end_matches(['\r', '\n']).to_owned()))
-    });
-    let etcd = EtcdFlags {
-        endpoints: config.etcd.endpoints.clone(),
-        cacert: config.etcd.cacert.clone(),
-        cert,
-        key,
-        insecure_skip_tls_verify: false,
-        user: config.etcd.user.clone().map(Secret::from),
-        password: password.transpose()?,
-        command_timeout: 5,
-    };
-    let full_schedule = parse_schedule("snapshots.fullSchedule", &config.snapshots.full_schedule)?;
-    let Snapshots { delta_period, delta_max_bytes, .. } = config.snapshots;
+    if config.etcd.endpoints.is_empty() {
+        return Err(Error::invalid("etcd.endpoints names no endpoint"));
+    }
+    if config.etcd.remove_members_after.is_some_and(|after| after < LEAST_AWAY) {
+        return Err(Error::invalid(format!(
+            "etcd.removeMembersAfter must be {LEAST_AWAY:?} or more: a member that restarts is away for as long"
+        )));
+    }
+    let Snapshots { delta_period, delta_max_bytes, full_bytes_per_second, ref full_schedule } = config.snapshots;
     if !DELTA_PERIODS.contains(&delta_period) {
         return Err(Error::invalid(format!("snapshots.deltaPeriod is {delta_period:?}; it must be from 100ms to 24h")));
     }
@@ -128,11 +118,42 @@ pub(super) fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
             "snapshots.deltaMaxBytes is {delta_max_bytes}; it must be from 1024 to 134217728"
         )));
     }
-    if config.etcd.remove_members_after.is_some_and(|after| after < LEAST_AWAY) {
+    if (1..LEAST_PACE).contains(&config.background.bytes_per_second) || (1..LEAST_PACE).contains(&full_bytes_per_second)
+    {
         return Err(Error::invalid(format!(
-            "etcd.removeMembersAfter must be {LEAST_AWAY:?} or more: a member that restarts is away for as long"
+            "background.bytesPerSecond and snapshots.fullBytesPerSecond are 0, for as fast as it goes, or {LEAST_PACE} or more: what is read more slowly ends by its deadlines"
         )));
     }
+    parse_schedule("snapshots.fullSchedule", full_schedule)?;
+    upkeep(config)?;
+    server_settings(config)?;
+    Ok(())
+}
+
+pub(super) fn open_store(config: &SidecarConfig) -> Result<Option<Store>> {
+    config.store.as_ref().map(|store| Store::open(&store.url, Open::Existing)).transpose()
+}
+
+/// Of a configuration that was checked.
+pub(super) fn settings(config: &SidecarConfig, store: Option<Store>) -> Result<supervise::Settings> {
+    let pod = std::env::var("POD_NAME").ok();
+    let member = Member::read(&config.member.etcd_config, pod.as_deref())?;
+    let password = config.etcd.password_file.as_deref().map(|path| {
+        let password = read_text(path).map_err(Error::io("read the password in", path.display()))?;
+        Ok::<_, Error>(Secret::from(password.trim_end_matches(['\r', '\n']).to_owned()))
+    });
+    let etcd = EtcdFlags {
+        endpoints: config.etcd.endpoints.clone(),
+        cacert: config.etcd.cacert.clone(),
+        cert: config.etcd.cert.clone(),
+        key: config.etcd.key.clone(),
+        insecure_skip_tls_verify: false,
+        user: config.etcd.user.clone().map(Secret::from),
+        password: password.transpose()?,
+        command_timeout: 5,
+    };
+    let full_schedule = parse_schedule("snapshots.fullSchedule", &config.snapshots.full_schedule)?;
+    let Snapshots { delta_period, delta_max_bytes, .. } = config.snapshots;
     let quiet = Arc::<tokio::sync::Mutex<()>>::default();
     let endpoint = etcd.endpoints.first().map(String::as_str).unwrap_or_default();
     let metrics = Arc::new(Metrics::of(endpoint, member.cluster.members().len(), store.as_ref()));
@@ -147,12 +168,6 @@ pub(super) fn settings(config: &SidecarConfig) -> Result<supervise::Settings> {
         quiet: quiet.clone(),
         metrics: metrics.clone(),
     });
-    let background = config.background.bytes_per_second;
-    if (1..LEAST_PACE).contains(&background) || (1..LEAST_PACE).contains(&config.snapshots.full_bytes_per_second) {
-        return Err(Error::invalid(format!(
-            "background.bytesPerSecond and snapshots.fullBytesPerSecond are 0, for as fast as it goes, or {LEAST_PACE} or more: what is read more slowly ends by its deadlines"
-        )));
-    }
     let others = others(config, &member, &etcd)?;
     let may_start_empty = config.safety.may_start_empty;
     let initialize = initialize::Settings { member, store, others, may_start_empty, metrics: metrics.clone() };

@@ -97,6 +97,7 @@ impl Upload {
         let parts = match &mut self.parts {
             Some(parts) => parts,
             none => {
+                self.store.check_directory()?;
                 let begun = Parts::begin(&self.store, &staging).await;
                 none.insert(begun.map_err(self.store.fail("begin upload of", &staging))?)
             }
