@@ -18,9 +18,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
-use etcd_format::datadir::{self, JOINED, Severity, Verdict, Verify, WantHash, put_beside};
-use etcd_format::mvcc::HashRequest;
+use etcd_format::datadir::{self, Answered, JOINED, Severity, Verdict, Verify, WantHash, put_beside};
+use etcd_format::membership::{ClusterId, MemberId};
 use etcd_format::wal;
+use proto::backup::ObjectMeta;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
@@ -34,7 +35,7 @@ use recovery::Recovery;
 use crate::catalog::{Catalog, PREDECESSOR, Timeline};
 use crate::etcd::EtcdFlags;
 use crate::metrics::Metrics;
-use crate::restore::{self, Choice, Far, Origin, Plan, Progress, Recorded, Source, Target};
+use crate::restore::{self, Choice, Far, Origin, Plan, Progress, Source, Target};
 use crate::store::Store;
 use crate::{Class, Error, Result};
 
@@ -349,10 +350,27 @@ async fn check(dir: &Path, recorded: &[Recorded]) -> Result<Option<Verdict>> {
         return Ok(None);
     }
     let (checked, place) = (dir.to_owned(), dir.display().to_string());
-    let requests: Vec<HashRequest> = recorded.iter().map(|recorded| recorded.request(0)).collect();
-    let options = Verify { hash: (!requests.is_empty()).then_some(WantHash::First(requests)), compaction: None };
+    let answered: Vec<Answered> = recorded.iter().map(|recorded| recorded.answered).collect();
+    let options = Verify { hash: (!answered.is_empty()).then_some(WantHash::First(answered)), compaction: None };
     let verdict = tokio::task::spawn_blocking(move || datadir::verify(&checked, &options));
     verdict.await.map_err(|error| Error::task(&error))?.map_err(Error::format(format!("check {place}")))
+}
+
+/// A hash that etcd answered when a backup was taken.
+#[derive(Debug, Clone, Copy)]
+struct Recorded {
+    /// The timeline of the backup.
+    timeline: Timeline,
+    answered: Answered,
+    hash: u32,
+}
+
+impl Recorded {
+    fn of(timeline: Timeline, meta: &ObjectMeta) -> Option<Self> {
+        let recorded = restore::recorded_hash(meta)?;
+        let by = (MemberId(meta.member_id), ClusterId(meta.cluster_id));
+        Some(Self { timeline, answered: Answered { by, request: recorded.request(0) }, hash: recorded.hash.hash })
+    }
 }
 
 /// The hashes of the newest backups, so that the check computes one of them as it passes; none when the store does not tell in
@@ -368,8 +386,10 @@ async fn recorded(store: Option<&Store>) -> Vec<Recorded> {
         objects.sort_unstable_by_key(|(last, ..)| std::cmp::Reverse(*last));
         objects.truncate(MOST_RECORDED);
         let metas = objects.iter().map(|(_, name, size)| store.meta(name, *size));
-        let metas = futures::future::try_join_all(metas).await?;
-        Ok::<_, Error>(metas.iter().flatten().filter_map(restore::recorded_hash).collect())
+        let metas = futures::future::join_all(metas).await;
+        // One that cannot be read is for others to speak of.
+        let metas = metas.into_iter().filter_map(|meta| meta.ok().flatten());
+        Ok::<_, Error>(metas.filter_map(|meta| Recorded::of(timeline, &meta)).collect())
     };
     match tokio::time::timeout(RECORDED_DEADLINE, newest).await {
         Ok(Ok(recorded)) => recorded,
@@ -418,7 +438,7 @@ async fn observe(
     let has_lost = match &data {
         Data::Absent => true,
         Data::Sound(_) => false,
-        Data::Damaged(damaged) => damaged.beyond(&backups).is_none(),
+        Data::Damaged(damaged) => damaged.only_here.is_none(),
     };
     let is_lost = has_lost && live == Live::Nobody && replicas > 1;
     let mut lost = 0;
@@ -447,7 +467,7 @@ fn data_of(verdict: &Verdict) -> Data {
         let part = of(Severity::Corrupt).next().map_or(Part::Database, |finding| part_of(&finding.path));
         let cluster_id = verdict.member.map(|(_, cluster)| cluster.0);
         let voters = voters_of(verdict);
-        Data::Damaged(Damaged { part, evidence, cluster_id, voters, restored_since: false, reach: None })
+        Data::Damaged(Damaged { part, evidence, cluster_id, voters, restored_since: false, only_here: None })
     };
     match (&verdict.summary, verdict.severity()) {
         (_, Some(Severity::Corrupt)) if is_damaged => damaged(evidence(Severity::Corrupt)),
@@ -537,21 +557,28 @@ async fn look_at(
         sound.restored_since = is_its_log == Some(false);
     }
     if let (Data::Sound(sound), Some(verdict)) = (&*data, verdict)
-        && let Some(evidence) = differs(verdict, recorded)
+        && let Some(evidence) = differs(verdict, timeline, recorded)
         && !sound.restored_since
-        && cluster_id == Some(sound.cluster_id)
         && let (Some((term, _)), Some(summary)) = (verdict.raft, &verdict.summary)
     {
         // Of a log that is not the one backed up, other rows are to be expected.
         let applied = (summary.consistent_index, term);
         if restore::is_of_its_log(store, timeline, history, sound.revision, applied, 0).await? == Some(true) {
+            let reach = sound.reach();
+            let only_here = if reach > last {
+                Some(format!("it may have revisions up to {reach}, where the backups end at {last}"))
+            } else if restore::has_same_end(store, timeline, history, &member.data_dir, sound.revision).await? {
+                None
+            } else {
+                Some("nothing shows that the backups are of the same history".to_owned())
+            };
             *data = Data::Damaged(Damaged {
                 part: Part::Database,
                 evidence,
-                cluster_id,
+                cluster_id: Some(sound.cluster_id),
                 voters: sound.voters,
                 restored_since: false,
-                reach: Some(sound.reach()),
+                only_here,
             });
         }
     }
@@ -560,12 +587,14 @@ async fn look_at(
 
 /// How what etcd had answered for its hash differs from what its rows give now: a bit has flipped, or a page is of another time.
 /// Nothing else in a database would show that.
-fn differs(verdict: &Verdict, recorded: &[Recorded]) -> Option<String> {
-    let found = verdict.summary.as_ref()?.hash?;
+fn differs(verdict: &Verdict, timeline: Timeline, recorded: &[Recorded]) -> Option<String> {
+    let found = verdict.summary.as_ref()?.hash.filter(|found| found.is_definite)?;
     let is_same = |recorded: &&Recorded| {
-        (recorded.hash.revision, recorded.hash.compact_revision.max(0)) == (found.revision, found.compact_revision)
+        let Answered { by, request } = recorded.answered;
+        Some(by) == verdict.member
+            && (request.revision, request.compact_revision) == (found.revision, found.compact_revision)
     };
-    let recorded = recorded.iter().find(is_same)?.hash.hash;
+    let recorded = recorded.iter().find(is_same).filter(|recorded| recorded.timeline == timeline)?.hash;
     (!found.may_be(recorded)).then(|| {
         format!(
             "the hash of its rows at revision {} is {}, etcd's own was {recorded}, as recorded with the backups: a value has changed in snap/db",

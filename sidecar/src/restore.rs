@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use pieces::Decompressed;
 pub(crate) use pieces::{PieceReader, Pieces, Stoppable, fetch};
 
-pub use append::{Appended, append, is_of_its_log};
+pub use append::{Appended, append, has_same_end, is_of_its_log};
 pub use point::{AtTime, Choice, Upto, choose};
 
 use crate::catalog::{Chain, ObjectName, Timeline};
@@ -288,10 +288,6 @@ pub async fn execute(
         }
         (Source::Chain { .. }, None) => return Err(Error::Bug { what: "a chain without its store".into() }),
     };
-    // Beside what is there, which moves aside when it is done.
-    for target in &plan.targets {
-        room::need(&target.data_dir, full.content_bytes.saturating_mul(plan.targets.len() as u64))?;
-    }
     progress(Progress::Snapshot(Some(full.content_bytes).filter(|bytes| *bytes > 0)));
     let assembled = tokio::task::spawn_blocking(move || assemble(&plan, objects, &full, &stop, &progress, admit)).await;
     if let Some(feeder) = feeder {
@@ -366,6 +362,8 @@ fn assemble(
             Staged::create(RealDisk, &target.data_dir, plan.replace).map_err(in_dir(&target.data_dir))?,
         ));
     }
+    // What an earlier one left is gone, and what is there stays beside until it is done.
+    room::need(plan.targets.iter().map(|target| target.data_dir.as_path()), full.content_bytes)?;
     let mut aside = Aside { recorded: recorded_hash(full), cluster_id: full.cluster_id, ..Aside::default() };
     let tail = match objects {
         Objects::File { path, skip_hash_check } => {

@@ -122,7 +122,9 @@ async fn each_thing_that_is_found_has_a_name() -> Result<()> {
     etcd = pod.member.start().await?;
     Workload::of(2).run(&mut etcd.client().await?).await?;
     tests::workload::expire(&mut etcd.client().await?).await?;
-    etcd.client().await?.put("flipped", VALUE, None).await?;
+    for (key, value) in [("flipped", VALUE), ("last", b"which the backups have too")] {
+        etcd.client().await?.put(key, value, None).await?;
+    }
     store.once("delta", &pod.member).run().await?.expect(0)?;
     etcd.stop()?;
     copy(&data, &good).await?;

@@ -21,14 +21,15 @@ mod stage;
 mod tail;
 mod verify;
 
-pub use append::{Appended, Behind, Facts, Held};
+pub use append::{Appended, Behind, Facts, Held, changes};
 pub use disk::{Disk, DiskWriter, RealDisk, Scratch};
 pub use minor::Minor;
 pub use rewrite::{Rewrite, Rewritten};
 pub use stage::{JOINED, LAST_EXIT, Staged, check_target, origin, put_beside};
 pub use tail::{Base, Change, Restored, Revision, Spec, Tail};
 pub use verify::{
-    Finding, Hold, Severity, Summary, Verdict, Verify, WantHash, hold, verify, verify_and_see, verify_database,
+    Answered, Finding, Hold, Severity, Summary, Verdict, Verify, WantHash, hold, verify, verify_and_see,
+    verify_database,
 };
 
 use std::path::{Path, PathBuf};

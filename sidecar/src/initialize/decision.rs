@@ -26,9 +26,9 @@ pub struct Damaged {
     pub voters: usize,
     /// Whether it is of a cluster that was restored since the newest backup was taken.
     pub restored_since: bool,
-    /// The revision that it may have once etcd has applied its log, where etcd would run on it: only its hash is not what etcd
-    /// itself had answered.
-    pub reach: Option<i64>,
+    /// Why it may have what is nowhere else, where etcd would run on it and only its hash is not what etcd itself had answered:
+    /// that is not given up without a person.
+    pub only_here: Option<String>,
 }
 
 /// A part of a member's data.
@@ -91,15 +91,6 @@ impl Damaged {
     /// The cluster that the backups are of, when it is another.
     fn foreign_to(&self, backups: &Backups) -> Option<u64> {
         self.cluster_id.and_then(|ours| foreign_to(ours, self.restored_since, backups))
-    }
-
-    /// The revision that it may have, and that at which the backups end, where what can still be read of it is nowhere else:
-    /// that is not given up without a person.
-    pub fn beyond(&self, backups: &Backups) -> Option<(i64, i64)> {
-        match (self.reach, backups) {
-            (Some(reach), Backups::Upto { last, .. }) if reach > *last => Some((reach, *last)),
-            _ => None,
-        }
     }
 }
 
@@ -286,9 +277,9 @@ pub fn decide(facts: &Facts) -> (Decision, String) {
                 );
                 return (Decision::Refuse { may_pass: false }, why);
             }
-            if let (Live::Nobody, Some((reach, last))) = (facts.live, damaged.beyond(&facts.backups)) {
+            if let (Live::Nobody, Some(only_here)) = (facts.live, &damaged.only_here) {
                 let why = format!(
-                    "{what}, and it may have revisions up to {reach}, where the backups end at {last}: move the member directory away to have it restored, or make a member of its database with `sidecar restore --snapshot-file`"
+                    "{what}, and {only_here}: move the member directory away to have it restored, or make a member of its database with `sidecar restore --snapshot-file`"
                 );
                 let decision = if of_one { Decision::Refuse { may_pass: false } } else { Decision::Wait };
                 return (decision, why);
@@ -458,13 +449,13 @@ mod tests {
 
     fn damaged_of(cluster_id: Option<u64>, voters: usize, restored_since: bool) -> Data {
         let (part, evidence) = (Part::Database, "page 7".into());
-        Data::Damaged(Damaged { part, evidence, cluster_id, voters, restored_since, reach: None })
+        Data::Damaged(Damaged { part, evidence, cluster_id, voters, restored_since, only_here: None })
     }
 
-    /// Data whose hash is not the one recorded.
-    fn differs(reach: i64) -> Data {
+    /// Data whose hash is not the one recorded, and that has more than the backups.
+    fn only_here() -> Data {
         let Data::Damaged(damaged) = damaged_of(Some(OURS), 1, false) else { unreachable!() };
-        Data::Damaged(Damaged { reach: Some(reach), ..damaged })
+        Data::Damaged(Damaged { only_here: Some("it has more".into()), ..damaged })
     }
 
     fn alone(data: Data, backups: Backups, may_start_empty: bool) -> Facts {
@@ -531,8 +522,7 @@ mod tests {
             (damaged_of(Some(99), 1, true), upto(5), false, Decision::Restore),
             (damaged_of(Some(OURS), 3, false), upto(5), true, NEVER),
             (damaged_of(Some(OURS), 3, false), Backups::NotConfigured, true, NEVER),
-            (differs(5), upto(5), false, Decision::Restore),
-            (differs(6), upto(5), true, NEVER),
+            (only_here(), upto(5), true, NEVER),
         ];
         for (data, backups, may_start_empty, expected) in cases {
             check(&alone(data, backups, may_start_empty), expected);
@@ -572,9 +562,8 @@ mod tests {
             (Data::Absent, Backups::NotConfigured, friends, 0, wait),
             (damaged(), Backups::NotConfigured, Live::Nobody, 0, wait),
             (damaged(), Backups::Empty, strangers, 3, wait),
-            (differs(9), upto(8), Live::Nobody, 3, wait),
-            (differs(9), upto(8), started, 0, join),
-            (differs(8), upto(8), Live::Nobody, 3, Decision::Restore),
+            (only_here(), upto(8), Live::Nobody, 3, wait),
+            (only_here(), upto(8), started, 0, join),
         ];
         for lost in [Data::Absent, damaged()] {
             cases.extend([
@@ -624,7 +613,7 @@ mod tests {
             of(Some(OURS)),
             of(Some(99)),
         ];
-        let mut datas = vec![Data::Absent, damaged(), differs(5), differs(9), sound(5, 0), sound(5, 9), sound(9, 0)];
+        let mut datas = vec![Data::Absent, damaged(), only_here(), sound(5, 0), sound(5, 9), sound(9, 0)];
         for (of_cluster, voters) in [(OURS, 1), (OURS, 3), (99, 1)] {
             datas.extend([false, true].map(|since| damaged_of(Some(of_cluster), voters, since)));
         }
@@ -657,10 +646,7 @@ mod tests {
                     matches!(backups, Backups::Upto { .. }) && decision == Decision::Bootstrap && !is_served,
                     "nothing begins anew beside backups",
                 );
-                never(
-                    *data == differs(9) && matches!(backups, Backups::Upto { .. }) && replaces,
-                    "what is nowhere else stays",
-                );
+                never(*data == only_here() && replaces && !is_served, "what is nowhere else stays");
                 never(is_served && decision == Decision::Restore, "nothing is restored beside a cluster that serves");
                 never(replicas > 1 && lost < replicas && decision == Decision::Restore, "who is away may have more");
                 never(
@@ -693,7 +679,7 @@ mod tests {
             cluster_id: None,
             voters: 1,
             restored_since: false,
-            reach: None,
+            only_here: None,
         });
         let cases = [
             (Data::Absent, upto(5), Live::Nobody, Cause::NoData),

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use etcd_format::datadir::{Behind, Facts, RealDisk, WantHash};
+use etcd_format::datadir::{Behind, Facts, RealDisk, WantHash, changes};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
@@ -191,6 +191,30 @@ pub async fn is_of_its_log(
         let lacks = distance(meta.raft_index, meta.last_revision) - distance(applied, revision);
         lacks <= slack && term >= meta.raft_term
     }))
+}
+
+/// Whether the member in a data directory has, as its last revision, what the backup has under that number: histories agree up
+/// to where they part, and never after. False where that cannot be told.
+pub async fn has_same_end(
+    store: &Store,
+    timeline: Timeline,
+    history: &History,
+    data_dir: &Path,
+    revision: i64,
+) -> Result<bool> {
+    let covers = |delta: &&Delta| (delta.first..=delta.last).contains(&revision);
+    let Some(delta) = history.deltas.iter().find(covers) else { return Ok(false) };
+    let (name, data_dir) = (delta.name(timeline), data_dir.to_owned());
+    let object = store.get_whole(&name, delta.size).await?;
+    let location = store.location(&name);
+    blocking(move || {
+        let expected = RevisionDigests::of_delta(&name, &object, &location, revision, revision)?.into_map();
+        let mut found = RevisionDigests::default();
+        let see = &mut |main, is_put, bytes: &[u8]| found.add(main, is_put, bytes);
+        changes(&data_dir, revision, revision, see).map_err(Error::format(data_dir.display().to_string()))?;
+        Ok(!expected.is_empty() && expected == found.into_map())
+    })
+    .await
 }
 
 /// Compares the last revisions of the member with what the backup has under the same numbers.

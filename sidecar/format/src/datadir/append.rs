@@ -49,6 +49,28 @@ pub struct Facts {
     last_segment: PathBuf,
 }
 
+/// The changes of some revisions of the member in a data directory, in order: revision, whether it is a put, and the row's value
+/// or the key.
+pub fn changes(data_dir: &Path, first: i64, last: i64, see: &mut dyn FnMut(i64, bool, &[u8])) -> Result<()> {
+    let path = Layout::new(data_dir).db();
+    changes_in(&Db::open(File::open(&path).map_err(Error::io("open", &path))?)?, first, last, see)
+}
+
+fn changes_in(db: &Db<File>, first: i64, last: i64, see: &mut dyn FnMut(i64, bool, &[u8])) -> Result<()> {
+    let Some(root) = db.bucket(KEY_BUCKET)? else { return Ok(()) };
+    let mut cursor = db.cursor(&root);
+    cursor.seek(&RowKey::first_of(first))?;
+    while let Some(row) = cursor.next()? {
+        let Some(key) = RowKey::decode(row.key).filter(|key| key.main <= last) else { break };
+        if key.tombstone {
+            see(key.main, false, mvcc::KeyValue::decode(row.value)?.key);
+        } else {
+            see(key.main, true, row.value);
+        }
+    }
+    Ok(())
+}
+
 impl<D: Disk> Behind<D> {
     /// Looks whether the member in a data directory can be appended to: it is sound, the only one of its cluster, and its
     /// log has nothing that only etcd could apply. Otherwise an [`Error::Precondition`] that says what stands in the way.
@@ -117,19 +139,7 @@ impl<D: Disk> Behind<D> {
 
     /// The changes of some revisions, in order: revision, whether it is a put, and the row's value or the key.
     pub fn changes(&self, first: i64, last: i64, see: &mut dyn FnMut(i64, bool, &[u8])) -> Result<()> {
-        let db = self.db()?;
-        let Some(root) = db.bucket(KEY_BUCKET)? else { return Ok(()) };
-        let mut cursor = db.cursor(&root);
-        cursor.seek(&RowKey::first_of(first))?;
-        while let Some(row) = cursor.next()? {
-            let Some(key) = RowKey::decode(row.key).filter(|key| key.main <= last) else { break };
-            if key.tombstone {
-                see(key.main, false, crate::mvcc::KeyValue::decode(row.value)?.key);
-            } else {
-                see(key.main, true, row.value);
-            }
-        }
-        Ok(())
+        changes_in(&self.db()?, first, last, see)
     }
 
     /// HashKV of its rows.

@@ -148,7 +148,16 @@ pub enum WantHash {
     /// At another revision or compaction.
     At(HashRequest),
     /// The first of these that the rows can answer; none where they can answer none.
-    First(Vec<HashRequest>),
+    First(Vec<Answered>),
+}
+
+/// What a member was asked for its hash once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Answered {
+    /// Which member. The hash of another says nothing of this one: it may be the other that is damaged.
+    pub by: (MemberId, ClusterId),
+    /// The question.
+    pub request: HashRequest,
 }
 
 impl WantHash {
@@ -156,13 +165,13 @@ impl WantHash {
         match self {
             Self::Current(rules) => HashRequest::current(db, *rules).map(Some),
             Self::At(request) => Ok(Some(*request)),
-            Self::First(requests) => {
+            Self::First(answered) => {
                 let (compaction, last) = (Compaction::read(db)?, mvcc::current_revision(db)?);
                 let can_answer = |request: &&HashRequest| {
                     request.compact_revision >= compaction.revision()
                         && (request.compact_revision..=last).contains(&request.revision)
                 };
-                let request = requests.iter().find(can_answer);
+                let request = answered.iter().map(|answered| &answered.request).find(can_answer);
                 Ok(request.map(|request| HashRequest { clean_up_to: compaction.finished, ..*request }))
             }
         }
@@ -176,6 +185,17 @@ pub struct Verify {
     pub hash: Option<WantHash>,
     /// How far the rows are compacted, when that is not what the meta bucket says.
     pub compaction: Option<Compaction>,
+}
+
+impl Verify {
+    /// Without what other members were asked.
+    fn of_member(&self, member: Option<(MemberId, ClusterId)>) -> Self {
+        let mut options = self.clone();
+        if let Some(WantHash::First(answered)) = &mut options.hash {
+            answered.retain(|answered| Some(answered.by) == member);
+        }
+        options
+    }
 }
 
 /// A database that no etcd can open as long as this is held: one that starts waits.
@@ -262,7 +282,7 @@ fn verify_member(layout: &Layout, options: &Verify) -> Result<Verdict> {
         }
         return Ok(verdict);
     }
-    let checked = verify_database(&db, options);
+    let checked = verify_database(&db, &options.of_member(verdict.member));
     if let Some((summary, findings)) = verdict.take(&path, checked)? {
         verdict.findings.extend(findings.into_iter().map(|finding| Finding { path: path.clone(), ..finding }));
         if let Some(log) = &log {

@@ -349,6 +349,8 @@ pub struct HashedKv {
     pub revision: i64,
     /// Compaction revision that was assumed; 0 when never compacted.
     pub compact_revision: i64,
+    /// False while no key exists at the revision: what etcd answered then depends on how far it had got with compacting.
+    pub is_definite: bool,
 }
 
 impl HashedKv {
@@ -566,12 +568,13 @@ pub fn hash_kv<R: ReadAt>(db: &Db<R>, request: HashRequest) -> Result<HashedKv> 
         let drops = |filter: &CompactionFilter| filter.keeps_any && !filter.keeps(ordinal, key, kv);
         hidden(key) || (key.main <= compact && filter.as_ref().is_some_and(drops))
     })?;
+    let is_definite = filter.as_ref().is_none_or(|filter| filter.keeps_any);
     let mut if_compacted = None;
     if compact > clean_up_to && filter.is_some_and(|filter| !filter.keeps_any) {
         let finished = CompactionFilter::new(db, compact, compact, clean_up_to)?;
         if_compacted = Some(hash_rows(db, revision, |ordinal, key, kv| !finished.keeps(ordinal, key, kv))?);
     }
-    Ok(HashedKv { hash, if_compacted, revision, compact_revision: compact })
+    Ok(HashedKv { hash, if_compacted, revision, compact_revision: compact, is_definite })
 }
 
 fn hash_rows<R: ReadAt>(db: &Db<R>, revision: i64, skips: impl Fn(u64, RowKey, &KeyValue<'_>) -> bool) -> Result<u32> {
