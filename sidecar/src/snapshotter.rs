@@ -139,14 +139,19 @@ pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> 
 pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut Requests) -> Result<()> {
     let mut delay = Duration::from_millis(500);
     let mut began = false;
-    // Why something that was received is in no store: the next session takes it from etcd, if there is one.
-    let mut unsaved: Option<String> = None;
+    // Up to where something was received that is in no store, and why: the next session takes it from etcd, if there is one.
+    let mut unsaved: Option<(i64, String)> = None;
     loop {
         let started = Instant::now();
         let ended = match begin(settings, stop).await {
             Ok(session) => {
-                (began, unsaved) = (true, None);
-                session.run(stop, requests).await
+                began = true;
+                let (ended, received, saved) = session.run(stop, requests).await;
+                unsaved = match &ended {
+                    Ended::Unsaved(error) => Some((received, error.to_string())),
+                    Ended::Clean | Ended::Interrupted(_) => unsaved.filter(|(upto, _)| saved < *upto),
+                };
+                ended
             }
             Err(error) => Ended::Interrupted(error),
         };
@@ -154,11 +159,7 @@ pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut R
             Ended::Clean => return Ok(()),
             Ended::Interrupted(_) if stop.is_cancelled() => return all_saved(unsaved),
             Ended::Unsaved(error) if stop.is_cancelled() => return Err(error),
-            Ended::Interrupted(error) => error,
-            Ended::Unsaved(error) => {
-                unsaved = Some(error.to_string());
-                error
-            }
+            Ended::Interrupted(error) | Ended::Unsaved(error) => error,
         };
         // At the start, most trouble is a mistake that somebody wants to hear of.
         if !error.class().passes(began) {
@@ -177,11 +178,11 @@ pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut R
     }
 }
 
-fn all_saved(unsaved: Option<String>) -> Result<()> {
-    let lost = |why| Error::Unanswered {
+fn all_saved(unsaved: Option<(i64, String)>) -> Result<()> {
+    let lost = |why: &str| Error::Unanswered {
         what: format!(
             "the last changes are not backed up, there was no time; the next run takes them from etcd: {why}"
         ),
     };
-    unsaved.map_or(Ok(()), |why| Err(lost(why)))
+    unsaved.map_or(Ok(()), |(_, why)| Err(lost(&why)))
 }

@@ -497,6 +497,9 @@ async fn a_store_that_takes_the_place_of_another_is_noticed() -> Result<()> {
     backup.logs_times("full snapshot is in the store", 2, LONG).await?;
     client.put("ours", "4", None).await?;
     backup.terminate().await?.expect(0)?;
+    let listed = store.list().await?;
+    ensure!(listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 2), "{listed}");
+    ensure!(listed["timelines"][0]["fulls"].as_array().is_some_and(|fulls| fulls.len() == 1), "{listed}");
     let astray = objects(&place)?.into_iter().any(|path| path.to_string_lossy().contains("t00000001/delta"));
     let verified = store.command("verify").args(["--level", "bytes"]).run().await?;
     ensure!(verified.code == if astray { 10 } else { 0 }, "{}: {}", verified.code, verified.stdout);

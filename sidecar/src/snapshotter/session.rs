@@ -53,6 +53,16 @@ pub(super) enum Tip {
     Unproven(Error),
 }
 
+/// What the deltas of a session follow.
+enum Found {
+    /// This.
+    Chain(Chain),
+    /// Nothing.
+    Gone(String),
+    /// What is another's.
+    Anothers(String),
+}
+
 /// How a session ended.
 #[derive(Debug)]
 pub(super) enum Ended {
@@ -450,7 +460,8 @@ impl<'s> Session<'s> {
 
     /// Backs up until `stop` is cancelled or trouble comes. Then what is pending is brought home, also when etcd is gone: it
     /// may be all that is left of the last seconds. Only a run that is to end gives that up.
-    pub async fn run(mut self, stop: &CancellationToken, requests: &mut Requests) -> Ended {
+    /// Returns how it ended, up to where changes were received, and up to where they are in the store.
+    pub async fn run(mut self, stop: &CancellationToken, requests: &mut Requests) -> (Ended, i64, i64) {
         let mut tasks = Tasks::new();
         let _stops = (tasks.stop_full.clone().drop_guard(), tasks.stop_delta.clone().drop_guard());
         let result = self.follow(stop, requests, &mut tasks).await;
@@ -477,13 +488,15 @@ impl<'s> Session<'s> {
         if result.is_ok() && home.is_ok() && self.unsaved.is_none() {
             tracing::info!(backed_up_to = self.pending.last(), "stopped; everything that was received is in the store");
         }
-        match (result, home) {
+        let (received, saved) = (self.pending.last(), self.home);
+        let ended = match (result, home) {
             (_, Err(error)) => Ended::Unsaved(error),
             (Ok(()), Ok(())) if self.unsaved.is_some() => self.unsaved.map_or(Ended::Clean, Ended::Unsaved),
             (Err(error), Ok(())) if self.lost => Ended::Unsaved(error),
             (Err(error), Ok(())) => Ended::Interrupted(error),
             (Ok(()), Ok(())) => Ended::Clean,
-        }
+        };
+        (ended, received, saved)
     }
 
     async fn follow(&mut self, stop: &CancellationToken, requests: &mut Requests, tasks: &mut Tasks) -> Result<()> {
@@ -595,11 +608,25 @@ impl<'s> Session<'s> {
         let Some(base) = self.base else { return Ok(()) };
         let store = &self.settings.store;
         let newest = self.newest.unwrap_or(base);
-        let both = async { Ok(store.exists(&base).await? && (newest == base || store.exists(&newest).await?)) };
-        match both.await {
-            Ok(true) => Ok(()),
+        let found = async {
+            if store.exists(&base).await? && (newest == base || store.exists(&newest).await?) {
+                return Ok(None);
+            }
             // A compaction may have taken their place, and a collection them.
-            Ok(false) => self.find_chain().await.inspect_err(|_| self.lost = true),
+            self.find_chain().await.map(Some)
+        };
+        match found.await {
+            Ok(None) => Ok(()),
+            Ok(Some(Found::Chain(chain))) => {
+                self.follow_chain(&chain);
+                Ok(())
+            }
+            Ok(Some(Found::Gone(what))) => Err(Error::missing(format!("{}: {what}", store.url()))),
+            Ok(Some(Found::Anothers(what))) => {
+                // What is pending does not belong there.
+                self.lost = true;
+                Err(Error::missing(format!("{}: {what}", self.settings.store.url())))
+            }
             Err::<_, Error>(error) => {
                 tracing::debug!(%error, "the store could not be looked at");
                 Ok(())
@@ -607,25 +634,25 @@ impl<'s> Session<'s> {
         }
     }
 
-    /// Finds what deltas follow now. Fails when they would follow nothing.
-    async fn find_chain(&mut self) -> Result<()> {
+    /// Finds what deltas follow now.
+    async fn find_chain(&self) -> Result<Found> {
         let (store, timeline, home) = (&self.settings.store, self.timeline, self.home);
-        let gone = |what: String| Error::missing(format!("{}: {what}", store.url()));
         let catalog = store.catalog().await?;
         let described = if timeline == PREDECESSOR { None } else { store.description(timeline).await? };
         let (ours, theirs) = (format!("{:x}", self.status.cluster_id), described.map(|described| described.cluster_id));
         if let Some(theirs) = theirs.filter(|theirs| !theirs.is_empty() && *theirs != ours) {
-            return Err(gone(format!(
-                "another store was put in its place, whose timeline {timeline} is of cluster {theirs}"
-            )));
+            let what = format!("another store was put in its place, whose timeline {timeline} is of cluster {theirs}");
+            return Ok(Found::Anothers(what));
         }
         let chain = catalog.timelines.get(&timeline).and_then(History::newest_chain);
-        let chain = chain.ok_or_else(|| gone("the full snapshot that deltas follow is gone from the store".into()))?;
-        if chain.last < home {
-            return Err(gone(format!("revisions up to {home} were in the store, which ends at {} now", chain.last)));
-        }
-        self.follow_chain(&chain);
-        Ok(())
+        Ok(match chain {
+            None => Found::Gone("the full snapshot that deltas follow is gone from the store".into()),
+            Some(chain) if chain.last < home => {
+                let what = format!("revisions up to {home} were in the store, which ends at {} now", chain.last);
+                Found::Gone(what)
+            }
+            Some(chain) => Found::Chain(chain),
+        })
     }
 
     fn follow_chain(&mut self, chain: &Chain) {

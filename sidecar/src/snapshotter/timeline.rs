@@ -24,7 +24,7 @@ pub struct Seen {
     pub timeline: Timeline,
     /// Metadata of its newest full or delta that can be read; `None` when it has none yet.
     pub newest: Option<ObjectMeta>,
-    /// Id of the cluster that the timeline was begun with, hexadecimal, where it has no object yet.
+    /// Id of the cluster that the timeline was begun with, hexadecimal, where that is known.
     pub begun_with: Option<String>,
     /// A newer one cannot be read, so nothing should be built upon the chain.
     pub newer_is_damaged: bool,
@@ -59,15 +59,12 @@ pub fn decide(seen: Option<&Seen>, live: &Status) -> Decision {
         return Decision::Begin { timeline: 1, parent: 0, reason: "first backup into this store".into() };
     };
     let begin = |reason| Decision::Begin { timeline: seen.timeline.saturating_add(1), parent: seen.timeline, reason };
-    let Some(newest) = &seen.newest else {
-        let live_id = format!("{:x}", live.cluster_id);
-        return match &seen.begun_with {
-            Some(begun_with) if *begun_with != live_id => begin(format!(
-                "cluster {live_id} is not the cluster {begun_with} that the empty timeline was begun with"
-            )),
-            _ => Decision::Continue { timeline: seen.timeline },
-        };
-    };
+    // First of all: an object of ours that went astray into another's timeline does not make it ours.
+    let live_id = format!("{:x}", live.cluster_id);
+    if let Some(begun_with) = seen.begun_with.as_ref().filter(|begun_with| **begun_with != live_id) {
+        return begin(format!("cluster {live_id} is not the cluster {begun_with} that the timeline was begun with"));
+    }
+    let Some(newest) = &seen.newest else { return Decision::Continue { timeline: seen.timeline } };
     if newest.cluster_id != live.cluster_id {
         return begin(format!(
             "cluster {:x} is not the cluster {:x} whose backups the store has",
@@ -101,12 +98,7 @@ pub async fn look(store: &Store, catalog: &Catalog) -> Result<Option<Seen>> {
     let mut objects: Vec<_> = fulls.chain(deltas).collect();
     objects.sort_unstable_by_key(|(last, unix_ms, ..)| std::cmp::Reverse((*last, *unix_ms)));
     let mut seen = Seen { timeline, newest: None, begun_with: None, newer_is_damaged: false };
-    if objects.is_empty() {
-        seen.begun_with = match store.description(timeline).await {
-            Err(error) if error.class() == Class::Corrupt => None,
-            described => described?.map(|described| described.cluster_id),
-        };
-    }
+    seen.begun_with = begun_with(store, timeline).await?;
     for (_, _, name, size) in objects.into_iter().take(MOST_LOOKS) {
         match store.meta(&name, size).await {
             Ok(meta) => {
@@ -121,6 +113,14 @@ pub async fn look(store: &Store, catalog: &Catalog) -> Result<Option<Seen>> {
         }
     }
     Ok(Some(seen))
+}
+
+/// The cluster that a timeline was begun with; what was copied out of the predecessor's layout does not say.
+async fn begun_with(store: &Store, timeline: Timeline) -> Result<Option<String>> {
+    match store.description(timeline).await {
+        Err(error) if error.class() == Class::Corrupt => Ok(None),
+        described => Ok(described?.map(|described| described.cluster_id).filter(|cluster_id| !cluster_id.is_empty())),
+    }
 }
 
 /// What the live etcd's own content says of a chain that its numbers let it continue.
@@ -248,6 +248,7 @@ pub async fn fork_revision(
     live: i64,
 ) -> Result<i64> {
     let compacted = etcd.compact_revision(0).await?;
+    let whose = if timeline == PREDECESSOR { None } else { begun_with(store, timeline).await? };
     let comparable = |delta: &&Delta| delta.first > compacted && delta.first <= live;
     let deltas: Vec<Delta> = history.deltas.iter().filter(comparable).copied().collect();
     // Two histories agree up to where they part and never after.
@@ -255,7 +256,7 @@ pub async fn fork_revision(
     while agree < differ {
         let middle = agree.midpoint(differ);
         let Some(delta) = deltas.get(middle) else { break };
-        let shared = shared_with(store, etcd, timeline, delta, live).await?;
+        let shared = shared_with(store, etcd, timeline, (delta, whose.as_deref()), live).await?;
         fork = shared.unwrap_or_default().max(fork);
         if shared == Some(delta.last) {
             agree = middle + 1;
@@ -263,7 +264,8 @@ pub async fn fork_revision(
             differ = middle;
         }
     }
-    Ok(fork.max(shared_full(store, etcd, timeline, history, (fork, live)).await?))
+    let upto = deltas.get(differ).map_or(live, |delta| delta.last.min(live));
+    Ok(fork.max(shared_full(store, etcd, timeline, history, (fork, upto, compacted)).await))
 }
 
 /// The newest full snapshot of these revisions whose rows the live etcd has, by their hash; 0 when there is none.
@@ -272,24 +274,42 @@ async fn shared_full(
     etcd: &mut Etcd,
     timeline: Timeline,
     history: &History,
-    (after, upto): (i64, i64),
-) -> Result<i64> {
+    (after, upto, compacted): (i64, i64, i64),
+) -> i64 {
     let fulls = history.fulls.iter().rev().filter(|full| full.revision > after && full.revision <= upto);
     for full in fulls.take(MOST_LOOKS) {
-        let meta = store.meta(&full.name(timeline), full.size).await?;
-        let Some(recorded) = meta.and_then(|meta| meta.hash_kv) else { continue };
+        // One that cannot be read tells nothing.
+        let meta = store.meta(&full.name(timeline), full.size).await.ok().flatten();
+        let recorded = meta.and_then(|meta| meta.hash_kv);
+        // Each answer costs etcd a walk over its database.
+        let Some(recorded) = recorded.filter(|recorded| recorded.compact_revision.max(0) == compacted) else {
+            continue;
+        };
         if let Ok(live) = etcd.hash_kv(recorded.revision).await
-            && (live.hash, live.compact_revision) == (recorded.hash, recorded.compact_revision.max(0))
+            && (live.hash, live.compact_revision) == (recorded.hash, compacted)
         {
-            return Ok(full.revision);
+            return full.revision;
         }
     }
-    Ok(0)
+    0
 }
 
 /// The last revision of a delta up to which the live etcd has the same.
-async fn shared_with(store: &Store, etcd: &Etcd, timeline: Timeline, delta: &Delta, live: i64) -> Result<Option<i64>> {
-    let expected = revisions(store, &delta.name(timeline), delta, i64::MAX).await?;
+async fn shared_with(
+    store: &Store,
+    etcd: &Etcd,
+    timeline: Timeline,
+    (delta, whose): (&Delta, Option<&str>),
+    live: i64,
+) -> Result<Option<i64>> {
+    let name = delta.name(timeline);
+    if let (Some(whose), Some(meta)) = (whose, store.meta(&name, delta.size).await?)
+        && whose != format!("{:x}", meta.cluster_id)
+    {
+        // It went astray.
+        return Ok(None);
+    }
+    let expected = revisions(store, &name, delta, i64::MAX).await?;
     let found = live_revisions(etcd, delta.first, delta.last.min(live)).await?;
     let same = expected.iter().take_while(|(revision, digest)| found.get(revision) == Some(digest));
     Ok(same.last().map(|(revision, _)| *revision))
@@ -346,6 +366,13 @@ mod tests {
         let seen = |begun_with: &str| Seen { newest: None, begun_with: Some(begun_with.into()), ..seen(0, 0) };
         assert_eq!(decide(Some(&seen("7")), &live(7, 1, 1)), Decision::Continue { timeline: 3 });
         assert!(begins(&seen("8"), &live(7, 1, 1)));
+    }
+
+    #[test]
+    fn what_went_astray_into_anothers_timeline_does_not_make_it_ours() {
+        let astray = Seen { begun_with: Some("8".into()), ..seen(100, 150) };
+        assert!(begins(&astray, &live(7, 100, 150)));
+        assert!(!begins(&Seen { begun_with: Some("7".into()), ..astray }, &live(7, 100, 150)));
     }
 
     #[test]
