@@ -148,12 +148,12 @@ where
                 () = ready.closed() => return,
             };
             let places = if from.ip().is_loopback() { &local } else { &strangers };
-            let Some(place) = places.take().await else {
-                tracing::debug!(%from, "too many connections: one is not taken");
-                continue;
-            };
-            let (accepting, ready, known) = (accept(stream), ready.clone(), known.clone());
+            let (places, accepting, ready, known) = (places.clone(), accept(stream), ready.clone(), known.clone());
             tokio::spawn(async move {
+                let Some(place) = places.take().await else {
+                    tracing::debug!(%from, "too many connections: one is not taken");
+                    return;
+                };
                 let accepted = tokio::select! {
                     accepted = accepting => accepted,
                     () = place.left() => return,

@@ -133,29 +133,33 @@ pub(super) async fn keep(request: Request, next: Next) -> Response {
     response
 }
 
+impl<S> Connection<S> {
+    /// Whether it has to go. Asked whenever there is something to wait for, in either direction: who does not read what it
+    /// asked for goes too.
+    fn is_over(&mut self, context: &mut Context<'_>) -> bool {
+        if self.most.as_mut().is_some_and(|most| most.as_mut().poll(context).is_ready()) {
+            (self.most, self.is_over) = (None, true);
+        }
+        while !self.is_over && self.idle.as_mut().poll(context).is_ready() {
+            self.is_over = self.calls.load(Ordering::Relaxed) == 0;
+            self.idle.as_mut().reset(Instant::now() + IDLE);
+        }
+        self.is_over
+    }
+
+    fn unless_over<T>(&mut self, context: &mut Context<'_>, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if self.is_over(context) { Poll::Ready(Err(io::ErrorKind::TimedOut.into())) } else { polled }
+    }
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.most.as_mut().is_some_and(|most| most.as_mut().poll(context).is_ready()) {
-            (self.most, self.is_over) = (None, true);
-        }
-        if self.is_over {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-        }
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
-        if read.is_ready() && !self.idle.is_elapsed() {
-            return read;
-        }
-        while self.idle.as_mut().poll(context).is_ready() {
-            if self.calls.load(Ordering::Relaxed) == 0 {
-                return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
-            }
-            self.idle.as_mut().reset(Instant::now() + IDLE);
-        }
-        read
+        self.unless_over(context, read)
     }
 }
 
@@ -165,15 +169,17 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
         if written.is_ready() {
             self.idle.as_mut().reset(Instant::now() + IDLE);
         }
-        written
+        self.unless_over(context, written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+        let flushed = Pin::new(&mut self.stream).poll_flush(context);
+        self.unless_over(context, flushed)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+        let shut = Pin::new(&mut self.stream).poll_shutdown(context);
+        if shut.is_pending() { self.unless_over(context, shut) } else { shut }
     }
 }
 
