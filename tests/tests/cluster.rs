@@ -9,6 +9,7 @@ use futures::future::{join_all, try_join_all};
 use proto::sidecar as api;
 use tests::etcd::Member;
 use tests::eventually;
+use tests::faults::{self, Hit};
 use tests::garage::Garage;
 use tests::minio::Minio;
 use tests::network::{Network, STORE};
@@ -89,6 +90,13 @@ impl Cluster {
             ended?.expect(STOPPED)?;
         }
         Ok(())
+    }
+
+    /// `kill -9` of a member and its sidecar, and its disk is gone.
+    async fn lose(&mut self, member: usize) -> Result<()> {
+        self.serving.remove(member).kill9().await?;
+        self.launched[member].take().context("it does not run")?.kill_etcd().await?;
+        self.wipe(member)
     }
 
     fn wipe(&self, member: usize) -> Result<()> {
@@ -205,6 +213,102 @@ tests::on_every_minor! {
     members_come_back_3_5: members_come_back("3.5");
     members_come_back_3_6: members_come_back("3.6");
     members_come_back_3_7: members_come_back("3.7");
+}
+
+/// Where a sidecar is cut off on its way: at what it sends, and at what it does to its disk.
+const CUTS: [(Hit, &str, &[usize]); 5] = [
+    (Hit::Kill, "sendto,writev,sendmsg", &[1, 2, 3, 4, 5, 6, 8, 10, 12]),
+    (Hit::Kill, "rename,renameat,renameat2", &[1]),
+    (Hit::Kill, "fsync", &[1]),
+    (Hit::Error, "rename,renameat,renameat2", &[1, 2]),
+    (Hit::Error, "mkdir,mkdirat", &[1]),
+];
+
+/// A member that is on its way back is cut off at every step: the next start finishes it, and it never votes under its old id.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_way_back_that_is_cut_off_is_finished() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut cluster = Cluster::start(dir.path(), "3.6", Some(&store)).await?;
+    write(&mut cluster.client(0).await?, 1).await?;
+    cluster.back_up().await?;
+    let mut hits = 0;
+    for (round, (hit, calls, nth)) in
+        CUTS.iter().flat_map(|(hit, calls, nths)| nths.iter().map(move |nth| (*hit, *calls, *nth))).enumerate()
+    {
+        let member = cluster.pods[2].member.clone();
+        let old = member_id(&mut cluster.client(0).await?, &member.name).await?;
+        cluster.stop(2).await?;
+        cluster.serving.pop().context("no sidecar")?.terminate().await?.expect(0)?;
+        if round % 2 == 0 {
+            cluster.wipe(2)?;
+        } else {
+            tests::damage(&member.data_dir)?;
+        }
+        let drive = async {
+            let _ = tokio::time::timeout(Duration::from_secs(20), cluster.pods[2].initialize()).await;
+        };
+        let ended = faults::run_while(&cluster.pods[2].serve()?, calls, nth, hit, drive).await?;
+        hits += usize::from(matches!(ended, faults::Ended::With(_)));
+        eprintln!("{hit:?} of {calls} {nth}: {ended:?}");
+        cluster.serving.push(cluster.pods[2].start_serve().await?);
+        cluster.start_one(2)?;
+        let what = || format!("{hit:?} of {calls} {nth}, {ended:?}: {}", cluster.serve_logs());
+        cluster.settled().await.with_context(what)?;
+        let new = member_id(&mut cluster.client(0).await?, &member.name).await?;
+        ensure!(old != new, "{}", what());
+        let mut states = Vec::new();
+        for member in [0, 2] {
+            states.push(state::read(&mut cluster.client(member).await?).await?);
+        }
+        state::same(&states[0], &states[1]).with_context(what)?;
+    }
+    ensure!(hits > 10, "only {hits} were hit");
+    Ok(())
+}
+
+async fn member_id(client: &mut Client, name: &str) -> Result<u64> {
+    let listed = client.member_list().await?;
+    let id = listed.members().iter().find(|member| member.name() == name).map(etcd_client::Member::id);
+    id.with_context(|| format!("{name} is not in {listed:?}"))
+}
+
+/// One of three that lost everything is cut off while it claims the restore, or carries it out: once it is back, or without it,
+/// the cluster is restored once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restore_of_all_that_is_cut_off_is_finished() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut cluster = Cluster::start(dir.path(), "3.6", Some(&store)).await?;
+    let mut hits = 0;
+    let cuts = [("linkat", 1), ("linkat", 2), ("mkdir,mkdirat", 1), ("pwrite64", 2), ("rename,renameat,renameat2", 1)];
+    for (round, (calls, nth)) in cuts.into_iter().enumerate() {
+        write(&mut cluster.client(0).await?, round as u64).await?;
+        cluster.back_up().await?;
+        let before = state::read(&mut cluster.client(0).await?).await?;
+        let timelines = store.list().await?["timelines"].as_array().map_or(0, Vec::len);
+        cluster.stop_all().await?;
+        (0..3).try_for_each(|member| cluster.wipe(member))?;
+        cluster.serving.remove(0).terminate().await?.expect(0)?;
+        cluster.start_one(1)?;
+        cluster.start_one(2)?;
+        let drive = async {
+            let _ = tokio::time::timeout(Duration::from_secs(60), cluster.pods[0].initialize()).await;
+        };
+        let ended = faults::run_while(&cluster.pods[0].serve()?, calls, nth, Hit::Kill, drive).await?;
+        hits += usize::from(matches!(ended, faults::Ended::With(_)));
+        eprintln!("kill at {calls} {nth}: {ended:?}");
+        cluster.serving.insert(0, cluster.pods[0].start_serve().await?);
+        cluster.start_one(0)?;
+        let what = || format!("kill at {calls} {nth}, {ended:?}: {}", cluster.serve_logs());
+        cluster.settled().await.with_context(what)?;
+        state::same(&before, &state::read(&mut cluster.client(1).await?).await?).with_context(what)?;
+        cluster.back_up().await?;
+        let after = store.list().await?["timelines"].as_array().map_or(0, Vec::len);
+        ensure!(after == timelines + 1, "{timelines} timelines became {after}: {}", what());
+    }
+    ensure!(hits > 3, "only {hits} were hit");
+    Ok(())
 }
 
 /// Without a quorum nothing is decided: the others may have what the backups lack.
@@ -453,11 +557,16 @@ async fn cut_off(dir: &std::path::Path, network: &Network) -> Result<()> {
     let first = cluster.leader().await?;
     // Any member takes the predecessor's call: the leader's sidecar does what it asks for.
     for host in 0..3 {
-        cluster.client(host).await?.put("asked", host.to_string(), None).await?;
-        let pod = &cluster.pods[host];
-        let answer = pod.http()?.get(format!("{}/snapshot/delta", pod.url())).send().await?;
-        let (code, text) = (answer.status(), answer.text().await?);
-        ensure!(code == 200 && text.contains("\"kind\":\"Incr\""), "{host} of leader {first}: {code} {text}");
+        // The one that is due each second may be the first to have it.
+        let taken = || async {
+            cluster.client(host).await?.put("asked", host.to_string(), None).await?;
+            let pod = &cluster.pods[host];
+            let answer = pod.http()?.get(format!("{}/snapshot/delta", pod.url())).send().await?;
+            let (code, text) = (answer.status(), answer.text().await?);
+            ensure!(code == 200 && text.contains("\"kind\":\"Incr\""), "{host} of leader {first}: {code} {text}");
+            Ok(())
+        };
+        eventually(LONG, taken).await?;
     }
 
     // From the store: it goes on to lead, and what is written meanwhile comes home afterwards.
@@ -501,12 +610,28 @@ async fn cut_off(dir: &std::path::Path, network: &Network) -> Result<()> {
     let listed = store.list().await?;
     ensure!(listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 1), "{listed}");
 
-    // A member whose disk is lost comes back over the network, too.
-    cluster.stop(second).await?;
-    cluster.wipe(second)?;
-    cluster.start_one(second)?;
-    cluster.settled().await?;
-    ensure!(cluster.log(second).contains("comes back to its cluster as a learner"), "{}", cluster.log(second));
+    // A member that dies together with its sidecar and its disk comes back over the network, whichever it is.
+    for host in 0..3 {
+        cluster.lose(host).await?;
+        cluster.serving.insert(host, cluster.pods[host].start_serve().await?);
+        cluster.start_one(host)?;
+        cluster.settled().await?;
+        ensure!(cluster.log(host).contains("comes back to its cluster as a learner"), "{}", cluster.log(host));
+    }
+    // And so do all at once.
+    write(&mut cluster.client(first).await?, 4).await?;
+    cluster.back_up().await?;
+    let before = state::read(&mut cluster.client(first).await?).await?;
+    for host in (0..3).rev() {
+        cluster.lose(host).await?;
+    }
+    cluster.serving = try_join_all(cluster.pods.iter().map(Pod::start_serve)).await?;
+    cluster.launch_all().await?;
+    let restored = (0..3).filter(|host| cluster.log(*host).contains("action=Restore")).count();
+    ensure!(restored == 1, "restored {restored} times: {}", cluster.serve_logs());
+    for host in 0..3 {
+        state::same(&before, &state::read(&mut cluster.client(host).await?).await?)?;
+    }
     cluster.stop_all().await?;
     for serving in cluster.serving.drain(..) {
         serving.terminate().await?.expect(0)?;
