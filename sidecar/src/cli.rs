@@ -245,7 +245,7 @@ fn parse_time(text: &str) -> Result<i64, String> {
         .map_err(|error| format!("it must be like 2026-11-22T18:00:00Z: {error}"))
 }
 
-fn bytes(count: u64) -> String {
+pub(crate) fn bytes(count: u64) -> String {
     indicatif::HumanBytes(count).to_string()
 }
 

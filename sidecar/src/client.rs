@@ -6,7 +6,7 @@ use std::time::Duration;
 use proto::sidecar::sidecar_client::SidecarClient;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
-use crate::{Error, Result};
+use crate::{Error, Result, small_file};
 
 /// Flags that say how to reach a sidecar.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -36,7 +36,7 @@ impl ApiFlags {
         if !self.sidecar.starts_with("https://") {
             return Ok(endpoint);
         }
-        let read = |path: &Path| std::fs::read(path).map_err(Error::io("read the certificate", path.display()));
+        let read = |path: &Path| small_file::read(path).map_err(Error::io("read the certificate", path.display()));
         let mut tls = match &self.cacert {
             Some(path) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(path)?)),
             None => ClientTlsConfig::new().with_native_roots(),

@@ -14,12 +14,13 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::Serialize;
 
+use crate::cli::bytes as amount;
 use crate::error::is_refused;
 use crate::etcd::{Etcd, EtcdFlags};
-use crate::initialize::{self, Data};
-use crate::room::{existing, free, mib};
+use crate::initialize::{self, Data, Member};
+use crate::room::{Room, existing};
 use crate::store::Store;
-use crate::{Class, Error, Result, supervise};
+use crate::{Class, Error, Result, small_file, supervise};
 
 /// A certificate that has no more time than this is worth knowing of.
 const SOON: chrono::TimeDelta = chrono::TimeDelta::days(14);
@@ -110,7 +111,7 @@ pub async fn examine(
     if let Some(others) = &settings.initialize.others {
         findings.extend(others_reached(others).await);
     }
-    findings.extend(data(&member.data_dir).await);
+    findings.extend(data(member, settings.initialize.store.as_ref()).await);
     findings.push(room(&member.data_dir, newest.bytes));
     let work_dirs = [
         ("compaction.workDir", config.compaction.as_ref().map(|compaction| &compaction.work_dir)),
@@ -169,7 +170,7 @@ impl Pair {
 
     /// From when until when all that is in the file is valid; an error when it, or the key, cannot be used.
     fn validity(&self) -> Result<(DateTime<Utc>, DateTime<Utc>)> {
-        let read = |path: &Path| std::fs::read(path).map_err(Error::io("read", path.display()));
+        let read = |path: &Path| small_file::read(path).map_err(Error::io("read", path.display()));
         let bad = |path: &Path, what: &dyn std::fmt::Display| Error::invalid(format!("{}: {what}", path.display()));
         let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&read(&self.path)?).collect();
         let chain = chain.map_err(|error| bad(&self.path, &error))?;
@@ -229,11 +230,10 @@ impl Newest {
         let Some((timeline, history)) = catalog.newest_restorable() else { return Ok(Self::default()) };
         let Some(chain) = history.newest_chain() else { return Ok(Self::default()) };
         let meta = store.meta(&chain.full.name(timeline), chain.full.size).await?;
-        let described = store.description(timeline).await?;
         Ok(Self {
             unix_ms: history.times().max(),
             bytes: meta.map_or(chain.full.size, |meta| meta.content_bytes),
-            cluster_id: described.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok()),
+            cluster_id: store.cluster_of(timeline).await?,
         })
     }
 
@@ -242,7 +242,7 @@ impl Newest {
         let Some(taken) = self.unix_ms.and_then(DateTime::from_timestamp_millis) else {
             return Finding::remark(what, "there is none yet");
         };
-        let of = format!("of {}, a database of {}", taken.format("%Y-%m-%d %H:%M:%S UTC"), mib(self.bytes));
+        let of = format!("of {}, a database of {}", taken.format("%Y-%m-%d %H:%M:%S UTC"), amount(self.bytes));
         if taken - now > MOST_AHEAD {
             let clock = "that is in the future: a clock is wrong, and times of backups and retention go by it";
             return Finding::remark("clock", format!("{of}; {clock}"));
@@ -309,7 +309,8 @@ async fn others_reached(others: &EtcdFlags) -> Vec<Finding> {
 }
 
 /// The data directory: who may write there, and what lies in it.
-async fn data(dir: &Path) -> Vec<Finding> {
+async fn data(member: &Member, store: Option<&Store>) -> Vec<Finding> {
+    let dir = &member.data_dir;
     let what = "data directory";
     let parent = existing(dir);
     if let Err(error) = tempfile::tempfile_in(&parent) {
@@ -329,7 +330,7 @@ async fn data(dir: &Path) -> Vec<Finding> {
         findings.push(Finding::good(what, format!("{} is not there yet", dir.display())));
         return findings;
     }
-    findings.push(match initialize::look_into(dir).await {
+    findings.push(match initialize::look_into(member, store).await {
         Ok((Data::Absent, _)) => Finding::good(what, format!("{} has no member yet", dir.display())),
         Ok((Data::Sound(sound), schema)) => {
             let schema = schema.map(|minor| format!(", storage of etcd {minor}")).unwrap_or_default();
@@ -348,12 +349,15 @@ async fn data(dir: &Path) -> Vec<Finding> {
 fn room(dir: &Path, database: u64) -> Finding {
     let what = "room for a restore";
     let needed = database.saturating_add(SPARE_BYTES);
-    match free(dir) {
-        Ok(free) if free < needed => {
+    match Room::of(dir).map(|room| room.free) {
+        Ok(None) => Finding::remark(what, format!("{} does not tell what it has room for", dir.display())),
+        Ok(Some(free)) if free < needed => {
             let why = "a restore is written beside what is there, and needs";
-            Finding::bad(what, format!("{} has {} free: {why} {}", dir.display(), mib(free), mib(needed)))
+            Finding::bad(what, format!("{} has {} free: {why} {}", dir.display(), amount(free), amount(needed)))
         }
-        Ok(free) => Finding::good(what, format!("{} has {} free, of {} needed", dir.display(), mib(free), mib(needed))),
+        Ok(Some(free)) => {
+            Finding::good(what, format!("{} has {} free, of {} needed", dir.display(), amount(free), amount(needed)))
+        }
         Err(error) => Finding::bad(what, error.to_string()),
     }
 }
@@ -363,12 +367,13 @@ fn work_dir(what: &'static str, dir: &Path, database: u64) -> Finding {
     if let Err(error) = tempfile::tempfile_in(dir) {
         return Finding::bad(what, format!("{} cannot be written: {error}", dir.display()));
     }
-    match free(dir) {
-        Ok(free) if free < needed => {
-            let needs = mib(needed);
-            Finding::remark(what, format!("{} has {} free, and may need {needs}", dir.display(), mib(free)))
+    match Room::of(dir).map(|room| room.free) {
+        Ok(None) => Finding::good(what, format!("{} can be written", dir.display())),
+        Ok(Some(free)) if free < needed => {
+            let needs = amount(needed);
+            Finding::remark(what, format!("{} has {} free, and may need {needs}", dir.display(), amount(free)))
         }
-        Ok(free) => Finding::good(what, format!("{} has {} free", dir.display(), mib(free))),
+        Ok(Some(free)) => Finding::good(what, format!("{} has {} free", dir.display(), amount(free))),
         Err(error) => Finding::bad(what, error.to_string()),
     }
 }

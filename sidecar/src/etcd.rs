@@ -20,7 +20,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 pub use maintenance::Alarm;
 pub use members::Listed;
 
-use crate::{Error, Result};
+use crate::{Error, Result, small_file};
 
 /// More than etcd sends in one message: request limit 1.5 MiB by default, watch fragments about as much.
 const MOST_MESSAGE_BYTES: usize = 512 << 20;
@@ -140,7 +140,7 @@ impl EtcdFlags {
         if !url.starts_with("https://") {
             return Ok(endpoint);
         }
-        let read = |path: &PathBuf| std::fs::read(path).map_err(Error::io("read", path.display()));
+        let read = |path: &PathBuf| small_file::read(path).map_err(Error::io("read", path.display()));
         let mut tls = ClientTlsConfig::new();
         tls = match &self.cacert {
             // Nothing is verified, so there is nothing to verify with; tonic refuses both together.

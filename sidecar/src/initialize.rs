@@ -18,16 +18,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
-use etcd_format::datadir::{self, Answered, JOINED, Severity, Verdict, Verify, WantHash, put_beside};
+use etcd_format::datadir::{self, Answered, Note, Severity, Verdict, Verify, WantHash};
 use etcd_format::membership::{ClusterId, MemberId};
 use etcd_format::wal;
 use proto::backup::ObjectMeta;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
-pub use decision::{Backups, Cause, Damaged, Data, Decision, Facts, Live, Part, Place, Sound, decide};
+pub use decision::{Backups, Cause, Damaged, Data, Decision, Differs, Facts, Live, Part, Place, Sound, decide};
 pub use member::Member;
-pub(crate) use member::read_text;
 
 use cluster::Serving;
 use recovery::Recovery;
@@ -181,9 +180,9 @@ async fn until_decided(
                 Err(error @ etcd_format::Error::Precondition { .. }) => return Ok(Outcome::in_use(&error)),
                 held => held.map_err(Error::format(dir.display().to_string()))?,
             };
-            let recorded = recorded(settings.store.as_ref()).await;
-            let verdict = check(dir, &recorded).await?;
-            checked = Some(Checked { there, held, verdict, recorded, listed: None });
+            let answers = answers(settings.store.as_ref()).await;
+            let verdict = check(dir, &answers).await?;
+            checked = Some(Checked { there, held, verdict, answers, listed: None });
         }
         let Some(now) = &mut checked else { return Err(Error::Bug { what: "nothing was checked".into() }) };
         let (facts, serving, is_recent) = observe(settings, now, recovery).await;
@@ -242,7 +241,7 @@ struct Checked {
     held: datadir::Hold,
     verdict: Option<Verdict>,
     /// What etcd had answered for its hash when the newest backups were taken.
-    recorded: Vec<Recorded>,
+    answers: Vec<Answer>,
     /// What the store had, and what the data is beside it; listed anew from time to time.
     listed: Option<(Instant, Data, Backups)>,
 }
@@ -326,16 +325,32 @@ async fn act(
     Ok(Acted::Done(done))
 }
 
+/// What stands in the way of everything but looking.
+fn cannot_write(dir: &Path) -> Option<String> {
+    let errno = rustix::fs::access(dir, rustix::fs::Access::WRITE_OK).err().filter(|_| dir.exists())?;
+    Some(format!(
+        "{} cannot be written from here ({errno}): nothing could be restored, and etcd must be able to",
+        dir.display()
+    ))
+}
+
 /// Which directory the member is; `None` when there is none.
 fn identity(dir: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(dir.join("member")).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// What a data directory is, and which minor's schema it has. Fails where an etcd runs on it.
-pub async fn look_into(dir: &Path) -> Result<(Data, Option<datadir::Minor>)> {
-    let verdict = check(dir, &[]).await?;
+/// What a data directory is beside a store, and which minor's schema it has. Fails where an etcd runs on it.
+pub async fn look_into(member: &Member, store: Option<&Store>) -> Result<(Data, Option<datadir::Minor>)> {
+    let answers = answers(store).await;
+    let verdict = check(&member.data_dir, &answers).await?;
     let schema = verdict.as_ref().and_then(|verdict| verdict.summary.as_ref()).and_then(|summary| summary.schema);
-    Ok((data_in(verdict.as_ref()), schema))
+    let mut data = data_in(verdict.as_ref());
+    if let Some(store) = store {
+        let backups = look_at(store, member, &mut data, verdict.as_ref(), &answers).await;
+        // What is wrong with them others say.
+        data = data.judged(&backups.unwrap_or(Backups::NotConfigured));
+    }
+    Ok((data, schema))
 }
 
 fn data_in(verdict: Option<&Verdict>) -> Data {
@@ -345,27 +360,27 @@ fn data_in(verdict: Option<&Verdict>) -> Data {
     }
 }
 
-async fn check(dir: &Path, recorded: &[Recorded]) -> Result<Option<Verdict>> {
+async fn check(dir: &Path, answers: &[Answer]) -> Result<Option<Verdict>> {
     if !dir.try_exists().map_err(Error::io("look at", dir.display()))? {
         return Ok(None);
     }
     let (checked, place) = (dir.to_owned(), dir.display().to_string());
-    let answered: Vec<Answered> = recorded.iter().map(|recorded| recorded.answered).collect();
+    let answered: Vec<Answered> = answers.iter().map(|answer| answer.answered).collect();
     let options = Verify { hash: (!answered.is_empty()).then_some(WantHash::First(answered)), compaction: None };
     let verdict = tokio::task::spawn_blocking(move || datadir::verify(&checked, &options));
     verdict.await.map_err(|error| Error::task(&error))?.map_err(Error::format(format!("check {place}")))
 }
 
-/// A hash that etcd answered when a backup was taken.
+/// What etcd answered for its hash when a backup was taken.
 #[derive(Debug, Clone, Copy)]
-struct Recorded {
+struct Answer {
     /// The timeline of the backup.
     timeline: Timeline,
     answered: Answered,
     hash: u32,
 }
 
-impl Recorded {
+impl Answer {
     fn of(timeline: Timeline, meta: &ObjectMeta) -> Option<Self> {
         let recorded = restore::recorded_hash(meta)?;
         let by = (MemberId(meta.member_id), ClusterId(meta.cluster_id));
@@ -375,7 +390,7 @@ impl Recorded {
 
 /// The hashes of the newest backups, so that the check computes one of them as it passes; none when the store does not tell in
 /// time, for the data is checked without it too.
-async fn recorded(store: Option<&Store>) -> Vec<Recorded> {
+async fn answers(store: Option<&Store>) -> Vec<Answer> {
     let Some(store) = store else { return Vec::new() };
     let newest = async {
         let catalog = store.catalog().await?;
@@ -389,15 +404,18 @@ async fn recorded(store: Option<&Store>) -> Vec<Recorded> {
         let metas = futures::future::join_all(metas).await;
         // One that cannot be read is for others to speak of.
         let metas = metas.into_iter().filter_map(|meta| meta.ok().flatten());
-        Ok::<_, Error>(metas.filter_map(|meta| Recorded::of(timeline, &meta)).collect())
+        Ok::<_, Error>(metas.filter_map(|meta| Answer::of(timeline, &meta)).collect())
     };
     match tokio::time::timeout(RECORDED_DEADLINE, newest).await {
-        Ok(Ok(recorded)) => recorded,
+        Ok(Ok(answers)) => answers,
         Ok(Err(error)) => {
-            tracing::debug!(%error, "no recorded hash to compare with");
+            tracing::warn!(%error, "the hash of the data is not compared with the backups'");
             Vec::new()
         }
-        Err(_) => Vec::new(),
+        Err(_) => {
+            tracing::warn!("the store does not tell in time: the hash of the data is not compared with the backups'");
+            Vec::new()
+        }
     }
 }
 
@@ -426,7 +444,7 @@ async fn observe(
             (data, is_recent) = (known.clone(), false);
             backups.clone()
         }
-        (Some(store), _) => match look_at(store, member, &mut data, verdict, &checked.recorded).await {
+        (Some(store), _) => match look_at(store, member, &mut data, verdict, &checked.answers).await {
             Ok(backups) => {
                 checked.listed = Some((Instant::now(), data.clone(), backups.clone()));
                 backups
@@ -435,12 +453,8 @@ async fn observe(
             Err(error) => Backups::Unknown { why: error.to_string() },
         },
     };
-    let has_lost = match &data {
-        Data::Absent => true,
-        Data::Sound(_) => false,
-        Data::Damaged(damaged) => damaged.only_here.is_none(),
-    };
-    let is_lost = has_lost && live == Live::Nobody && replicas > 1;
+    let data = data.judged(&backups);
+    let is_lost = data.is_lost() && live == Live::Nobody && replicas > 1;
     let mut lost = 0;
     if let (Some(store), true, Backups::Upto { .. } | Backups::Begun) = (&settings.store, is_lost, &backups) {
         match recovery.report(store).await {
@@ -449,7 +463,8 @@ async fn observe(
         }
     }
     let (is_existing, may_start_empty) = (member.is_existing(), settings.may_start_empty);
-    (Facts { data, backups, replicas, is_existing, live, lost, may_start_empty }, serving, is_recent)
+    let cannot_write = cannot_write(&member.data_dir);
+    (Facts { data, backups, replicas, is_existing, live, lost, may_start_empty, cannot_write }, serving, is_recent)
 }
 
 /// What a check found, in the terms of the decision.
@@ -481,6 +496,7 @@ fn data_of(verdict: &Verdict) -> Data {
                 repairs: (severity == Some(Severity::Repairable)).then(|| evidence(Severity::Repairable)),
                 restored_since: false,
                 voters: voters_of(verdict),
+                differs: None,
             })
         }
     }
@@ -507,7 +523,7 @@ async fn look_at(
     member: &Member,
     data: &mut Data,
     verdict: Option<&Verdict>,
-    recorded: &[Recorded],
+    answers: &[Answer],
 ) -> Result<Backups> {
     let catalog = store.catalog().await?;
     let Some((timeline, history)) = catalog.newest_restorable() else {
@@ -527,8 +543,7 @@ async fn look_at(
     // Beyond a gap too: what is there was acknowledged, and data that lacks it is behind, whether it can be appended or not.
     let revisions = history.fulls.iter().map(|full| full.revision).chain(history.deltas.iter().map(|delta| delta.last));
     let last = revisions.max().unwrap_or(0).max(chain.last);
-    let described = if timeline == PREDECESSOR { None } else { store.description(timeline).await? };
-    let cluster_id = described.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok());
+    let cluster_id = store.cluster_of(timeline).await?;
     let ours = match data {
         Data::Absent => None,
         Data::Sound(sound) => Some((sound.cluster_id, &mut sound.restored_since)),
@@ -556,45 +571,29 @@ async fn look_at(
         let is_its_log = restore::is_of_its_log(store, timeline, history, sound.revision, log_end, SLACK).await?;
         sound.restored_since = is_its_log == Some(false);
     }
-    if let (Data::Sound(sound), Some(verdict)) = (&*data, verdict)
-        && let Some(evidence) = differs(verdict, timeline, recorded)
-        && !sound.restored_since
+    if let (Data::Sound(sound), Some(verdict)) = (data, verdict)
+        && let Some(evidence) = differs(verdict, timeline, answers)
         && let (Some((term, _)), Some(summary)) = (verdict.raft, &verdict.summary)
-    {
         // Of a log that is not the one backed up, other rows are to be expected.
-        let applied = (summary.consistent_index, term);
-        if restore::is_of_its_log(store, timeline, history, sound.revision, applied, 0).await? == Some(true) {
-            let reach = sound.reach();
-            let only_here = if reach > last {
-                Some(format!("it may have revisions up to {reach}, where the backups end at {last}"))
-            } else if restore::has_same_end(store, timeline, history, &member.data_dir, sound.revision).await? {
-                None
-            } else {
-                Some("nothing shows that the backups are of the same history".to_owned())
-            };
-            *data = Data::Damaged(Damaged {
-                part: Part::Database,
-                evidence,
-                cluster_id: Some(sound.cluster_id),
-                voters: sound.voters,
-                restored_since: false,
-                only_here,
-            });
-        }
+        && restore::is_of_its_log(store, timeline, history, sound.revision, (summary.consistent_index, term), 0).await?
+            == Some(true)
+    {
+        let end = restore::has_same_end(store, timeline, history, &member.data_dir, sound.revision);
+        sound.differs = Some(Differs { evidence, has_same_end: end.await? });
     }
     Ok(Backups::Upto { last, timeline, cluster_id })
 }
 
 /// How what etcd had answered for its hash differs from what its rows give now: a bit has flipped, or a page is of another time.
 /// Nothing else in a database would show that.
-fn differs(verdict: &Verdict, timeline: Timeline, recorded: &[Recorded]) -> Option<String> {
+fn differs(verdict: &Verdict, timeline: Timeline, answers: &[Answer]) -> Option<String> {
     let found = verdict.summary.as_ref()?.hash.filter(|found| found.is_definite)?;
-    let is_same = |recorded: &&Recorded| {
-        let Answered { by, request } = recorded.answered;
+    let is_same = |answer: &&Answer| {
+        let Answered { by, request } = answer.answered;
         Some(by) == verdict.member
             && (request.revision, request.compact_revision) == (found.revision, found.compact_revision)
     };
-    let recorded = recorded.iter().find(is_same).filter(|recorded| recorded.timeline == timeline)?.hash;
+    let recorded = answers.iter().find(is_same).filter(|answer| answer.timeline == timeline)?.hash;
     (!found.may_be(recorded)).then(|| {
         format!(
             "the hash of its rows at revision {} is {}, etcd's own was {recorded}, as recorded with the backups: a value has changed in snap/db",
@@ -606,8 +605,7 @@ fn differs(verdict: &Verdict, timeline: Timeline, recorded: &[Recorded]) -> Opti
 /// Whether a timeline after the one that can be restored was begun with that cluster: its first full is on its way.
 async fn is_of_newest(store: &Store, catalog: &Catalog, restorable: Timeline, cluster_id: u64) -> Result<bool> {
     let Some((newest, _)) = catalog.newest().filter(|(newest, _)| *newest > restorable) else { return Ok(false) };
-    let described = store.description(newest).await?;
-    Ok(described.is_some_and(|described| described.cluster_id == format!("{cluster_id:x}")))
+    Ok(store.cluster_of(newest).await? == Some(cluster_id))
 }
 
 /// Lies in the data directory of a member that has joined a cluster, for the time until that has backups of its own.
@@ -621,7 +619,7 @@ struct Joined {
 
 impl Joined {
     fn of(dir: &Path) -> Option<Self> {
-        serde_json::from_slice(&std::fs::read(dir.join(JOINED)).ok()?).ok()
+        serde_json::from_slice(&Note::Joined.read(dir)?).ok()
     }
 
     /// `None` when the store does not tell: it is asked for the sake of a start that there may never be.
@@ -647,7 +645,7 @@ impl Joined {
         // As etcd makes it.
         let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
         made.map_err(Error::io("create", dir.display()))?;
-        put_beside(dir, JOINED, &json).map_err(Error::format("say what was joined"))
+        Note::Joined.write(dir, &json).map_err(Error::format("say what was joined"))
     }
 }
 

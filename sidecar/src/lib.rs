@@ -37,6 +37,7 @@ pub mod retention;
 mod room;
 mod scratch;
 pub mod server;
+mod small_file;
 pub mod snapshotter;
 pub mod store;
 pub mod supervise;

@@ -4,55 +4,70 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use crate::cli::bytes as amount;
 use crate::{Error, Result};
 
-/// Bytes that may still be written where a directory is, or is to be.
-pub(crate) fn free(dir: &Path) -> Result<u64> {
-    let dir = existing(dir);
-    let stat =
-        rustix::fs::statvfs(&dir).map_err(|error| Error::io("ask for the room in", dir.display())(error.into()))?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+/// File systems that may take more than they have room for, for they compress.
+const BTRFS: u64 = 0x9123_683e;
+const ZFS: u64 = 0x2fc1_2fc1;
+
+/// What a disk says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// Which disk.
+    disk: u64,
+    /// Bytes that we may still write; `None` where that cannot be told.
+    pub(crate) free: Option<u64>,
+}
+
+impl Room {
+    /// Where a directory is, or is to be.
+    pub(crate) fn of(dir: &Path) -> Result<Self> {
+        let dir = existing(dir);
+        let disk = std::fs::metadata(&dir).map_err(Error::io("look at", dir.display()))?.dev();
+        let stat = rustix::fs::statfs(&dir);
+        let stat = stat.map_err(|error| Error::io("ask for the room in", dir.display())(error.into()))?;
+        // Some of what root may use is kept from others.
+        let blocks = if rustix::process::geteuid().is_root() { stat.f_bfree } else { stat.f_bavail };
+        let is_told = stat.f_blocks > 0 && ![BTRFS, ZFS].contains(&(stat.f_type as u64 & 0xffff_ffff));
+        let free = is_told.then(|| blocks.saturating_mul(stat.f_bsize as u64));
+        Ok(Self { disk, free })
+    }
 }
 
 /// The nearest directory that exists.
 pub(crate) fn existing(dir: &Path) -> PathBuf {
-    dir.ancestors().find(|dir| dir.is_dir()).map_or_else(|| PathBuf::from("/"), Path::to_owned)
+    let nearest = dir.ancestors().find(|dir| dir.is_dir());
+    nearest.map_or_else(|| PathBuf::from(if dir.is_absolute() { "/" } else { "." }), Path::to_owned)
 }
-
-/// For a person.
-pub(crate) fn mib(bytes: u64) -> String {
-    format!("{} MiB", bytes >> 20)
-}
-
-/// What compresses what it is given may take more than it has room for.
-const COMPRESSING: [i64; 2] = [0x9123_683e, 0x2fc1_2fc1];
 
 /// Fails where so many bytes cannot fit into each of these directories: a disk that is written full before that is found out has
 /// others on it.
 pub(crate) fn need<'d>(dirs: impl Iterator<Item = &'d Path>, bytes: u64) -> Result<()> {
-    let mut disks: BTreeMap<u64, (&Path, u64)> = BTreeMap::new();
-    for dir in dirs {
-        let there = existing(dir);
-        let metadata = std::fs::metadata(&there).map_err(Error::io("look at", there.display()))?;
-        disks.entry(metadata.dev()).or_insert((dir, 0)).1 += bytes;
-    }
-    for (dir, bytes) in disks.into_values() {
-        let there = existing(dir);
-        let stat = rustix::fs::statfs(&there);
-        let stat = stat.map_err(|error| Error::io("ask for the room in", there.display())(error.into()))?;
-        // Some of what root may use is kept from others.
-        let blocks = if rustix::process::geteuid().is_root() { stat.f_bfree } else { stat.f_bavail };
-        let free = blocks.saturating_mul(u64::try_from(stat.f_bsize).unwrap_or(0));
-        let is_told = stat.f_blocks > 0 && !COMPRESSING.contains(&(stat.f_type as i64));
-        if is_told && free < bytes {
-            let (needed, free) = (mib(bytes), mib(free));
+    let rooms: Vec<_> = dirs.map(|dir| Ok((dir, Room::of(dir)?))).collect::<Result<_>>()?;
+    match too_little(&rooms, bytes) {
+        None => Ok(()),
+        Some((dir, needed, free)) => {
+            let (needed, free) = (amount(needed), amount(free));
             let what =
                 format!("{needed} needed for the database alone, {free} free; make room, or give another directory");
             let full = std::io::Error::new(std::io::ErrorKind::StorageFull, what);
-            return Err(Error::io("restore into", dir.display())(full));
+            Err(Error::io("restore into", dir.display())(full))
         }
     }
-    Ok(())
+}
+
+/// The first directory on a disk that has not the room for all of its own; what these need, and what there is.
+fn too_little<'d>(rooms: &[(&'d Path, Room)], bytes: u64) -> Option<(&'d Path, u64, u64)> {
+    let mut needed: BTreeMap<u64, u64> = BTreeMap::new();
+    for (_, room) in rooms {
+        let sum = needed.entry(room.disk).or_default();
+        *sum = sum.saturating_add(bytes);
+    }
+    rooms.iter().find_map(|(dir, room)| {
+        let (needed, free) = (*needed.get(&room.disk)?, room.free?);
+        (free < needed).then_some((*dir, needed, free))
+    })
 }
 
 #[cfg(test)]
@@ -61,10 +76,14 @@ mod tests {
 
     #[test]
     fn what_cannot_fit_is_said_before() {
-        let dir = std::env::temp_dir().join("not/there/yet");
-        let need = |bytes| need([dir.as_path(), dir.as_path()].into_iter(), bytes);
-        assert!(need(1).is_ok());
-        let refused = need(u64::MAX / 2).map_err(|error| error.to_string());
-        assert!(refused.is_err_and(|error| error.contains("not/there/yet") && error.contains("MiB free")));
+        let (a, b, c) = (Path::new("a"), Path::new("b"), Path::new("c"));
+        let room = |disk, free| Room { disk, free };
+        let rooms = [(a, room(1, Some(10))), (b, room(1, Some(10))), (c, room(2, None))];
+        assert_eq!(too_little(&rooms, 5), None);
+        assert_eq!(too_little(&rooms, 6), Some((a, 12, 10)));
+        assert_eq!(too_little(&rooms[1..], 10), None);
+        assert_eq!(too_little(&rooms[2..], u64::MAX), None);
+        assert_eq!(too_little(&rooms, u64::MAX), Some((a, u64::MAX, 10)));
+        assert!(Room::of(Path::new("not/there/yet")).is_ok());
     }
 }

@@ -29,7 +29,7 @@ use croner::Cron;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use session::{Ended, Session, Tip};
+use session::{End, Ended, Session, Tip};
 
 pub use closing::TakenDelta;
 pub use full::TakenFull;
@@ -146,7 +146,7 @@ pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut R
         let ended = match begin(settings, stop).await {
             Ok(session) => {
                 began = true;
-                let (ended, received, saved) = session.run(stop, requests).await;
+                let End { ended, received, saved } = session.run(stop, requests).await;
                 unsaved = match &ended {
                     Ended::Unsaved(error) => Some((received, error.to_string())),
                     Ended::Clean | Ended::Interrupted(_) => unsaved.filter(|(upto, _)| saved < *upto),

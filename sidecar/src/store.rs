@@ -28,7 +28,7 @@ pub use gate::{Operation, Operations};
 use marks::Marks;
 pub use upload::{Staged, Upload};
 
-use crate::catalog::{Catalog, Description, ObjectName, Timeline};
+use crate::catalog::{Catalog, Description, ObjectName, PREDECESSOR, Timeline};
 use crate::container::{self, FromTail};
 use crate::pace::Pace;
 use crate::{Class, Error, Result};
@@ -352,6 +352,15 @@ impl Store {
             Error::corrupt(format!("{}: it does not describe a timeline: {error}", self.location(&name)))
         })?;
         Ok(Some(description))
+    }
+
+    /// Id of the cluster that a timeline is of; `None` where nothing says so, as in what was copied out of the predecessor's layout.
+    pub async fn cluster_of(&self, timeline: Timeline) -> Result<Option<u64>> {
+        if timeline == PREDECESSOR {
+            return Ok(None);
+        }
+        let described = self.description(timeline).await?;
+        Ok(described.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok()))
     }
 
     /// Reads the metadata of a full or a delta without the rest of it; the predecessor's have none.

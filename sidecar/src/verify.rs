@@ -29,7 +29,7 @@ pub use journal::Journal;
 pub enum Level {
     /// Names alone: that the latest state can be restored.
     Names,
-    /// Every byte: frames, checksums, seek tables, metadata.
+    /// Every byte: frames, checksums, seek tables, metadata; and that each object is of the cluster that its timeline is of.
     Bytes,
     /// Every record: snapshots are whole and of the revision they are named after, deltas hold every revision in order.
     Decode,
@@ -121,17 +121,14 @@ pub async fn verify(store: &Store, look: Look<'_>, journal: &mut Journal, stop: 
             fulls.chain(history.deltas.iter().map(|delta| (delta.name(*timeline), delta.size))).collect();
         report.objects += objects.len() as u64;
         if level >= Level::Bytes {
-            let mut cluster_id = None;
-            match store.description(*timeline).await {
+            let cluster_id = match store.cluster_of(*timeline).await {
                 Err(error) if error.class() == Class::Corrupt => {
                     let at = store.location(&ObjectName::Timeline { timeline: *timeline });
                     report.problems.push(Problem { at, what: error.to_string(), is_gap: false });
+                    None
                 }
-                // What was copied out of the predecessor's layout does not say.
-                described => {
-                    cluster_id = described?.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok());
-                }
-            }
+                cluster_id => cluster_id?,
+            };
             contents(store, objects, cluster_id, level, stop, journal, &mut report).await?;
         }
     }

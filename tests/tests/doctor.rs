@@ -44,7 +44,7 @@ async fn what_is_well_is_said_to_be() -> Result<()> {
     let running = findings(&pod, 0).await?;
     says(&running, "etcd", "good", "3.6.16, Leader of cluster")?;
     says(&running, "data directory", "good", "in use")?;
-    says(&running, "newest backup", "good", "MiB")?;
+    says(&running, "newest backup", "good", "KiB")?;
     says(&running, "server.listen", "remark", "taken")?;
     says(&running, "room for a restore", "good", "free")?;
     says(&running, "auth", "good", "off")?;

@@ -214,6 +214,47 @@ async fn what_only_a_damaged_database_has_stays() -> Result<()> {
     Ok(())
 }
 
+/// A disk that became read-only is looked at like any other; that nothing can be done there is said.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_cannot_be_written_is_told_of() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let pod = Pod::new(&dir.path().join("pod"), "3.6", Some(Store::directory(&dir.path().join("store"))))?;
+    let data = pod.member.data_dir.clone();
+    std::fs::create_dir_all(&data)?;
+    let mount = |options: &[&str]| {
+        let mut command = tokio::process::Command::new("mount");
+        command.args(options).arg(&data);
+        async move { tests::succeed(&mut command).await.context("mounting needs root") }
+    };
+    mount(&["-t", "tmpfs", "-o", "size=200m,mode=0700", "tmpfs"]).await?;
+    let result = async {
+        let mut etcd = pod.member.start().await?;
+        etcd.client().await?.put("x", "1", None).await?;
+        pod.store.as_ref().context("no store")?.once("full", &pod.member).run().await?.expect(0)?;
+        etcd.stop()?;
+        let before = state::of_directory(&data)?;
+        mount(&["-o", "remount,ro"]).await?;
+        let serving = pod.start_serve().await?;
+        let outcome = pod.initialize().await?;
+        ensure!(outcome.action() == Action::Keep && outcome.reason.contains("Read-only file system"), "{outcome:?}");
+        mount(&["-o", "remount,rw"]).await?;
+        tests::damage(&data)?;
+        mount(&["-o", "remount,ro"]).await?;
+        let mut launched = pod.start_launch()?;
+        launched.running()?.logs("Read-only file system", std::time::Duration::from_secs(60)).await?;
+        ensure!(!launched.log().contains("etcd is started"), "{}", launched.log());
+        let _ = launched.terminate().await?;
+        mount(&["-o", "remount,rw"]).await?;
+        let outcome = pod.initialize().await?;
+        ensure!(outcome.action() == Action::Restore && state::of_directory(&data)? == before, "{outcome:?}");
+        serving.terminate().await?.expect(0)?;
+        anyhow::Ok(())
+    }
+    .await;
+    tests::succeed(tokio::process::Command::new("umount").arg(&data)).await?;
+    result
+}
+
 /// An etcd that cannot start on its data, although that is sound, is sent back a few times and no more; the data stays.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_etcd_that_fails_on_its_data_ends() -> Result<()> {

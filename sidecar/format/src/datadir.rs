@@ -25,7 +25,7 @@ pub use append::{Appended, Behind, Facts, Held, changes};
 pub use disk::{Disk, DiskWriter, RealDisk, Scratch};
 pub use minor::Minor;
 pub use rewrite::{Rewrite, Rewritten};
-pub use stage::{JOINED, LAST_EXIT, Staged, check_target, origin, put_beside};
+pub use stage::{Note, Staged, check_target, origin};
 pub use tail::{Base, Change, Restored, Revision, Spec, Tail};
 pub use verify::{
     Answered, Finding, Hold, Severity, Summary, Verdict, Verify, WantHash, hold, verify, verify_and_see,

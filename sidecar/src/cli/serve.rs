@@ -12,14 +12,14 @@ use super::write_out;
 use crate::catalog::Layout;
 use crate::client::ApiFlags;
 use crate::etcd::{EtcdFlags, Secret};
-use crate::initialize::{self, Member, read_text};
+use crate::initialize::{self, Member};
 use crate::metrics::Metrics;
 use crate::retention::{Policy, Retention};
 use crate::server::{self, Files};
 use crate::snapshotter::{DELTA_BYTES, DELTA_PERIODS};
 use crate::store::{Open, Store};
 use crate::supervise::{self, Leases, Supervisor, Upkeep};
-use crate::{Error, Result, snapshotter};
+use crate::{Error, Result, small_file, snapshotter};
 
 /// Looking at the store more often than that would cost more than it gains.
 const LEAST_PERIOD: Duration = Duration::from_secs(1);
@@ -67,7 +67,7 @@ impl ConfigFlags {
 
     pub(super) fn read(&self) -> Result<SidecarConfig> {
         let place = self.place();
-        let text = self.config.as_deref().map(read_text).transpose().map_err(Error::io("read", &place))?;
+        let text = self.config.as_deref().map(small_file::read_text).transpose().map_err(Error::io("read", &place))?;
         let config = SidecarConfig::layered(text.as_deref(), |name| std::env::var(name).ok(), &self.set);
         config.map_err(|error| Error::invalid(format!("{place}: {error}")))
     }
@@ -139,7 +139,7 @@ pub(super) fn settings(config: &SidecarConfig, store: Option<Store>) -> Result<s
     let pod = std::env::var("POD_NAME").ok();
     let member = Member::read(&config.member.etcd_config, pod.as_deref())?;
     let password = config.etcd.password_file.as_deref().map(|path| {
-        let password = read_text(path).map_err(Error::io("read the password in", path.display()))?;
+        let password = small_file::read_text(path).map_err(Error::io("read the password in", path.display()))?;
         Ok::<_, Error>(Secret::from(password.trim_end_matches(['\r', '\n']).to_owned()))
     });
     let etcd = EtcdFlags {

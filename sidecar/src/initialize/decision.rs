@@ -131,6 +131,52 @@ pub struct Sound {
     pub restored_since: bool,
     /// Voting members of its cluster, as its log says.
     pub voters: usize,
+    /// How its rows differ from those that etcd had when it was backed up.
+    pub differs: Option<Differs>,
+}
+
+/// Rows whose hash is not the one that etcd itself had answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Differs {
+    /// Both hashes.
+    pub evidence: String,
+    /// Whether its last revision is in the backups as it is here. Histories agree up to where they part, and never after: what
+    /// ends with the same is the same history, and damaged.
+    pub has_same_end: bool,
+}
+
+impl Data {
+    /// What it is beside these backups: sound by itself, and yet damaged, when its rows are not those that etcd had.
+    #[must_use]
+    pub fn judged(self, backups: &Backups) -> Self {
+        let Self::Sound(mut sound) = self else { return self };
+        let Some(differs) = sound.differs.take().filter(|_| !sound.restored_since) else { return Self::Sound(sound) };
+        let reach = sound.reach();
+        let only_here = match backups {
+            Backups::Upto { last, .. } if reach > *last => {
+                Some(format!("it may have revisions up to {reach}, where the backups end at {last}"))
+            }
+            _ if differs.has_same_end => None,
+            _ => Some("nothing shows that the backups are of the same history".to_owned()),
+        };
+        Self::Damaged(Damaged {
+            part: Part::Database,
+            evidence: differs.evidence,
+            cluster_id: Some(sound.cluster_id),
+            voters: sound.voters,
+            restored_since: false,
+            only_here,
+        })
+    }
+
+    /// Whether nothing of it is missed when the backups, or other members, have all that they should.
+    pub fn is_lost(&self) -> bool {
+        match self {
+            Self::Absent => true,
+            Self::Sound(_) => false,
+            Self::Damaged(damaged) => damaged.only_here.is_none(),
+        }
+    }
 }
 
 /// What the store has.
@@ -216,6 +262,8 @@ pub struct Facts {
     pub lost: usize,
     /// Whether to begin anew where data is damaged and there is nothing to restore.
     pub may_start_empty: bool,
+    /// Why the data directory cannot be written.
+    pub cannot_write: Option<String>,
 }
 
 /// What to do.
@@ -257,6 +305,15 @@ impl Decision {
 
 /// Decides, and says why.
 pub fn decide(facts: &Facts) -> (Decision, String) {
+    let (decision, mut why) = decide_what(facts);
+    if let Some(cannot_write) = &facts.cannot_write {
+        why.push_str("; ");
+        why.push_str(cannot_write);
+    }
+    (decision, why)
+}
+
+fn decide_what(facts: &Facts) -> (Decision, String) {
     let of_one = facts.replicas <= 1;
     let is_alone = of_one && facts.live == Live::Nobody;
     match &facts.data {
@@ -279,7 +336,7 @@ pub fn decide(facts: &Facts) -> (Decision, String) {
             }
             if let (Live::Nobody, Some(only_here)) = (facts.live, &damaged.only_here) {
                 let why = format!(
-                    "{what}, and {only_here}: move the member directory away to have it restored, or make a member of its database with `sidecar restore --snapshot-file`"
+                    "{what}, and {only_here}: move the member directory away to have it restored, or make a member of its database with `sidecar restore --skip-hash-check --snapshot-file …/member/snap/db`"
                 );
                 let decision = if of_one { Decision::Refuse { may_pass: false } } else { Decision::Wait };
                 return (decision, why);
@@ -428,7 +485,8 @@ mod tests {
     const OURS: u64 = 7;
 
     fn sound(revision: i64, unapplied: u64) -> Data {
-        Data::Sound(Sound { cluster_id: OURS, revision, unapplied, repairs: None, restored_since: false, voters: 1 })
+        let (cluster_id, repairs, restored_since, voters, differs) = (OURS, None, false, 1, None);
+        Data::Sound(Sound { cluster_id, revision, unapplied, repairs, restored_since, voters, differs })
     }
 
     fn upto(last: i64) -> Backups {
@@ -459,11 +517,12 @@ mod tests {
     }
 
     fn alone(data: Data, backups: Backups, may_start_empty: bool) -> Facts {
-        Facts { data, backups, replicas: 1, is_existing: false, live: Live::Nobody, lost: 0, may_start_empty }
+        let (live, cannot_write) = (Live::Nobody, None);
+        Facts { data, backups, replicas: 1, is_existing: false, live, lost: 0, may_start_empty, cannot_write }
     }
 
     fn of_three(data: Data, backups: Backups, live: Live, lost: usize) -> Facts {
-        Facts { data, backups, replicas: 3, is_existing: false, live, lost, may_start_empty: false }
+        Facts { replicas: 3, live, lost, ..alone(data, backups, false) }
     }
 
     fn check(facts: &Facts, expected: Decision) {
@@ -629,6 +688,7 @@ mod tests {
                     live,
                     lost,
                     may_start_empty: bits & 4 != 0,
+                    cannot_write: None,
                 };
                 let (decision, why) = decide(&facts);
                 count += 1;
@@ -704,7 +764,24 @@ mod tests {
     }
 
     #[test]
+    fn rows_that_differ_are_damage_only_beside_backups_of_their_own() {
+        let with = |has_same_end, restored_since| {
+            let Data::Sound(sound) = sound(5, 1) else { unreachable!() };
+            let differs = Some(Differs { evidence: "hash".into(), has_same_end });
+            Data::Sound(Sound { restored_since, differs, ..sound })
+        };
+        let decided = |data: Data, last| decide(&alone(data.judged(&upto(last)), upto(last), true)).0;
+        assert_eq!(decided(with(true, false), 6), Decision::Restore);
+        assert_eq!(decided(with(true, false), 5), NEVER, "its log may have one more");
+        assert_eq!(decided(with(false, false), 6), NEVER, "it may be another history");
+        assert_eq!(decided(with(false, true), 6), KEEP, "it was restored: other rows are to be expected");
+        assert_eq!(decided(sound(5, 1), 6), KEEP);
+    }
+
+    #[test]
     fn the_reason_has_the_evidence() {
+        let facts = Facts { cannot_write: Some("read-only".into()), ..alone(sound(5, 0), upto(5), false) };
+        assert!(decide(&facts).1.ends_with("; read-only"));
         let (_, why) = decide(&alone(damaged(), upto(9), false));
         assert!(why.contains("page 7") && why.contains("revision 9"), "{why}");
     }

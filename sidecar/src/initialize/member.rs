@@ -1,18 +1,14 @@
 //! The configuration of a member's etcd: what we go by, and what etcd gets.
 
-use std::fs::File;
-use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use etcd_format::membership::NewCluster;
 use serde_json::{Map, Value};
 
-use crate::{Error, Result};
+use crate::{Error, Result, small_file};
 
 /// Whom etcd's own default makes a cluster of.
 const DEFAULT_TOKEN: &str = "etcd-cluster";
-
-const MOST_TEXT_BYTES: u64 = 1 << 20;
 
 /// A member, as the configuration of its etcd has it.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,7 +33,7 @@ impl Member {
     /// `initial-advertise-peer-urls` and `advertise-client-urls` are then lists by member, and `pod` says which we are.
     pub fn read(path: &Path, pod: Option<&str>) -> Result<Self> {
         let place = path.display().to_string();
-        let text = read_text(path).map_err(Error::io("read the configuration of etcd in", &place))?;
+        let text = small_file::read_text(path).map_err(Error::io("read the configuration of etcd in", &place))?;
         Self::parse(&text, pod).map_err(|what| Error::invalid(format!("the configuration of etcd in {place}: {what}")))
     }
 
@@ -133,17 +129,6 @@ impl Member {
         }
         Value::Object(config).to_string()
     }
-}
-
-/// A file that a person wrote: no larger than any of those is.
-pub(crate) fn read_text(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    let read = File::open(path)?.take(MOST_TEXT_BYTES + 1).read_to_string(&mut text)?;
-    if read as u64 > MOST_TEXT_BYTES {
-        let what = format!("it is larger than {MOST_TEXT_BYTES} bytes, which no configuration is");
-        return Err(io::Error::new(io::ErrorKind::FileTooLarge, what));
-    }
-    Ok(text)
 }
 
 fn urls_of_others(config: &Map<String, Value>, name: &str) -> Vec<String> {

@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use crate::{Error, Result};
+use crate::{Error, Result, small_file};
 
 /// Who has not shaken hands by then goes.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
@@ -38,7 +38,7 @@ struct Content {
 
 impl Content {
     fn read(files: &Files) -> Result<Self> {
-        let read = |path: &Path| std::fs::read(path).map_err(Error::io("read the certificate", path.display()));
+        let read = |path: &Path| small_file::read(path).map_err(Error::io("read the certificate", path.display()));
         Ok(Self { cert: read(&files.cert)?, key: read(&files.key)?, client_ca: read(&files.client_ca)? })
     }
 

@@ -74,6 +74,17 @@ pub(super) enum Ended {
     Unsaved(Error),
 }
 
+/// The end of a session.
+#[derive(Debug)]
+pub(super) struct End {
+    /// How it came.
+    pub ended: Ended,
+    /// The last revision that was received.
+    pub received: i64,
+    /// The last that is in the store.
+    pub saved: i64,
+}
+
 /// Why a full snapshot is due.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Due {
@@ -156,7 +167,7 @@ pub(super) struct Session<'s> {
     base: Option<ObjectName>,
     /// The last object of the chain: what `home` stands for.
     newest: Option<ObjectName>,
-    /// A delta was lost: those after it would follow nothing.
+    /// A delta was lost, or the store is another's: what is pending would follow nothing.
     lost: bool,
     /// Why changes that etcd had when the run was asked to end were not received.
     unsaved: Option<Error>,
@@ -460,8 +471,7 @@ impl<'s> Session<'s> {
 
     /// Backs up until `stop` is cancelled or trouble comes. Then what is pending is brought home, also when etcd is gone: it
     /// may be all that is left of the last seconds. Only a run that is to end gives that up.
-    /// Returns how it ended, up to where changes were received, and up to where they are in the store.
-    pub async fn run(mut self, stop: &CancellationToken, requests: &mut Requests) -> (Ended, i64, i64) {
+    pub async fn run(mut self, stop: &CancellationToken, requests: &mut Requests) -> End {
         let mut tasks = Tasks::new();
         let _stops = (tasks.stop_full.clone().drop_guard(), tasks.stop_delta.clone().drop_guard());
         let result = self.follow(stop, requests, &mut tasks).await;
@@ -496,7 +506,7 @@ impl<'s> Session<'s> {
             (Err(error), Ok(())) => Ended::Interrupted(error),
             (Ok(()), Ok(())) => Ended::Clean,
         };
-        (ended, received, saved)
+        End { ended, received, saved }
     }
 
     async fn follow(&mut self, stop: &CancellationToken, requests: &mut Requests, tasks: &mut Tasks) -> Result<()> {
@@ -638,10 +648,10 @@ impl<'s> Session<'s> {
     async fn find_chain(&self) -> Result<Found> {
         let (store, timeline, home) = (&self.settings.store, self.timeline, self.home);
         let catalog = store.catalog().await?;
-        let described = if timeline == PREDECESSOR { None } else { store.description(timeline).await? };
-        let (ours, theirs) = (format!("{:x}", self.status.cluster_id), described.map(|described| described.cluster_id));
-        if let Some(theirs) = theirs.filter(|theirs| !theirs.is_empty() && *theirs != ours) {
-            let what = format!("another store was put in its place, whose timeline {timeline} is of cluster {theirs}");
+        let theirs = store.cluster_of(timeline).await?;
+        if let Some(theirs) = theirs.filter(|theirs| *theirs != self.status.cluster_id) {
+            let what =
+                format!("another store was put in its place, whose timeline {timeline} is of cluster {theirs:x}");
             return Ok(Found::Anothers(what));
         }
         let chain = catalog.timelines.get(&timeline).and_then(History::newest_chain);

@@ -24,8 +24,8 @@ pub struct Seen {
     pub timeline: Timeline,
     /// Metadata of its newest full or delta that can be read; `None` when it has none yet.
     pub newest: Option<ObjectMeta>,
-    /// Id of the cluster that the timeline was begun with, hexadecimal, where that is known.
-    pub begun_with: Option<String>,
+    /// Id of the cluster that the timeline was begun with, where that is known.
+    pub begun_with: Option<u64>,
     /// A newer one cannot be read, so nothing should be built upon the chain.
     pub newer_is_damaged: bool,
 }
@@ -60,9 +60,11 @@ pub fn decide(seen: Option<&Seen>, live: &Status) -> Decision {
     };
     let begin = |reason| Decision::Begin { timeline: seen.timeline.saturating_add(1), parent: seen.timeline, reason };
     // First of all: an object of ours that went astray into another's timeline does not make it ours.
-    let live_id = format!("{:x}", live.cluster_id);
-    if let Some(begun_with) = seen.begun_with.as_ref().filter(|begun_with| **begun_with != live_id) {
-        return begin(format!("cluster {live_id} is not the cluster {begun_with} that the timeline was begun with"));
+    if let Some(begun_with) = seen.begun_with.filter(|begun_with| *begun_with != live.cluster_id) {
+        return begin(format!(
+            "cluster {:x} is not the cluster {begun_with:x} that the timeline was begun with",
+            live.cluster_id
+        ));
     }
     let Some(newest) = &seen.newest else { return Decision::Continue { timeline: seen.timeline } };
     if newest.cluster_id != live.cluster_id {
@@ -115,11 +117,11 @@ pub async fn look(store: &Store, catalog: &Catalog) -> Result<Option<Seen>> {
     Ok(Some(seen))
 }
 
-/// The cluster that a timeline was begun with; what was copied out of the predecessor's layout does not say.
-async fn begun_with(store: &Store, timeline: Timeline) -> Result<Option<String>> {
-    match store.description(timeline).await {
+/// The cluster that a timeline was begun with, where its description can be read.
+async fn begun_with(store: &Store, timeline: Timeline) -> Result<Option<u64>> {
+    match store.cluster_of(timeline).await {
         Err(error) if error.class() == Class::Corrupt => Ok(None),
-        described => Ok(described?.map(|described| described.cluster_id).filter(|cluster_id| !cluster_id.is_empty())),
+        cluster_id => cluster_id,
     }
 }
 
@@ -248,7 +250,7 @@ pub async fn fork_revision(
     live: i64,
 ) -> Result<i64> {
     let compacted = etcd.compact_revision(0).await?;
-    let whose = if timeline == PREDECESSOR { None } else { begun_with(store, timeline).await? };
+    let whose = begun_with(store, timeline).await?;
     let comparable = |delta: &&Delta| delta.first > compacted && delta.first <= live;
     let deltas: Vec<Delta> = history.deltas.iter().filter(comparable).copied().collect();
     // Two histories agree up to where they part and never after.
@@ -256,7 +258,7 @@ pub async fn fork_revision(
     while agree < differ {
         let middle = agree.midpoint(differ);
         let Some(delta) = deltas.get(middle) else { break };
-        let shared = shared_with(store, etcd, timeline, (delta, whose.as_deref()), live).await?;
+        let shared = shared_with(store, etcd, timeline, (delta, whose), live).await?;
         fork = shared.unwrap_or_default().max(fork);
         if shared == Some(delta.last) {
             agree = middle + 1;
@@ -299,12 +301,12 @@ async fn shared_with(
     store: &Store,
     etcd: &Etcd,
     timeline: Timeline,
-    (delta, whose): (&Delta, Option<&str>),
+    (delta, whose): (&Delta, Option<u64>),
     live: i64,
 ) -> Result<Option<i64>> {
     let name = delta.name(timeline);
     if let (Some(whose), Some(meta)) = (whose, store.meta(&name, delta.size).await?)
-        && whose != format!("{:x}", meta.cluster_id)
+        && whose != meta.cluster_id
     {
         // It went astray.
         return Ok(None);
@@ -363,16 +365,16 @@ mod tests {
 
     #[test]
     fn an_empty_timeline_is_only_for_the_cluster_it_was_begun_with() {
-        let seen = |begun_with: &str| Seen { newest: None, begun_with: Some(begun_with.into()), ..seen(0, 0) };
-        assert_eq!(decide(Some(&seen("7")), &live(7, 1, 1)), Decision::Continue { timeline: 3 });
-        assert!(begins(&seen("8"), &live(7, 1, 1)));
+        let seen = |begun_with| Seen { newest: None, begun_with: Some(begun_with), ..seen(0, 0) };
+        assert_eq!(decide(Some(&seen(7)), &live(7, 1, 1)), Decision::Continue { timeline: 3 });
+        assert!(begins(&seen(8), &live(7, 1, 1)));
     }
 
     #[test]
     fn what_went_astray_into_anothers_timeline_does_not_make_it_ours() {
-        let astray = Seen { begun_with: Some("8".into()), ..seen(100, 150) };
+        let astray = Seen { begun_with: Some(8), ..seen(100, 150) };
         assert!(begins(&astray, &live(7, 100, 150)));
-        assert!(!begins(&Seen { begun_with: Some("7".into()), ..astray }, &live(7, 100, 150)));
+        assert!(!begins(&Seen { begun_with: Some(7), ..astray }, &live(7, 100, 150)));
     }
 
     #[test]

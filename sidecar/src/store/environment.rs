@@ -11,7 +11,7 @@ use object_store::azure::{AzureAccessKey, AzureCredential};
 use object_store::gcp::{GcpCredential, GoogleCloudStorage, GoogleCloudStorageBuilder};
 use object_store::{CredentialProvider, Error as StoreError};
 
-use crate::{Class, Error, Result};
+use crate::{Class, Error, Result, small_file};
 
 /// Variables that lead to one kind of store: from a source or not, all or none.
 const FAMILIES: [&[&str]; 3] = [&["AWS_", "OPENSHIFT_", "ECS_"], &["AZURE_"], &["GOOGLE_", "STORAGE_"]];
@@ -104,7 +104,7 @@ impl Secret {
                 return read_json(&path);
             }
             if path.is_file() {
-                let text = std::fs::read_to_string(&path).map_err(Error::io("read the secret", path.display()))?;
+                let text = small_file::read_text(&path).map_err(Error::io("read the secret", path.display()))?;
                 fields.insert(name.to_owned(), text.trim().to_owned());
             }
         }
@@ -113,7 +113,7 @@ impl Secret {
 }
 
 fn read_json(path: &Path) -> Result<BTreeMap<String, String>> {
-    let text = std::fs::read(path).map_err(Error::io("read the secret", path.display()))?;
+    let text = small_file::read(path).map_err(Error::io("read the secret", path.display()))?;
     // What serde says of a value may have it in.
     let value: serde_json::Value = serde_json::from_slice(&text).map_err(|error| {
         let (line, column) = (error.line(), error.column());
@@ -217,7 +217,7 @@ impl CredentialProvider for ServiceAccount {
     type Credential = GcpCredential;
 
     async fn get_credential(&self) -> object_store::Result<Arc<GcpCredential>> {
-        let read = std::fs::read_to_string(&self.path);
+        let read = small_file::read_text(&self.path);
         let json = read.map_err(Error::io("read the secret", self.path.display())).map_err(unusable)?;
         let signer = {
             let mut current = self.current.lock().unwrap_or_else(std::sync::PoisonError::into_inner);

@@ -17,7 +17,7 @@ use serde_json::json;
 use tokio::sync::Mutex;
 
 use super::environment::unusable;
-use crate::{Error, Result};
+use crate::{Error, Result, small_file};
 
 /// The file decides where the machine's token is sent, and others may write the file: it goes to Google alone.
 const TOKEN_URL: &str = "https://sts.googleapis.com/v1/token";
@@ -146,14 +146,14 @@ impl Federation {
     /// Of a file, which must make sense now.
     pub(super) fn new(path: &str, http: HttpClient) -> Result<Self> {
         let path = PathBuf::from(path);
-        Account::parse(&std::fs::read(&path).map_err(Error::io("read the secret", path.display()))?, &path)?;
+        Account::parse(&small_file::read(&path).map_err(Error::io("read the secret", path.display()))?, &path)?;
         Ok(Self { path, http, current: Mutex::default() })
     }
 
     async fn renew(&self, text: &[u8]) -> Result<Current> {
         let account = Account::parse(text, &self.path)?;
         let file = &account.credential_source.file;
-        let subject = std::fs::read_to_string(file).map_err(Error::io("read the token", file.display()))?;
+        let subject = small_file::read_text(file).map_err(Error::io("read the token", file.display()))?;
         let subject = account.credential_source.token(&subject)?;
         let form = "application/x-www-form-urlencoded";
         let body = self.post(&account.token_url, form, None, account.exchange(&subject)).await?;
@@ -226,7 +226,7 @@ impl CredentialProvider for Federation {
     type Credential = GcpCredential;
 
     async fn get_credential(&self) -> object_store::Result<Arc<GcpCredential>> {
-        let read = std::fs::read(&self.path).map_err(Error::io("read the secret", self.path.display()));
+        let read = small_file::read(&self.path).map_err(Error::io("read the secret", self.path.display()));
         let text = read.map_err(unusable)?;
         // Held over the exchange: requests that meet the same end ask once.
         let mut current = self.current.lock().await;

@@ -18,7 +18,7 @@ use super::federation::Federation;
 use super::marks::{self, Marks};
 use super::patience::Patient;
 use super::{Open, Store};
-use crate::{Error, Result};
+use crate::{Error, Result, small_file};
 
 const SUPPORTED: &str =
     "supported are file:///directory, s3://bucket/prefix, gs://bucket/prefix and az://container/prefix";
@@ -280,7 +280,7 @@ impl Place<'_> {
         }
         let mut trusted = Vec::new();
         if let Some(path) = ca_bundle {
-            trusted.push(std::fs::read(path).map_err(Error::io("read the CA bundle", path))?);
+            trusted.push(small_file::read(path).map_err(Error::io("read the CA bundle", path))?);
         }
         if let Some(secret) = secret {
             trusted.extend(secret.get("trustedCaCert").map(|pem| pem.as_bytes().to_vec()));
@@ -305,7 +305,7 @@ fn is_on(value: Option<String>) -> bool {
 
 /// What kind of account a credentials file of Google's is of.
 fn kind_of_account(path: &str) -> Result<String> {
-    let text = std::fs::read(path).map_err(Error::io("read the secret", path))?;
+    let text = small_file::read(path).map_err(Error::io("read the secret", path))?;
     let value: serde_json::Value =
         serde_json::from_slice(&text).map_err(|_| Error::invalid(format!("the secret {path} is not JSON")))?;
     Ok(value["type"].as_str().unwrap_or_default().to_owned())

@@ -97,6 +97,7 @@ impl Upload {
         let parts = match &mut self.parts {
             Some(parts) => parts,
             none => {
+                // A directory that vanished would be made anew by the first part.
                 self.store.check_directory()?;
                 let begun = Parts::begin(&self.store, &staging).await;
                 none.insert(begun.map_err(self.store.fail("begin upload of", &staging))?)

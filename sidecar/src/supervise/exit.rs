@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use etcd_format::datadir::{LAST_EXIT, put_beside};
+use etcd_format::datadir::Note;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -22,7 +22,7 @@ pub struct LastExit {
 impl LastExit {
     /// `None` where nobody has said, or what was said cannot be read.
     pub(super) fn read(data_dir: &Path) -> Option<Self> {
-        serde_json::from_slice(&std::fs::read(data_dir.join(LAST_EXIT)).ok()?).ok()
+        serde_json::from_slice(&Note::LastExit.read(data_dir)?).ok()
     }
 
     /// Replaces what was said before. Nothing is made where there is no data.
@@ -32,7 +32,7 @@ impl LastExit {
         }
         let json = serde_json::to_vec(self)
             .map_err(|error| Error::Bug { what: format!("describe how etcd ended: {error}") })?;
-        put_beside(data_dir, LAST_EXIT, &json).map_err(Error::format("say how etcd ended"))
+        Note::LastExit.write(data_dir, &json).map_err(Error::format("say how etcd ended"))
     }
 }
 
@@ -49,7 +49,7 @@ mod tests {
             exit.write(dir.path())?;
             assert_eq!(LastExit::read(dir.path()), Some(exit));
         }
-        std::fs::write(dir.path().join(LAST_EXIT), "{")?;
+        Note::LastExit.write(dir.path(), b"{")?;
         assert_eq!(LastExit::read(dir.path()), None);
         let nowhere = dir.path().join("nowhere");
         LastExit { code: 0, ran_ms: 0, unix_ms: 0 }.write(&nowhere)?;

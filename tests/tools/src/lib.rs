@@ -44,6 +44,7 @@ pub const INSTALLED: &[(&str, &str)] = &[
     ("chromium", "chromium"),
     ("systemctl", "systemd"),
     ("musl-gcc", "musl-tools"),
+    ("make", "make"),
     ("faketime", "faketime"),
     ("openssl", "openssl"),
 ];

@@ -25,16 +25,53 @@ const HASH_SIZE: u64 = 32;
 const RESTORING: &str = "member.restoring";
 /// Lies in a member that was restored, and says from what. etcd does not look at it.
 const ORIGIN: &str = "origin.json";
-/// Written beside a member by whoever looks after it: what it has joined.
-pub const JOINED: &str = "joined.json";
-/// The same: how its etcd ended.
-pub const LAST_EXIT: &str = "last-exit.json";
-/// What each of them has behind its name while it is written.
+/// What a note has behind its name while it is written.
 const NEW: &str = ".new";
 /// Lies in a staged member until it is whole. Without it, what is staged is a member that was replaced and not moved on yet.
 const UNFINISHED: &str = "unfinished";
 /// Lies beside what is staged and has the inode of its directory: whole or not, what has that inode was not in its place yet.
-const NOTE: &str = "member.restoring.inode";
+const INODE: &str = "member.restoring.inode";
+
+/// What whoever looks after a member writes beside it. etcd does not look at it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Note {
+    /// What it has joined.
+    Joined,
+    /// How its etcd ended.
+    LastExit,
+}
+
+impl Note {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Joined => "joined.json",
+            Self::LastExit => "last-exit.json",
+        }
+    }
+
+    fn is_one(name: &str) -> bool {
+        let name = name.strip_suffix(NEW).unwrap_or(name);
+        [Self::Joined, Self::LastExit].iter().any(|note| note.name() == name)
+    }
+
+    /// What it says; `None` when there is nothing that can be read.
+    pub fn read(self, data_dir: &Path) -> Option<Vec<u8>> {
+        read_note(&data_dir.join(self.name()))
+    }
+
+    /// Puts it there as a whole, in the place of what was there. Nobody else writes it, and what a kill leaves half written the
+    /// next one replaces.
+    pub fn write(self, data_dir: &Path, content: &[u8]) -> Result<()> {
+        let (path, new) = (data_dir.join(self.name()), data_dir.join(format!("{}{NEW}", self.name())));
+        let written = File::create(&new).and_then(|mut file| {
+            file.write_all(content)?;
+            file.sync_all()
+        });
+        written.map_err(Error::io("write", &new))?;
+        std::fs::rename(&new, &path).map_err(Error::io("put in place", &path))?;
+        File::open(data_dir).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", data_dir))
+    }
+}
 
 /// A member directory that is being made beside its final place.
 #[derive(Debug)]
@@ -80,7 +117,7 @@ impl<D: Disk> Staged<D> {
     /// Removes what a restore that was killed left beside the member. A replaced member that it left under another name is
     /// kept. Fails where another restore is at work.
     pub fn clear_leftovers(disk: D, data_dir: &Path) -> Result<()> {
-        let (staging, note) = (data_dir.join(RESTORING), data_dir.join(NOTE));
+        let (staging, note) = (data_dir.join(RESTORING), data_dir.join(INODE));
         if !staging.exists() && !note.exists() {
             return Ok(());
         }
@@ -133,7 +170,7 @@ impl<D: Disk> Staged<D> {
 
     fn write_note(&self) -> Result<()> {
         use std::os::unix::fs::MetadataExt;
-        let (staging, note) = (self.layout.member(), self.data_dir.join(NOTE));
+        let (staging, note) = (self.layout.member(), self.data_dir.join(INODE));
         let inode = std::fs::metadata(staging).map_err(Error::io("look at", staging))?.ino();
         if note.exists() {
             self.disk.remove_file(&note).map_err(Error::io("remove", &note))?;
@@ -145,7 +182,7 @@ impl<D: Disk> Staged<D> {
     /// Whether what is staged never was in its place.
     fn is_noted(&self, staging: &Path) -> bool {
         use std::os::unix::fs::MetadataExt;
-        let noted = std::fs::read_to_string(self.data_dir.join(NOTE)).ok().and_then(|text| text.parse().ok());
+        let noted = std::fs::read_to_string(self.data_dir.join(INODE)).ok().and_then(|text| text.parse().ok());
         noted.is_some_and(|inode: u64| std::fs::metadata(staging).is_ok_and(|metadata| metadata.ino() == inode))
     }
 
@@ -305,7 +342,7 @@ impl<D: Disk> Staged<D> {
         }
         for member in &mut members {
             member.made.clear();
-            let _ = member.disk.remove_file(&member.data_dir.join(NOTE));
+            let _ = member.disk.remove_file(&member.data_dir.join(INODE));
         }
         Ok(replaced.into_iter().flatten().collect())
     }
@@ -382,22 +419,13 @@ impl<D: Disk> Staged<D> {
 
 /// What [`Staged::write_origin`] left in a data directory; `None` when nothing that can be read.
 pub fn origin(data_dir: &Path) -> Option<Vec<u8>> {
-    let file = File::open(data_dir.join("member").join(ORIGIN)).ok()?;
-    let mut bytes = Vec::new();
-    // It is a line or two, whoever wrote it.
-    file.take(64 << 10).read_to_end(&mut bytes).ok().map(|_| bytes)
+    read_note(&data_dir.join("member").join(ORIGIN))
 }
 
-/// Puts [`JOINED`] or [`LAST_EXIT`] into a data directory, as a whole in the place of what was there. Nobody else writes it, and
-/// what a kill leaves half written the next one replaces.
-pub fn put_beside(data_dir: &Path, name: &str, content: &[u8]) -> Result<()> {
-    let (path, new) = (data_dir.join(name), data_dir.join(format!("{name}{NEW}")));
-    let written = File::create(&new).and_then(|mut file| {
-        file.write_all(content)?;
-        file.sync_all()
-    });
-    written.map_err(Error::io("write", &new))?;
-    std::fs::rename(&new, &path).map_err(Error::io("put in place", &path))
+fn read_note(path: &Path) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    // It is a line or two, whoever wrote it.
+    File::open(path).ok()?.take(64 << 10).read_to_end(&mut bytes).ok().map(|_| bytes)
 }
 
 /// Fails where a restore would refuse to put a member: into a directory with something in it, or under a running etcd.
@@ -409,8 +437,8 @@ pub fn check_target(data_dir: &Path, replace: bool) -> Result<()> {
     for entry in std::fs::read_dir(data_dir).map_err(Error::io("list", data_dir))? {
         let name = entry.map_err(Error::io("list", data_dir))?.file_name();
         match name.to_str() {
-            Some(RESTORING | NOTE | "lost+found") => {}
-            Some(name) if [JOINED, LAST_EXIT].contains(&name.strip_suffix(NEW).unwrap_or(name)) => {}
+            Some(RESTORING | INODE | "lost+found") => {}
+            Some(name) if Note::is_one(name) => {}
             Some(name) if name.starts_with("member.replaced-") => {}
             _ if replace => {}
             _ => {
@@ -431,7 +459,7 @@ impl<D: Disk> Drop for Staged<D> {
         if self.owns_staging {
             // The note stays as long as there is something that it is about.
             if self.disk.remove_dir_all(self.layout.member()).is_ok() {
-                let _ = self.disk.remove_file(&self.data_dir.join(NOTE));
+                let _ = self.disk.remove_file(&self.data_dir.join(INODE));
             }
         }
         for dir in self.made.iter().rev() {
