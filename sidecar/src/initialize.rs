@@ -543,7 +543,11 @@ async fn look_at(
     // Beyond a gap too: what is there was acknowledged, and data that lacks it is behind, whether it can be appended or not.
     let revisions = history.fulls.iter().map(|full| full.revision).chain(history.deltas.iter().map(|delta| delta.last));
     let last = revisions.max().unwrap_or(0).max(chain.last);
-    let cluster_id = store.cluster_of(timeline).await?;
+    let cluster_id = match store.cluster_of(timeline).await? {
+        None => store.meta(&chain.full.name(timeline), chain.full.size).await?.map(|meta| meta.cluster_id),
+        described => described,
+    };
+    let cluster_id = cluster_id.filter(|id| *id != 0);
     let ours = match data {
         Data::Absent => None,
         Data::Sound(sound) => Some((sound.cluster_id, &mut sound.restored_since)),
@@ -578,14 +582,15 @@ async fn look_at(
         && restore::is_of_its_log(store, timeline, history, sound.revision, (summary.consistent_index, term), 0).await?
             == Some(true)
     {
-        let end = restore::has_same_end(store, timeline, history, &member.data_dir, sound.revision);
-        sound.differs = Some(Differs { evidence, has_same_end: end.await? });
+        let range = (summary.compact_revision, sound.revision);
+        let agree = restore::compare_end(store, timeline, history, &member.data_dir, range).await?;
+        sound.differs = Some(Differs { evidence, agree });
     }
     Ok(Backups::Upto { last, timeline, cluster_id })
 }
 
-/// How what etcd had answered for its hash differs from what its rows give now: a bit has flipped, or a page is of another time.
-/// Nothing else in a database would show that.
+/// How what etcd had answered for its hash differs from what its rows give now: a bit has flipped, or it is another history.
+/// Nothing else in a database would show the first.
 fn differs(verdict: &Verdict, timeline: Timeline, answers: &[Answer]) -> Option<String> {
     let found = verdict.summary.as_ref()?.hash.filter(|found| found.is_definite)?;
     let is_same = |answer: &&Answer| {
@@ -596,7 +601,7 @@ fn differs(verdict: &Verdict, timeline: Timeline, answers: &[Answer]) -> Option<
     let recorded = answers.iter().find(is_same).filter(|answer| answer.timeline == timeline)?.hash;
     (!found.may_be(recorded)).then(|| {
         format!(
-            "the hash of its rows at revision {} is {}, etcd's own was {recorded}, as recorded with the backups: a value has changed in snap/db",
+            "the hash of its rows at revision {} is {}, etcd's own was {recorded}, as recorded with the backups",
             found.revision, found.hash
         )
     })

@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use pieces::Decompressed;
 pub(crate) use pieces::{PieceReader, Pieces, Stoppable, fetch};
 
-pub use append::{Appended, append, has_same_end, is_of_its_log};
+pub use append::{Appended, append, compare_end, is_of_its_log};
 pub use point::{AtTime, Choice, Upto, choose};
 
 use crate::catalog::{Chain, ObjectName, Timeline};

@@ -37,7 +37,7 @@ use service::Api;
 /// No request is larger.
 const MOST_REQUEST_BYTES: usize = 64 << 10;
 /// Calls of one connection at once.
-const MOST_CALLS: usize = 32;
+const MOST_CALLS: u32 = 16;
 /// How long calls that are under way may take when the sidecar ends.
 const LAST_CALLS: Duration = Duration::from_secs(3);
 /// Connections from this machine at once: its launcher, and whoever looks after it.
@@ -94,7 +94,9 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
     tracing::info!(listen = %listener.local_addr().map_err(Error::io("listen on", listen))?, "the API is served");
     let server = Server::builder()
         .accept_http1(true)
-        .concurrency_limit_per_connection(MOST_CALLS)
+        .concurrency_limit_per_connection(MOST_CALLS as usize)
+        // What is answered and not read waits in memory.
+        .max_concurrent_streams(Some(MOST_CALLS))
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .max_connection_age(MOST_AGE)
         .add_routes(Routes::from(router));

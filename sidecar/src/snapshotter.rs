@@ -93,10 +93,10 @@ fn now_ms() -> i64 {
     Utc::now().timestamp_millis()
 }
 
-async fn begin<'s>(settings: &'s Settings, stop: &CancellationToken) -> Result<Session<'s>> {
+async fn begin<'s>(settings: &'s Settings, stop: &CancellationToken, known: Option<u64>) -> Result<Session<'s>> {
     let begin = async {
         let (etcd, status) = Etcd::connect(&settings.etcd).await?;
-        Session::begin(settings, etcd, status).await
+        Session::begin(settings, etcd, status, known).await
     };
     tokio::select! {
         session = begin => session,
@@ -106,7 +106,7 @@ async fn begin<'s>(settings: &'s Settings, stop: &CancellationToken) -> Result<S
 
 /// Takes one snapshot and returns.
 pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> Result<Taken> {
-    let mut session = begin(settings, stop).await?;
+    let mut session = begin(settings, stop, None).await?;
     match kind {
         Kind::Full => Ok(Taken::Full(session.full_once(stop).await?)),
         Kind::Delta => match std::mem::take(&mut session.tip) {
@@ -138,14 +138,15 @@ pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> 
 /// Meanwhile it takes what is asked for.
 pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut Requests) -> Result<()> {
     let mut delay = Duration::from_millis(500);
-    let mut began = false;
+    // The cluster that is backed up.
+    let mut known = None;
     // Up to where something was received that is in no store, and why: the next session takes it from etcd, if there is one.
     let mut unsaved: Option<(i64, String)> = None;
     loop {
         let started = Instant::now();
-        let ended = match begin(settings, stop).await {
+        let ended = match begin(settings, stop, known).await {
             Ok(session) => {
-                began = true;
+                known = Some(session.cluster_id());
                 let End { ended, received, saved } = session.run(stop, requests).await;
                 unsaved = match &ended {
                     Ended::Unsaved(error) => Some((received, error.to_string())),
@@ -162,7 +163,7 @@ pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut R
             Ended::Interrupted(error) | Ended::Unsaved(error) => error,
         };
         // At the start, most trouble is a mistake that somebody wants to hear of.
-        if !error.class().passes(began) {
+        if !error.class().passes(known.is_some()) {
             return Err(error);
         }
         if started.elapsed() > Duration::from_secs(60) {

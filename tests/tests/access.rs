@@ -103,6 +103,31 @@ async fn who_says_nothing_keeps_nobody_out() -> Result<()> {
     Ok(())
 }
 
+/// Who asks and does not read has what it asked for wait in memory: that is little.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_connection_has_few_calls_at_once() -> Result<()> {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    const SETTINGS: u8 = 4;
+    const MAX_CONCURRENT_STREAMS: u16 = 3;
+    let dir = tempfile::tempdir()?;
+    let pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
+    let serving = pod.start_serve().await?;
+    let mut stream = tokio::net::TcpStream::connect(pod.url().trim_start_matches("http://")).await?;
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
+    stream.write_all(&[0, 0, 0, SETTINGS, 0, 0, 0, 0, 0]).await?;
+    let mut head = [0; 9];
+    stream.read_exact(&mut head).await?;
+    ensure!(head[3] == SETTINGS, "{head:?}");
+    let mut settings = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+    stream.read_exact(&mut settings).await?;
+    let most = settings.chunks_exact(6).find(|setting| setting[..2] == MAX_CONCURRENT_STREAMS.to_be_bytes());
+    let most = u32::from_be_bytes(most.context("no limit")?[2..].try_into()?);
+    ensure!((1..=32).contains(&most), "{most}");
+    drop(stream);
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn to_serve_without_tls_is_said_out_loud() -> Result<()> {
     let dir = tempfile::tempdir()?;

@@ -104,6 +104,24 @@ pub(super) fn check(config: &SidecarConfig) -> Result<()> {
     if config.etcd.endpoints.is_empty() {
         return Err(Error::invalid("etcd.endpoints names no endpoint"));
     }
+    for (field, endpoints) in
+        [("etcd.endpoints", &config.etcd.endpoints), ("etcd.clusterEndpoints", &config.etcd.cluster_endpoints)]
+    {
+        let is_one = |endpoint: &String| {
+            url::Url::parse(endpoint.trim())
+                .is_ok_and(|url| ["http", "https"].contains(&url.scheme()) && url.has_host())
+        };
+        if let Some(wrong) = endpoints.iter().find(|endpoint| !is_one(endpoint)) {
+            return Err(Error::invalid(format!("{field}: {wrong:?} is no URL such as https://127.0.0.1:2379")));
+        }
+    }
+    config.store.as_ref().map_or(Ok(()), |store| Store::check_url(&store.url).map(drop))?;
+    if config.compaction.as_ref().is_some_and(|compaction| compaction.deltas == 0) {
+        return Err(Error::invalid("compaction.deltas is 0: nothing can be merged; leave the section out instead"));
+    }
+    if config.kubernetes.as_ref().is_some_and(|kubernetes| kubernetes.heartbeat_period < LEAST_PERIOD) {
+        return Err(Error::invalid(format!("kubernetes.heartbeatPeriod must be {LEAST_PERIOD:?} or more")));
+    }
     if config.etcd.remove_members_after.is_some_and(|after| after < LEAST_AWAY) {
         return Err(Error::invalid(format!(
             "etcd.removeMembersAfter must be {LEAST_AWAY:?} or more: a member that restarts is away for as long"
@@ -191,7 +209,7 @@ fn leases(config: &SidecarConfig) -> Option<Leases> {
     let given = |name: &String| Some(name.clone()).filter(|name| !name.is_empty());
     Some(Leases {
         namespace: given(&kubernetes.namespace),
-        heartbeat_period: kubernetes.heartbeat_period.max(LEAST_PERIOD),
+        heartbeat_period: kubernetes.heartbeat_period,
         delta_period: config.snapshots.delta_period,
         full: given(&kubernetes.full_snapshot_lease),
         delta: given(&kubernetes.delta_snapshot_lease),
@@ -236,7 +254,7 @@ fn upkeep(config: &SidecarConfig) -> Result<Upkeep> {
     };
     Ok(Upkeep {
         retention,
-        compaction: compaction.map(|compaction| (compaction.deltas.max(1) as usize, compaction.work_dir.clone())),
+        compaction: compaction.map(|compaction| (compaction.deltas as usize, compaction.work_dir.clone())),
         verification: verification
             .map(|drill| Ok::<_, Error>((cron("verification.schedule", &drill.schedule)?, drill.work_dir.clone())))
             .transpose()?,

@@ -140,9 +140,24 @@ pub struct Sound {
 pub struct Differs {
     /// Both hashes.
     pub evidence: String,
-    /// Whether its last revision is in the backups as it is here. Histories agree up to where they part, and never after: what
-    /// ends with the same is the same history, and damaged.
-    pub has_same_end: bool,
+    /// Of the last revisions, those that the backups have too, in order: whether each is the same there.
+    pub agree: Vec<bool>,
+}
+
+/// So few revisions that agree may do so by chance.
+const TOO_FEW: usize = 4;
+
+impl Differs {
+    /// Whether it is the history that was backed up, with some of its values changed. One that parted from it has an end of
+    /// its own: from somewhere on nothing agrees, or hardly anything. `None` where that cannot be told.
+    fn is_same_history(&self) -> Option<bool> {
+        let differ = self.agree.iter().filter(|agrees| !**agrees).count();
+        let own_end = self.agree.iter().rev().take_while(|agrees| !**agrees).count();
+        if own_end >= 2 || 4 * differ > self.agree.len() {
+            return Some(false);
+        }
+        (self.agree.len() >= TOO_FEW && own_end == 0).then_some(true)
+    }
 }
 
 impl Data {
@@ -152,16 +167,22 @@ impl Data {
         let Self::Sound(mut sound) = self else { return self };
         let Some(differs) = sound.differs.take().filter(|_| !sound.restored_since) else { return Self::Sound(sound) };
         let reach = sound.reach();
-        let only_here = match backups {
-            Backups::Upto { last, .. } if reach > *last => {
-                Some(format!("it may have revisions up to {reach}, where the backups end at {last}"))
+        let (what, only_here) = match (differs.is_same_history(), backups) {
+            // It is backed up as such, when etcd runs.
+            (Some(false), _) => return Self::Sound(sound),
+            (Some(true), Backups::Upto { last, .. }) if reach > *last => {
+                let only_here = format!("it may have revisions up to {reach}, where the backups end at {last}");
+                ("a value in snap/db has changed", Some(only_here))
             }
-            _ if differs.has_same_end => None,
-            _ => Some("nothing shows that the backups are of the same history".to_owned()),
+            (Some(true), _) => ("a value in snap/db has changed", None),
+            (None, _) => (
+                "a value in snap/db has changed, or it was restored since and is another history",
+                Some("too little of it is in the backups to tell which".to_owned()),
+            ),
         };
         Self::Damaged(Damaged {
             part: Part::Database,
-            evidence: differs.evidence,
+            evidence: format!("{}: {what}", differs.evidence),
             cluster_id: Some(sound.cluster_id),
             voters: sound.voters,
             restored_since: false,
@@ -765,16 +786,25 @@ mod tests {
 
     #[test]
     fn rows_that_differ_are_damage_only_beside_backups_of_their_own() {
-        let with = |has_same_end, restored_since| {
+        let with = |agree: &[bool], restored_since| {
             let Data::Sound(sound) = sound(5, 1) else { unreachable!() };
-            let differs = Some(Differs { evidence: "hash".into(), has_same_end });
+            let differs = Some(Differs { evidence: "hash".into(), agree: agree.to_vec() });
             Data::Sound(Sound { restored_since, differs, ..sound })
         };
         let decided = |data: Data, last| decide(&alone(data.judged(&upto(last)), upto(last), true)).0;
-        assert_eq!(decided(with(true, false), 6), Decision::Restore);
-        assert_eq!(decided(with(true, false), 5), NEVER, "its log may have one more");
-        assert_eq!(decided(with(false, false), 6), NEVER, "it may be another history");
-        assert_eq!(decided(with(false, true), 6), KEEP, "it was restored: other rows are to be expected");
+        let (yes, no) = ([true; 8], [false; 8]);
+        assert_eq!(decided(with(&yes, false), 6), Decision::Restore);
+        assert_eq!(decided(with(&yes, false), 5), NEVER, "its log may have one more");
+        assert_eq!(decided(with(&yes, true), 6), KEEP, "it was restored: other rows are to be expected");
+        let one_differs = [&yes[..3], &no[..1], &yes[..4]].concat();
+        assert_eq!(decided(with(&one_differs, false), 6), Decision::Restore);
+        // Another history, also where it ends with the same by chance.
+        for agree in [&no[..], &[&yes[..], &no[..2]].concat(), &[&no[..], &yes[..1]].concat(), &no[..1]] {
+            assert_eq!(decided(with(agree, false), 6), KEEP, "{agree:?}");
+        }
+        for agree in [&[][..], &yes[..3], &[&yes[..], &no[..1]].concat()] {
+            assert_eq!(decided(with(agree, false), 6), NEVER, "{agree:?}");
+        }
         assert_eq!(decided(sound(5, 1), 6), KEEP);
     }
 

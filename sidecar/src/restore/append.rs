@@ -193,28 +193,34 @@ pub async fn is_of_its_log(
     }))
 }
 
-/// Whether the member in a data directory has, as its last revision, what the backup has under that number: histories agree up
-/// to where they part, and never after. False where that cannot be told.
-pub async fn has_same_end(
+/// Of the last revisions of the member in a data directory, between its compaction and its own, those that the backup has too, in
+/// order: whether each is the same there.
+pub async fn compare_end(
     store: &Store,
     timeline: Timeline,
     history: &History,
     data_dir: &Path,
-    revision: i64,
-) -> Result<bool> {
-    let covers = |delta: &&Delta| (delta.first..=delta.last).contains(&revision);
-    let Some(delta) = history.deltas.iter().find(covers) else { return Ok(false) };
-    let (name, data_dir) = (delta.name(timeline), data_dir.to_owned());
-    let object = store.get_whole(&name, delta.size).await?;
-    let location = store.location(&name);
-    blocking(move || {
-        let expected = RevisionDigests::of_delta(&name, &object, &location, revision, revision)?.into_map();
-        let mut found = RevisionDigests::default();
-        let see = &mut |main, is_put, bytes: &[u8]| found.add(main, is_put, bytes);
-        changes(&data_dir, revision, revision, see).map_err(Error::format(data_dir.display().to_string()))?;
-        Ok(!expected.is_empty() && expected == found.into_map())
-    })
-    .await
+    (compacted, revision): (i64, i64),
+) -> Result<Vec<bool>> {
+    let lowest = (revision - COMPARED + 1).max(compacted + 1);
+    let mut agree = BTreeMap::new();
+    for delta in history.deltas.iter().filter(|delta| delta.first <= revision && delta.last >= lowest) {
+        let (name, data_dir) = (delta.name(timeline), data_dir.to_owned());
+        let object = store.get_whole(&name, delta.size).await?;
+        let location = store.location(&name);
+        let (first, last) = (delta.first.max(lowest), delta.last.min(revision));
+        let compared = blocking(move || {
+            let expected = RevisionDigests::of_delta(&name, &object, &location, first, last)?.into_map();
+            let mut found = RevisionDigests::default();
+            let see = &mut |main, is_put, bytes: &[u8]| found.add(main, is_put, bytes);
+            changes(&data_dir, first, last, see).map_err(Error::format(data_dir.display().to_string()))?;
+            let found = found.into_map();
+            let same = |(revision, digest): (&i64, &u64)| (*revision, found.get(revision) == Some(digest));
+            Ok(expected.iter().map(same).collect::<Vec<_>>())
+        });
+        agree.extend(compared.await?);
+    }
+    Ok(agree.into_values().collect())
 }
 
 /// Compares the last revisions of the member with what the backup has under the same numbers.

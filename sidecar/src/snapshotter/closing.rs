@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::now_ms;
+use super::session::still_ours;
 use crate::catalog::{Layout, ObjectName, Timeline};
 use crate::delta::{self, Builder};
 use crate::etcd::{Etcd, Status};
@@ -176,13 +177,16 @@ impl Known {
 async fn upload_delta(job: CloseJob, end: DeltaEnd, stop: &CancellationToken) -> Result<TakenDelta> {
     let CloseJob { store, layout, timeline, builder, meta, metrics, .. } = job;
     let (first, last, mut unix_ms) = (builder.first(), builder.last(), now_ms());
-    let events = builder.events();
+    let (events, cluster_id) = (builder.events(), meta.cluster_id);
     let made = tokio::task::spawn_blocking(move || make(builder, layout, end, meta)).await;
     let (content, is_too_large_to_replay) = made.map_err(|error| Error::task(&error))??;
     let size = content.iter().map(Bytes::len).sum::<usize>() as u64;
     loop {
         let name = layout.delta(timeline, first, last, unix_ms);
-        let put = || store.put_new(&name, &content);
+        let put = || async {
+            still_ours(&store, timeline, cluster_id).await?;
+            store.put_new(&name, &content).await
+        };
         match store.persist("upload of a delta", stop, |error| metrics.interrupted(error), put).await {
             Ok(()) => return Ok(TakenDelta { name, events, size, is_too_large_to_replay }),
             // Another writer closed the same revisions in the same moment, which is legal.

@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::closing::Position;
+use super::session::still_ours;
 use crate::catalog::{Layout, ObjectName, Timeline};
 use crate::etcd::Etcd;
 use crate::object::FullWriter;
@@ -84,7 +85,10 @@ pub(super) async fn take(mut job: Job, stop: &CancellationToken) -> Result<Taken
         job.layout.full(job.timeline, scanned.revision, unix_ms)
     };
     let finished = tokio::select! {
-        result = upload.finish_as(name) => result,
+        result = async {
+            still_ours(&job.store, job.timeline, job.meta.cluster_id).await?;
+            upload.finish_as(name).await
+        } => result,
         () = stop.cancelled() => Err(Error::Cancelled),
     };
     let (name, size) = match finished {

@@ -15,13 +15,14 @@ use super::closing::{Ask, CloseJob, Known, Position, TakenDelta, close_delta, lo
 use super::full::{self, TakenFull, log_full};
 use super::pending::Pending;
 use super::requests::{Asked, Request, Requests};
-use super::timeline::{self, Comparison, Decision};
+use super::timeline::{self, Comparison, Decision, Seen};
 use super::{Kind, Settings, now_ms};
 use crate::catalog::{Catalog, Chain, Description, History, Layout, ObjectName, PREDECESSOR, Timeline};
 use crate::container::LAYOUT;
 use crate::etcd::{Etcd, Status};
 use crate::metrics;
 use crate::retention::ABANDONED_AFTER;
+use crate::store::Store;
 use crate::{Class, Error, Result};
 
 /// How long an ending run may take to bring its last delta home. Kubernetes grants 30 s in all.
@@ -167,15 +168,16 @@ pub(super) struct Session<'s> {
     base: Option<ObjectName>,
     /// The last object of the chain: what `home` stands for.
     newest: Option<ObjectName>,
-    /// A delta was lost, or the store is another's: what is pending would follow nothing.
+    /// A delta was lost: those after it would follow nothing.
     lost: bool,
     /// Why changes that etcd had when the run was asked to end were not received.
     unsaved: Option<Error>,
 }
 
 impl<'s> Session<'s> {
-    /// Finds out where to go on: from what the store has, and from what etcd is.
-    pub async fn begin(settings: &'s Settings, mut etcd: Etcd, status: Status) -> Result<Self> {
+    /// Finds out where to go on: from what the store has, and from what etcd is. `before` is the cluster that this run has backed
+    /// up already.
+    pub async fn begin(settings: &'s Settings, mut etcd: Etcd, status: Status, before: Option<u64>) -> Result<Self> {
         let store = &settings.store;
         let catalog = store.catalog().await?;
         let abandoned_ms = now_ms() - i64::try_from(ABANDONED_AFTER.as_millis()).unwrap_or(i64::MAX);
@@ -215,7 +217,7 @@ impl<'s> Session<'s> {
             unsaved: None,
         };
         match settings.layout {
-            Layout::Steward => session.find_timeline(&catalog).await?,
+            Layout::Steward => session.find_timeline(&catalog, before).await?,
             Layout::GardenerV2 => session.find_predecessor(&catalog).await?,
         }
         let backed_up_to = if let Tip::At(tip) = session.tip { Some(tip) } else { None };
@@ -242,11 +244,25 @@ impl<'s> Session<'s> {
         Ok(session)
     }
 
-    async fn find_timeline(&mut self, catalog: &Catalog) -> Result<()> {
-        let seen = timeline::look(&self.settings.store, catalog).await?;
+    async fn find_timeline(&mut self, catalog: &Catalog, before: Option<u64>) -> Result<()> {
+        let store = &self.settings.store;
+        let seen = timeline::look(store, catalog).await?;
+        let theirs = seen.as_ref().and_then(|seen| Some((seen.timeline, seen.begun_with?)));
+        if let Some((timeline, theirs)) = theirs.filter(|(_, theirs)| *theirs != self.status.cluster_id)
+            && before == Some(self.status.cluster_id)
+        {
+            // It is the same cluster still, and the store is not: whoever owns that would find ours to be the newest there.
+            return Err(Error::missing(format!(
+                "{}: nothing is backed up into it; put ours back",
+                anothers(store, timeline, theirs)
+            )));
+        }
         match timeline::decide(seen.as_ref(), &self.status) {
             Decision::Continue { timeline } => {
                 self.timeline = timeline;
+                if let Some(seen) = seen.as_ref().filter(|seen| seen.begun_with.is_none()) {
+                    self.describe_again(seen).await?;
+                }
                 match (catalog.timelines.get(&timeline), &seen) {
                     (Some(history), Some(seen)) => self.resume(history, seen.newer_is_damaged).await,
                     _ => Ok(()),
@@ -255,6 +271,30 @@ impl<'s> Session<'s> {
             Decision::Begin { timeline, parent, ref reason } => {
                 self.begin_timeline(timeline, parent, catalog.timelines.get(&parent), reason).await
             }
+        }
+    }
+
+    /// A timeline whose description is gone, and whose newest object is of this cluster, gets one again: by it another's data is
+    /// told from its own.
+    async fn describe_again(&self, seen: &Seen) -> Result<()> {
+        let store = &self.settings.store;
+        let is_ours = seen.newest.as_ref().is_some_and(|newest| newest.cluster_id == self.status.cluster_id);
+        if !is_ours || !matches!(store.description(seen.timeline).await, Ok(None)) {
+            return Ok(());
+        }
+        tracing::warn!(timeline = seen.timeline, "the description of the timeline is missing; it is written again");
+        store.put_description(&self.description(seen.timeline, 0, 0, "its first description was missing")).await
+    }
+
+    fn description(&self, timeline: Timeline, parent: Timeline, fork_revision: i64, reason: &str) -> Description {
+        Description {
+            layout: LAYOUT,
+            timeline,
+            parent,
+            fork_revision,
+            reason: reason.to_owned(),
+            cluster_id: format!("{:x}", self.status.cluster_id),
+            created: Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true),
         }
     }
 
@@ -302,15 +342,7 @@ impl<'s> Session<'s> {
         } else {
             tracing::info!(timeline, "begin the first timeline");
         }
-        let description = Description {
-            layout: LAYOUT,
-            timeline,
-            parent,
-            fork_revision,
-            reason: reason.to_owned(),
-            cluster_id: format!("{:x}", self.status.cluster_id),
-            created: Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true),
-        };
+        let description = self.description(timeline, parent, fork_revision, reason);
         store.put_description(&description).await.map_err(|error| match error.class() {
             // Its content has the time: another writer began the timeline in the same moment.
             Class::Precondition => Error::Unanswered {
@@ -418,6 +450,11 @@ impl<'s> Session<'s> {
             ask,
             metrics: self.settings.metrics.clone(),
         })
+    }
+
+    /// The cluster that is backed up.
+    pub fn cluster_id(&self) -> u64 {
+        self.status.cluster_id
     }
 
     /// Whether users, roles or auth have changed since the newest full snapshot.
@@ -633,9 +670,11 @@ impl<'s> Session<'s> {
             }
             Ok(Some(Found::Gone(what))) => Err(Error::missing(format!("{}: {what}", store.url()))),
             Ok(Some(Found::Anothers(what))) => {
-                // What is pending does not belong there.
-                self.lost = true;
-                Err(Error::missing(format!("{}: {what}", self.settings.store.url())))
+                // What is pending waits for ours to come back: nothing is put into another's.
+                let error = Error::missing(format!("{what}: nothing is backed up into it; put ours back"));
+                tracing::error!("{error}");
+                self.settings.metrics.interrupted(&error);
+                Ok(())
             }
             Err::<_, Error>(error) => {
                 tracing::debug!(%error, "the store could not be looked at");
@@ -888,6 +927,20 @@ fn unproven(have: i64, compacted: i64) -> Error {
     };
     tracing::warn!("{what}; a full snapshot is due");
     Error::precondition(format!("{what}; take a full snapshot with --once full"))
+}
+
+/// Whose store it is now.
+fn anothers(store: &Store, timeline: Timeline, theirs: u64) -> String {
+    let url = store.url();
+    format!("{url}: another store was put in its place, whose timeline {timeline} is of cluster {theirs:x}")
+}
+
+/// Somebody may have put another cluster's store in the place of ours since the last look: fails where that is so.
+pub(super) async fn still_ours(store: &Store, timeline: Timeline, cluster_id: u64) -> Result<()> {
+    match store.cluster_of(timeline).await? {
+        Some(theirs) if theirs != cluster_id => Err(Error::missing(anothers(store, timeline, theirs))),
+        _ => Ok(()),
+    }
 }
 
 fn warn_of_hole(have: i64, compacted: i64) {

@@ -32,6 +32,18 @@ impl Store {
 
     /// The same in another environment.
     pub fn open_in(environment: &Environment, url: &str, open: Open) -> Result<Self> {
+        let parsed = Self::check_url(url)?;
+        let place = Place { environment, parsed: &parsed, url: url.trim_end_matches('/').to_owned() };
+        match parsed.scheme() {
+            "file" => place.directory(open),
+            "s3" => place.s3(),
+            "gs" => place.gcs(),
+            _ => place.azure(),
+        }
+    }
+
+    /// Refuses what is no URL of a store, wherever that may be.
+    pub fn check_url(url: &str) -> Result<Url> {
         // What cannot be parsed is not shown: it may have credentials in it.
         let parsed =
             Url::parse(url).map_err(|error| Error::invalid(format!("--store is not a URL ({error}); {SUPPORTED}")))?;
@@ -44,15 +56,14 @@ impl Store {
                 "--store must not have credentials, a query or a fragment; credentials come from the environment",
             ));
         }
-        let place = Place { environment, parsed: &parsed, url: url.trim_end_matches('/').to_owned() };
         match parsed.scheme() {
             "file" if !url.starts_with("file:///") => Err(Error::invalid(format!(
                 "--store {url} must have three slashes and a whole path: file:///directory"
             ))),
-            "file" => place.directory(open),
-            "s3" => place.s3(),
-            "gs" => place.gcs(),
-            "az" => place.azure(),
+            "s3" | "gs" | "az" if parsed.host_str().is_none_or(str::is_empty) => {
+                Err(Error::invalid(format!("--store {url} names no bucket; {SUPPORTED}")))
+            }
+            "file" | "s3" | "gs" | "az" => Ok(parsed),
             other => Err(Error::invalid(format!("--store has scheme {other:?}; {SUPPORTED}"))),
         }
     }
