@@ -46,6 +46,8 @@ const SLACK: i128 = 16;
 const MOST_RECORDED: usize = 8;
 /// and how long: the data is there, and waits.
 const RECORDED_DEADLINE: Duration = Duration::from_secs(5);
+/// When that differs, how long it is compared with the backups in detail.
+const COMPARE_DEADLINE: Duration = Duration::from_secs(30);
 
 /// While others are waited for, the store is listed so often.
 const LISTING_PERIOD: Duration = Duration::from_secs(30);
@@ -453,7 +455,11 @@ async fn observe(
             Err(error) => Backups::Unknown { why: error.to_string() },
         },
     };
+    let differs = matches!(&data, Data::Sound(sound) if sound.differs.is_some());
     let data = data.judged(&backups);
+    if differs && matches!(data, Data::Sound(_)) {
+        tracing::warn!("the data is of another history than the backups: its last revisions are not theirs");
+    }
     let is_lost = data.is_lost() && live == Live::Nobody && replicas > 1;
     let mut lost = 0;
     if let (Some(store), true, Backups::Upto { .. } | Backups::Begun) = (&settings.store, is_lost, &backups) {
@@ -544,7 +550,10 @@ async fn look_at(
     let revisions = history.fulls.iter().map(|full| full.revision).chain(history.deltas.iter().map(|delta| delta.last));
     let last = revisions.max().unwrap_or(0).max(chain.last);
     let cluster_id = match store.cluster_of(timeline).await? {
-        None => store.meta(&chain.full.name(timeline), chain.full.size).await?.map(|meta| meta.cluster_id),
+        // One that cannot be read does not say.
+        None => {
+            store.meta(&chain.full.name(timeline), chain.full.size).await.ok().flatten().map(|meta| meta.cluster_id)
+        }
         described => described,
     };
     let cluster_id = cluster_id.filter(|id| *id != 0);
@@ -583,8 +592,13 @@ async fn look_at(
             == Some(true)
     {
         let range = (summary.compact_revision, sound.revision);
-        let agree = restore::compare_end(store, timeline, history, &member.data_dir, range).await?;
-        sound.differs = Some(Differs { evidence, agree });
+        let compare = restore::compare_end(store, (timeline, sound.cluster_id), history, &member.data_dir, range);
+        match tokio::time::timeout(COMPARE_DEADLINE, compare).await {
+            Ok(Ok(agree)) => sound.differs = Some(Differs { evidence, agree }),
+            // For want of a store nothing is kept from starting.
+            Ok(Err(error)) => tracing::warn!(%error, evidence, "the data cannot be compared with the backups"),
+            Err(_) => tracing::warn!(evidence, "the data cannot be compared with the backups in time"),
+        }
     }
     Ok(Backups::Upto { last, timeline, cluster_id })
 }

@@ -35,7 +35,7 @@ pub use closing::TakenDelta;
 pub use full::TakenFull;
 pub use requests::{Request, Requests, nobody};
 
-use crate::catalog::Layout;
+use crate::catalog::{Layout, Timeline};
 use crate::etcd::{Etcd, EtcdFlags};
 use crate::metrics::Metrics;
 use crate::store::Store;
@@ -93,7 +93,11 @@ fn now_ms() -> i64 {
     Utc::now().timestamp_millis()
 }
 
-async fn begin<'s>(settings: &'s Settings, stop: &CancellationToken, known: Option<u64>) -> Result<Session<'s>> {
+async fn begin<'s>(
+    settings: &'s Settings,
+    stop: &CancellationToken,
+    known: Option<(u64, Timeline)>,
+) -> Result<Session<'s>> {
     let begin = async {
         let (etcd, status) = Etcd::connect(&settings.etcd).await?;
         Session::begin(settings, etcd, status, known).await
@@ -138,7 +142,7 @@ pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> 
 /// Meanwhile it takes what is asked for.
 pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut Requests) -> Result<()> {
     let mut delay = Duration::from_millis(500);
-    // The cluster that is backed up.
+    // The cluster that is backed up, and the timeline.
     let mut known = None;
     // Up to where something was received that is in no store, and why: the next session takes it from etcd, if there is one.
     let mut unsaved: Option<(i64, String)> = None;
@@ -146,7 +150,8 @@ pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut R
         let started = Instant::now();
         let ended = match begin(settings, stop, known).await {
             Ok(session) => {
-                known = Some(session.cluster_id());
+                let own = session.own();
+                known = Some((own.cluster_id, own.timeline));
                 let End { ended, received, saved } = session.run(stop, requests).await;
                 unsaved = match &ended {
                     Ended::Unsaved(error) => Some((received, error.to_string())),

@@ -111,6 +111,7 @@ async fn systemd(dir: &Path) -> Result<()> {
     // Stopped, damaged and started: it has everything.
     let data = machine.lib().join("etcd/data");
     machine.systemctl(&["stop", "etcd.service"]).await?;
+    ensure!(machine.property("etcd.service", "ActiveState").await? == "inactive");
     tests::damage(&data)?;
     machine.systemctl(&["start", "etcd.service"]).await?;
     deployed.has("2").await?;

@@ -197,7 +197,7 @@ pub async fn is_of_its_log(
 /// order: whether each is the same there.
 pub async fn compare_end(
     store: &Store,
-    timeline: Timeline,
+    (timeline, cluster_id): (Timeline, u64),
     history: &History,
     data_dir: &Path,
     (compacted, revision): (i64, i64),
@@ -206,6 +206,10 @@ pub async fn compare_end(
     let mut agree = BTreeMap::new();
     for delta in history.deltas.iter().filter(|delta| delta.first <= revision && delta.last >= lowest) {
         let (name, data_dir) = (delta.name(timeline), data_dir.to_owned());
+        if store.meta(&name, delta.size).await?.is_some_and(|meta| meta.cluster_id != cluster_id) {
+            // It went astray.
+            continue;
+        }
         let object = store.get_whole(&name, delta.size).await?;
         let location = store.location(&name);
         let (first, last) = (delta.first.max(lowest), delta.last.min(revision));

@@ -12,8 +12,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::now_ms;
-use super::session::still_ours;
-use crate::catalog::{Layout, ObjectName, Timeline};
+use super::session::Own;
+use crate::catalog::{Layout, ObjectName};
 use crate::delta::{self, Builder};
 use crate::etcd::{Etcd, Status};
 use crate::metrics::Metrics;
@@ -97,7 +97,7 @@ pub(super) struct CloseJob {
     pub etcd: Etcd,
     pub store: Store,
     pub layout: Layout,
-    pub timeline: Timeline,
+    pub own: Own,
     pub meta: ObjectMeta,
     pub builder: Builder,
     pub ask: Ask,
@@ -121,7 +121,7 @@ async fn ask<T>(limit: Duration, what: &str, question: impl Future<Output = Resu
 
 /// Asks etcd what belongs next to the events, and uploads until it is done. An etcd that does not answer costs the delta
 /// nothing but those answers.
-#[tracing::instrument(name = "delta", skip_all, fields(timeline = job.timeline, first = job.builder.first(), last = job.builder.last()))]
+#[tracing::instrument(name = "delta", skip_all, fields(timeline = job.own.timeline, first = job.builder.first(), last = job.builder.last()))]
 pub(super) async fn close_delta(
     mut job: CloseJob,
     mut known: Known,
@@ -175,16 +175,16 @@ impl Known {
 }
 
 async fn upload_delta(job: CloseJob, end: DeltaEnd, stop: &CancellationToken) -> Result<TakenDelta> {
-    let CloseJob { store, layout, timeline, builder, meta, metrics, .. } = job;
+    let CloseJob { store, layout, own, builder, meta, metrics, .. } = job;
     let (first, last, mut unix_ms) = (builder.first(), builder.last(), now_ms());
-    let (events, cluster_id) = (builder.events(), meta.cluster_id);
+    let events = builder.events();
     let made = tokio::task::spawn_blocking(move || make(builder, layout, end, meta)).await;
     let (content, is_too_large_to_replay) = made.map_err(|error| Error::task(&error))??;
     let size = content.iter().map(Bytes::len).sum::<usize>() as u64;
     loop {
-        let name = layout.delta(timeline, first, last, unix_ms);
+        let name = layout.delta(own.timeline, first, last, unix_ms);
         let put = || async {
-            still_ours(&store, timeline, cluster_id).await?;
+            own.check(&store).await?;
             store.put_new(&name, &content).await
         };
         match store.persist("upload of a delta", stop, |error| metrics.interrupted(error), put).await {

@@ -9,8 +9,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::closing::Position;
-use super::session::still_ours;
-use crate::catalog::{Layout, ObjectName, Timeline};
+use super::session::Own;
+use crate::catalog::{Layout, ObjectName};
 use crate::etcd::Etcd;
 use crate::object::FullWriter;
 use crate::pace::Pace;
@@ -53,21 +53,22 @@ pub(super) struct Job {
     pub etcd: Etcd,
     pub store: Store,
     pub layout: Layout,
-    pub timeline: Timeline,
+    pub own: Own,
     pub meta: ObjectMeta,
     pub bytes_per_second: Option<u64>,
     pub quiet: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// Takes a full snapshot. When it fails or is stopped, what was uploaded is removed.
-#[tracing::instrument(name = "full", skip_all, fields(timeline = job.timeline))]
+#[tracing::instrument(name = "full", skip_all, fields(timeline = job.own.timeline))]
 pub(super) async fn take(mut job: Job, stop: &CancellationToken) -> Result<TakenFull> {
     let unix_ms = job.meta.started_unix_ms;
-    let staging = ObjectName::Uploading { timeline: job.timeline, unix_ms, random: rand::random() };
+    let staging = ObjectName::Uploading { timeline: job.own.timeline, unix_ms, random: rand::random() };
     let mut upload = job.store.upload(staging);
     let quiet = job.quiet.clone();
     let transferred = tokio::select! {
         result = async {
+            job.own.check(&job.store).await?;
             let _quiet = quiet.lock().await;
             transfer(&mut job, &mut upload).await
         } => result,
@@ -82,11 +83,11 @@ pub(super) async fn take(mut job: Job, stop: &CancellationToken) -> Result<Taken
     };
     let name = |attempt| {
         let unix_ms = unix_ms + attempt * job.layout.tick_ms();
-        job.layout.full(job.timeline, scanned.revision, unix_ms)
+        job.layout.full(job.own.timeline, scanned.revision, unix_ms)
     };
     let finished = tokio::select! {
         result = async {
-            still_ours(&job.store, job.timeline, job.meta.cluster_id).await?;
+            job.own.check(&job.store).await?;
             upload.finish_as(name).await
         } => result,
         () = stop.cancelled() => Err(Error::Cancelled),

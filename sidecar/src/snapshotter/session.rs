@@ -172,12 +172,21 @@ pub(super) struct Session<'s> {
     lost: bool,
     /// Why changes that etcd had when the run was asked to end were not received.
     unsaved: Option<Error>,
+    /// Whether the timeline has a description.
+    is_described: bool,
+    /// Whether the store is another's for the time being.
+    is_anothers: bool,
 }
 
 impl<'s> Session<'s> {
     /// Finds out where to go on: from what the store has, and from what etcd is. `before` is the cluster that this run has backed
     /// up already.
-    pub async fn begin(settings: &'s Settings, mut etcd: Etcd, status: Status, before: Option<u64>) -> Result<Self> {
+    pub async fn begin(
+        settings: &'s Settings,
+        mut etcd: Etcd,
+        status: Status,
+        before: Option<(u64, Timeline)>,
+    ) -> Result<Self> {
         let store = &settings.store;
         let catalog = store.catalog().await?;
         let abandoned_ms = now_ms() - i64::try_from(ABANDONED_AFTER.as_millis()).unwrap_or(i64::MAX);
@@ -215,6 +224,8 @@ impl<'s> Session<'s> {
             newest: None,
             lost: false,
             unsaved: None,
+            is_described: false,
+            is_anothers: false,
         };
         match settings.layout {
             Layout::Steward => session.find_timeline(&catalog, before).await?,
@@ -244,25 +255,20 @@ impl<'s> Session<'s> {
         Ok(session)
     }
 
-    async fn find_timeline(&mut self, catalog: &Catalog, before: Option<u64>) -> Result<()> {
+    async fn find_timeline(&mut self, catalog: &Catalog, before: Option<(u64, Timeline)>) -> Result<()> {
         let store = &self.settings.store;
         let seen = timeline::look(store, catalog).await?;
-        let theirs = seen.as_ref().and_then(|seen| Some((seen.timeline, seen.begun_with?)));
-        if let Some((timeline, theirs)) = theirs.filter(|(_, theirs)| *theirs != self.status.cluster_id)
-            && before == Some(self.status.cluster_id)
-        {
-            // It is the same cluster still, and the store is not: whoever owns that would find ours to be the newest there.
-            return Err(Error::missing(format!(
-                "{}: nothing is backed up into it; put ours back",
-                anothers(store, timeline, theirs)
-            )));
+        if let Some((cluster_id, timeline)) = before.filter(|(before, _)| *before == self.status.cluster_id) {
+            // It is the same cluster still. Where the store is not, whoever owns that would find ours to be the newest there.
+            Own { timeline, cluster_id, is_described: true }.check(store).await?;
         }
         match timeline::decide(seen.as_ref(), &self.status) {
             Decision::Continue { timeline } => {
                 self.timeline = timeline;
-                if let Some(seen) = seen.as_ref().filter(|seen| seen.begun_with.is_none()) {
-                    self.describe_again(seen).await?;
-                }
+                self.is_described = match &seen {
+                    Some(seen) if seen.begun_with.is_none() => self.describe_again(seen).await,
+                    seen => seen.is_some(),
+                };
                 match (catalog.timelines.get(&timeline), &seen) {
                     (Some(history), Some(seen)) => self.resume(history, seen.newer_is_damaged).await,
                     _ => Ok(()),
@@ -276,14 +282,16 @@ impl<'s> Session<'s> {
 
     /// A timeline whose description is gone, and whose newest object is of this cluster, gets one again: by it another's data is
     /// told from its own.
-    async fn describe_again(&self, seen: &Seen) -> Result<()> {
+    async fn describe_again(&self, seen: &Seen) -> bool {
         let store = &self.settings.store;
         let is_ours = seen.newest.as_ref().is_some_and(|newest| newest.cluster_id == self.status.cluster_id);
         if !is_ours || !matches!(store.description(seen.timeline).await, Ok(None)) {
-            return Ok(());
+            return false;
         }
         tracing::warn!(timeline = seen.timeline, "the description of the timeline is missing; it is written again");
-        store.put_description(&self.description(seen.timeline, 0, 0, "its first description was missing")).await
+        let description = self.description(seen.timeline, 0, 0, "its first description was missing");
+        let put = store.put_description(&description).await;
+        put.inspect_err(|error| tracing::warn!(%error, "the timeline stays without a description")).is_ok()
     }
 
     fn description(&self, timeline: Timeline, parent: Timeline, fork_revision: i64, reason: &str) -> Description {
@@ -350,7 +358,7 @@ impl<'s> Session<'s> {
             },
             _ => error,
         })?;
-        self.timeline = timeline;
+        (self.timeline, self.is_described) = (timeline, true);
         self.next_full = None;
         Ok(())
     }
@@ -432,10 +440,10 @@ impl<'s> Session<'s> {
         let mut meta = self.meta();
         meta.auth_fingerprint = self.auth.fingerprint().unwrap_or_default();
         meta.auth_state = self.auth.state();
-        let (store, layout, timeline) = (self.settings.store.clone(), self.settings.layout, self.timeline);
+        let (store, layout, own) = (self.settings.store.clone(), self.settings.layout, self.own());
         let quiet = self.settings.quiet.clone();
         let bytes_per_second = self.settings.full_bytes_per_second;
-        full::Job { etcd: self.etcd.clone(), store, layout, timeline, meta, bytes_per_second, quiet }
+        full::Job { etcd: self.etcd.clone(), store, layout, own, meta, bytes_per_second, quiet }
     }
 
     /// Takes the delta that fills, and begins the next one.
@@ -444,7 +452,7 @@ impl<'s> Session<'s> {
             etcd: self.etcd.clone(),
             store: self.settings.store.clone(),
             layout: self.settings.layout,
-            timeline: self.timeline,
+            own: self.own(),
             meta: self.meta(),
             builder: self.pending.close()?,
             ask,
@@ -452,9 +460,9 @@ impl<'s> Session<'s> {
         })
     }
 
-    /// The cluster that is backed up.
-    pub fn cluster_id(&self) -> u64 {
-        self.status.cluster_id
+    /// What is backed up, and where to.
+    pub fn own(&self) -> Own {
+        Own { timeline: self.timeline, cluster_id: self.status.cluster_id, is_described: self.is_described }
     }
 
     /// Whether users, roles or auth have changed since the newest full snapshot.
@@ -572,7 +580,7 @@ impl<'s> Session<'s> {
                 rotation_wanted = false;
             }
             // Deltas that follow nothing are no backup.
-            if matches!(self.tip, Tip::At(_)) {
+            if matches!(self.tip, Tip::At(_)) && !self.is_anothers {
                 self.asked.answer(self.home);
             }
             if self.pending.has_more() && !self.pending.is_full() {
@@ -618,7 +626,7 @@ impl<'s> Session<'s> {
     /// Whether the store has all that etcd has: nothing may have been received because there was nothing, or because it is
     /// on its way.
     async fn is_all_home(&mut self, tasks: &Tasks) -> Result<bool> {
-        let is_quiet = matches!(self.tip, Tip::At(_)) && self.pending.is_empty() && !tasks.delta;
+        let is_quiet = matches!(self.tip, Tip::At(_)) && self.pending.is_empty() && !tasks.delta && !self.is_anothers;
         Ok(is_quiet && self.etcd.status().await?.revision <= self.home.max(self.pending.last()))
     }
 
@@ -662,7 +670,9 @@ impl<'s> Session<'s> {
             // A compaction may have taken their place, and a collection them.
             self.find_chain().await.map(Some)
         };
-        match found.await {
+        let found = found.await;
+        self.is_anothers = matches!(found, Ok(Some(Found::Anothers(_))));
+        match found {
             Ok(None) => Ok(()),
             Ok(Some(Found::Chain(chain))) => {
                 self.follow_chain(&chain);
@@ -935,11 +945,36 @@ fn anothers(store: &Store, timeline: Timeline, theirs: u64) -> String {
     format!("{url}: another store was put in its place, whose timeline {timeline} is of cluster {theirs:x}")
 }
 
-/// Somebody may have put another cluster's store in the place of ours since the last look: fails where that is so.
-pub(super) async fn still_ours(store: &Store, timeline: Timeline, cluster_id: u64) -> Result<()> {
-    match store.cluster_of(timeline).await? {
-        Some(theirs) if theirs != cluster_id => Err(Error::missing(anothers(store, timeline, theirs))),
-        _ => Ok(()),
+/// A timeline, and of which cluster it is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Own {
+    pub timeline: Timeline,
+    pub cluster_id: u64,
+    /// Whether its description was there.
+    pub is_described: bool,
+}
+
+impl Own {
+    /// Somebody may have put another cluster's store in the place of ours since the last look: fails where that is so.
+    pub(super) async fn check(self, store: &Store) -> Result<()> {
+        let cluster_of = async |timeline| match store.cluster_of(timeline).await {
+            // It says nothing, then.
+            Err(error) if error.class() == Class::Corrupt => Ok((timeline, Some(self.cluster_id))),
+            cluster_id => cluster_id.map(|cluster_id| (timeline, cluster_id)),
+        };
+        let mut there = cluster_of(self.timeline).await?;
+        if self.is_described && there.1.is_none() {
+            // It has no such timeline, or has lost that description: another tells.
+            if let Some((newest, _)) = store.catalog().await?.newest() {
+                there = cluster_of(newest).await?;
+            }
+        }
+        match there {
+            (timeline, Some(theirs)) if theirs != self.cluster_id => {
+                Err(Error::missing(anothers(store, timeline, theirs)))
+            }
+            _ => Ok(()),
+        }
     }
 }
 
