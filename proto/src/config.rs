@@ -92,6 +92,17 @@ pub fn variable(field: &str) -> String {
     std::iter::once("SIDECAR_").flat_map(str::chars).chain(words).collect()
 }
 
+/// Of these variables, those that are named like one of a field and are none: probably misspelt. They are not refused, for
+/// Kubernetes makes variables of its own for a service that is called like that.
+pub fn misspelt(variables: impl Iterator<Item = String>) -> Vec<String> {
+    let known: Vec<String> = FIELDS.iter().map(|field| variable(field)).collect();
+    let is_like_one = |name: &String| {
+        let section = |field: &&str| format!("{}_", variable(field.split('.').next().unwrap_or_default()));
+        !known.contains(name) && FIELDS.iter().any(|field| name.starts_with(&section(field)))
+    };
+    variables.filter(is_like_one).collect()
+}
+
 impl SidecarConfig {
     /// Reads a file's text.
     pub fn parse(yaml: &str) -> Result<Self, Error> {
@@ -744,6 +755,8 @@ mod tests {
             }
         }
         assert_eq!(variable("snapshots.deltaMaxBytes"), "SIDECAR_SNAPSHOTS_DELTA_MAX_BYTES");
+        let names = ["SIDECAR_SNAPSHOTS_DELTA_PERIODD", "SIDECAR_STORE_URL", "SIDECAR_CONFIG", "SIDECAR_STORE", "PATH"];
+        assert_eq!(misspelt(names.into_iter().map(str::to_owned)), names[..1]);
         for (set, said) in [
             ("a.b=c", "there is no field"),
             ("store.url", "field=value"),

@@ -90,6 +90,7 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
     if settings.etcd_wrapper {
         router = router.merge(gardener::routes(supervisor));
     }
+    let router = router.layer(axum::middleware::from_fn(service::not_found));
     let router = router.layer(axum::middleware::from_fn(connection::keep));
     tracing::info!(listen = %listener.local_addr().map_err(Error::io("listen on", listen))?, "the API is served");
     let server = Server::builder()

@@ -345,6 +345,7 @@ async fn callers_show_a_certificate() -> Result<()> {
         async move { anyhow::Ok(request.send().await?.status().as_u16()) }
     };
     ensure!(get("/healthz").await? == 200 && get("/readyz").await? == 503);
+    ensure!(get("/helthz").await? == 404);
     // Plain text to it, and a client that says nothing, harm nobody.
     ensure!(reqwest::get(pod.url().replace("https", "http") + "/healthz").await.is_err());
     let address = pod.url().trim_start_matches("https://").to_owned();

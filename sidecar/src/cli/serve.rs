@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::config::{Defragmentation, RetentionPolicy, SidecarConfig, Snapshots};
+use proto::config::{Defragmentation, RetentionPolicy, SidecarConfig, Snapshots, misspelt};
 use tokio_util::sync::CancellationToken;
 
 use super::snapshot::parse_schedule;
@@ -68,6 +68,9 @@ impl ConfigFlags {
     pub(super) fn read(&self) -> Result<SidecarConfig> {
         let place = self.place();
         let text = self.config.as_deref().map(small_file::read_text).transpose().map_err(Error::io("read", &place))?;
+        for variable in misspelt(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok())) {
+            tracing::warn!(variable, "the environment has what looks like a field of the configuration, and is none");
+        }
         let config = SidecarConfig::layered(text.as_deref(), |name| std::env::var(name).ok(), &self.set);
         config.map_err(|error| Error::invalid(format!("{place}: {error}")))
     }

@@ -48,6 +48,23 @@ pub(super) fn known_only(needs_certificate: bool) -> impl Fn(Request<()>) -> Res
     }
 }
 
+/// A path that there is not is answered as gRPC has it, with 200, which a probe takes for health.
+pub(super) async fn not_found(
+    request: axum::extract::Request,
+    next: axum::middleware::Next,
+) -> axum::response::Response {
+    let of_grpc = |headers: &header::HeaderMap| {
+        let kind = headers.get(header::CONTENT_TYPE);
+        kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
+    };
+    let is_plain = !of_grpc(request.headers());
+    let response = next.run(request).await;
+    if is_plain && of_grpc(response.headers()) {
+        return (StatusCode::NOT_FOUND, "there is no such path\n").into_response();
+    }
+    response
+}
+
 type Answer<T> = Result<Response<T>, Status>;
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
