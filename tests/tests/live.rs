@@ -478,6 +478,8 @@ async fn a_store_that_takes_the_place_of_another_is_noticed() -> Result<()> {
     let mut stranger = other.start().await?;
     stranger.client().await?.put("theirs", "1", None).await?;
     Store::directory(&theirs).once("full", &other).run().await?.expect(0)?;
+    // So that ours has a timeline whose number theirs has not.
+    store.once("full", &other).run().await?.expect(0)?;
     let before = state::read(&mut stranger.client().await?).await?;
     stranger.stop()?;
     let mut etcd = member.start().await?;

@@ -697,11 +697,8 @@ impl<'s> Session<'s> {
     async fn find_chain(&self) -> Result<Found> {
         let (store, timeline, home) = (&self.settings.store, self.timeline, self.home);
         let catalog = store.catalog().await?;
-        let theirs = store.cluster_of(timeline).await?;
-        if let Some(theirs) = theirs.filter(|theirs| *theirs != self.status.cluster_id) {
-            let what =
-                format!("another store was put in its place, whose timeline {timeline} is of cluster {theirs:x}");
-            return Ok(Found::Anothers(what));
+        if let Some((timeline, theirs)) = self.own().others(store).await? {
+            return Ok(Found::Anothers(anothers(store, timeline, theirs)));
         }
         let chain = catalog.timelines.get(&timeline).and_then(History::newest_chain);
         Ok(match chain {
@@ -957,6 +954,14 @@ pub(super) struct Own {
 impl Own {
     /// Somebody may have put another cluster's store in the place of ours since the last look: fails where that is so.
     pub(super) async fn check(self, store: &Store) -> Result<()> {
+        match self.others(store).await? {
+            Some((timeline, theirs)) => Err(Error::missing(anothers(store, timeline, theirs))),
+            None => Ok(()),
+        }
+    }
+
+    /// A timeline of another cluster's that shows that the store is that one's, if there is one.
+    async fn others(self, store: &Store) -> Result<Option<(Timeline, u64)>> {
         let cluster_of = async |timeline| match store.cluster_of(timeline).await {
             // It says nothing, then.
             Err(error) if error.class() == Class::Corrupt => Ok((timeline, Some(self.cluster_id))),
@@ -969,12 +974,8 @@ impl Own {
                 there = cluster_of(newest).await?;
             }
         }
-        match there {
-            (timeline, Some(theirs)) if theirs != self.cluster_id => {
-                Err(Error::missing(anothers(store, timeline, theirs)))
-            }
-            _ => Ok(()),
-        }
+        let (timeline, cluster_id) = there;
+        Ok(cluster_id.filter(|theirs| *theirs != self.cluster_id).map(|theirs| (timeline, theirs)))
     }
 }
 
