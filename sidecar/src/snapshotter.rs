@@ -15,6 +15,7 @@
 mod auth;
 mod closing;
 mod full;
+mod own;
 mod pending;
 mod requests;
 mod session;

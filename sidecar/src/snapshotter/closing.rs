@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::now_ms;
-use super::session::Own;
+use super::own::Own;
 use crate::catalog::{Layout, ObjectName};
 use crate::delta::{self, Builder};
 use crate::etcd::{Etcd, Status};

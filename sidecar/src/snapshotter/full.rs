@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::closing::Position;
-use super::session::Own;
+use super::own::Own;
 use crate::catalog::{Layout, ObjectName};
 use crate::etcd::Etcd;
 use crate::object::FullWriter;
