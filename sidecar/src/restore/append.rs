@@ -63,7 +63,7 @@ pub async fn append(
     let catalog = store.catalog().await?;
     let (timeline, history) = find_timeline(store, &catalog, timeline)?;
     let chain = chain_after(store, timeline, history, &facts)?;
-    let behind = check_same_history(store, timeline, history, behind).await?;
+    let behind = check_same_history(store, timeline, history, data_dir, behind).await?;
     let mut appended = Appended {
         data_dir: data_dir.to_owned(),
         timeline,
@@ -205,26 +205,36 @@ pub async fn compare_end(
     let lowest = (revision - COMPARED + 1).max(compacted + 1);
     let mut agree = BTreeMap::new();
     for delta in history.deltas.iter().filter(|delta| delta.first <= revision && delta.last >= lowest) {
-        let (name, data_dir) = (delta.name(timeline), data_dir.to_owned());
-        if store.meta(&name, delta.size).await?.is_some_and(|meta| meta.cluster_id != cluster_id) {
+        if store.meta(&delta.name(timeline), delta.size).await?.is_some_and(|meta| meta.cluster_id != cluster_id) {
             // It went astray.
             continue;
         }
-        let object = store.get_whole(&name, delta.size).await?;
-        let location = store.location(&name);
-        let (first, last) = (delta.first.max(lowest), delta.last.min(revision));
-        let compared = blocking(move || {
-            let expected = RevisionDigests::of_delta(&name, &object, &location, first, last)?.into_map();
-            let mut found = RevisionDigests::default();
-            let see = &mut |main, is_put, bytes: &[u8]| found.add(main, is_put, bytes);
-            changes(&data_dir, first, last, see).map_err(Error::format(data_dir.display().to_string()))?;
-            let found = found.into_map();
-            let same = |(revision, digest): (&i64, &u64)| (*revision, found.get(revision) == Some(digest));
-            Ok(expected.iter().map(same).collect::<Vec<_>>())
-        });
-        agree.extend(compared.await?);
+        agree.extend(agreement(store, timeline, *delta, data_dir, (lowest, revision)).await?);
     }
     Ok(agree.into_values().collect())
+}
+
+/// Of the revisions of a delta within a range, whether each is the same in the member in a data directory.
+async fn agreement(
+    store: &Store,
+    timeline: Timeline,
+    delta: Delta,
+    data_dir: &Path,
+    (lowest, highest): (i64, i64),
+) -> Result<BTreeMap<i64, bool>> {
+    let (name, data_dir) = (delta.name(timeline), data_dir.to_owned());
+    let object = store.get_whole(&name, delta.size).await?;
+    let location = store.location(&name);
+    let (first, last) = (delta.first.max(lowest), delta.last.min(highest));
+    blocking(move || {
+        let expected = RevisionDigests::of_delta(&name, &object, &location, first, last)?.into_map();
+        let mut found = RevisionDigests::default();
+        let see = &mut |main, is_put, bytes: &[u8]| found.add(main, is_put, bytes);
+        changes(&data_dir, first, last, see).map_err(Error::format("compare the member"))?;
+        let found = found.into_map();
+        Ok(expected.iter().map(|(revision, digest)| (*revision, found.get(revision) == Some(digest))).collect())
+    })
+    .await
 }
 
 /// Compares the last revisions of the member with what the backup has under the same numbers.
@@ -232,6 +242,7 @@ async fn check_same_history(
     store: &Store,
     timeline: Timeline,
     history: &History,
+    data_dir: &Path,
     behind: Behind<RealDisk>,
 ) -> Result<Behind<RealDisk>> {
     let facts = behind.facts().clone();
@@ -246,23 +257,10 @@ async fn check_same_history(
     let overlaps = |delta: &&Delta| delta.first <= at && delta.last >= lowest;
     let deltas: Vec<Delta> = history.deltas.iter().filter(overlaps).copied().collect();
     if deltas.iter().any(|delta| delta.last >= at) && at >= lowest {
-        let mut behind = behind;
         for delta in deltas {
-            let name = delta.name(timeline);
-            check_cluster(store, &name, delta.size, facts.cluster_id).await?;
-            let object = store.get_whole(&name, delta.size).await?;
-            let location = store.location(&name);
-            let (first, last) = (delta.first.max(lowest), delta.last.min(at));
-            let (expected, found, same) = blocking(move || {
-                let expected = RevisionDigests::of_delta(&name, &object, &location, first, last)?;
-                let mut found = RevisionDigests::default();
-                let see = &mut |main, is_put, bytes: &[u8]| found.add(main, is_put, bytes);
-                behind.changes(first, last, see).map_err(Error::format("compare the member"))?;
-                Ok((expected.into_map(), found.into_map(), behind))
-            })
-            .await?;
-            behind = same;
-            if let Some(revision) = differs(&expected, &found) {
+            check_cluster(store, &delta.name(timeline), delta.size, facts.cluster_id).await?;
+            let agree = agreement(store, timeline, delta, data_dir, (lowest, at)).await?;
+            if let Some((revision, _)) = agree.iter().find(|(_, agrees)| !**agrees) {
                 return Err(other(format!("revision {revision} differs")));
             }
         }
@@ -304,10 +302,6 @@ async fn check_cluster(store: &Store, name: &ObjectName, size: u64, cluster_id: 
         ))),
         _ => Ok(()),
     }
-}
-
-fn differs(expected: &BTreeMap<i64, u64>, found: &BTreeMap<i64, u64>) -> Option<i64> {
-    expected.iter().find(|(revision, digest)| found.get(revision) != Some(digest)).map(|(revision, _)| *revision)
 }
 
 /// Everything that the appending thread works with.

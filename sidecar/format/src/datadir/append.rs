@@ -53,10 +53,7 @@ pub struct Facts {
 /// or the key.
 pub fn changes(data_dir: &Path, first: i64, last: i64, see: &mut dyn FnMut(i64, bool, &[u8])) -> Result<()> {
     let path = Layout::new(data_dir).db();
-    changes_in(&Db::open(File::open(&path).map_err(Error::io("open", &path))?)?, first, last, see)
-}
-
-fn changes_in(db: &Db<File>, first: i64, last: i64, see: &mut dyn FnMut(i64, bool, &[u8])) -> Result<()> {
+    let db = Db::open(File::open(&path).map_err(Error::io("open", &path))?)?;
     let Some(root) = db.bucket(KEY_BUCKET)? else { return Ok(()) };
     let mut cursor = db.cursor(&root);
     cursor.seek(&RowKey::first_of(first))?;
@@ -135,11 +132,6 @@ impl<D: Disk> Behind<D> {
 
     fn db(&self) -> Result<Db<File>> {
         Db::open(self.file.try_clone().map_err(Error::io("open again", &self.path))?)
-    }
-
-    /// The changes of some revisions, in order: revision, whether it is a put, and the row's value or the key.
-    pub fn changes(&self, first: i64, last: i64, see: &mut dyn FnMut(i64, bool, &[u8])) -> Result<()> {
-        changes_in(&self.db()?, first, last, see)
     }
 
     /// HashKV of its rows.
