@@ -20,7 +20,7 @@ use crate::etcd::{Etcd, EtcdFlags};
 use crate::initialize::{self, Data, Member};
 use crate::room::{Room, existing};
 use crate::store::Store;
-use crate::{Class, Error, Result, small_file, supervise};
+use crate::{Class, Error, Result, kinship, small_file, supervise};
 
 /// A certificate that has no more time than this is worth knowing of.
 const SOON: chrono::TimeDelta = chrono::TimeDelta::days(14);
@@ -78,14 +78,18 @@ pub async fn examine(
     let mut findings = vec![Finding::good("member", format!("{name}, in a cluster of {count}"))];
     let now = Utc::now();
     findings.extend(pairs(config).iter().map(|pair| pair.examine(now)));
-    findings.extend(member.tls_files().into_iter().map(|(what, path)| Pair { what, path, key: None }).map(|pair| {
-        if pair.path.exists() {
-            pair.examine(now)
-        } else {
-            let why = format!("{} is not there: it may be in etcd's container only", pair.path.display());
-            Finding::remark(pair.what, why)
-        }
-    }));
+    findings.extend(
+        member.tls_files().into_iter().map(|(what, path)| Pair { what, path, key: None, shown: Shown::Nobody }).map(
+            |pair| {
+                if pair.path.exists() {
+                    pair.examine(now)
+                } else {
+                    let why = format!("{} is not there: it may be in etcd's container only", pair.path.display());
+                    Finding::remark(pair.what, why)
+                }
+            },
+        ),
+    );
     findings.push(listener(config));
     let mut newest = Newest::default();
     match (&settings.initialize.store, not_opened) {
@@ -106,7 +110,11 @@ pub async fn examine(
         },
     }
     for endpoint in &settings.etcd.endpoints {
-        findings.extend(etcd(&settings.etcd, endpoint.trim(), newest.cluster_id, &member.client_ports()).await);
+        let (found, ours) = etcd(&settings.etcd, endpoint.trim(), &member.client_ports()).await;
+        findings.extend(found);
+        if let (Some(store), Some(ours), Some(theirs)) = (&settings.initialize.store, ours, newest.cluster_id) {
+            findings.extend(whose(store, ours, theirs, &member.data_dir).await);
+        }
     }
     if let Some(others) = &settings.initialize.others {
         findings.extend(others_reached(others).await);
@@ -128,13 +136,28 @@ struct Pair {
     what: String,
     path: PathBuf,
     key: Option<PathBuf>,
+    /// Whom it is shown to.
+    shown: Shown,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shown {
+    Clients,
+    Servers,
+    /// Others are signed by it, or it is not ours to say.
+    Nobody,
 }
 
 /// What the configuration names.
 fn pairs(config: &SidecarConfig) -> Vec<Pair> {
     let mut pairs = Vec::new();
     let mut add = |what: &str, path: Option<&PathBuf>, key: Option<&PathBuf>| {
-        pairs.extend(path.map(|path| Pair { what: what.to_owned(), path: path.clone(), key: key.cloned() }));
+        let shown = match (what, key) {
+            ("server.tls.cert", _) => Shown::Clients,
+            (_, Some(_)) => Shown::Servers,
+            (_, None) => Shown::Nobody,
+        };
+        pairs.extend(path.map(|path| Pair { what: what.to_owned(), path: path.clone(), key: key.cloned(), shown }));
     };
     let tls = config.server.tls.as_ref();
     add("server.tls.cert", tls.map(|tls| &tls.cert), tls.map(|tls| &tls.key));
@@ -184,6 +207,9 @@ impl Pair {
             let (_, parsed) = parsed.map_err(|error| bad(&self.path, &error))?;
             let (from, until) = (at(parsed.validity().not_before), at(parsed.validity().not_after));
             times.push((from, until));
+            if let (1, Some(lacks)) = (times.len(), self.shown.lacks(&parsed)) {
+                return Err(bad(&self.path, &lacks));
+            }
         }
         if let Some(key) = &self.key {
             let private = PrivateKeyDer::from_pem_slice(&read(key)?).map_err(|error| bad(key, &error))?;
@@ -195,6 +221,25 @@ impl Pair {
         let (first, last) = (times.iter().map(|(from, _)| *from), times.iter().map(|(_, until)| *until));
         let times = if self.key.is_some() { (first.max(), last.min()) } else { (first.min(), last.max()) };
         Ok((times.0.unwrap_or_default(), times.1.unwrap_or_default()))
+    }
+}
+
+impl Shown {
+    /// What those to whom it is shown would refuse it for.
+    fn lacks(self, certificate: &x509_parser::certificate::X509Certificate<'_>) -> Option<&'static str> {
+        let has_names = certificate.subject_alternative_name().is_ok_and(|names| names.is_some());
+        let usage = certificate.extended_key_usage().ok().flatten().map(|usage| usage.value);
+        let allows = |is: fn(&x509_parser::extensions::ExtendedKeyUsage<'_>) -> bool| {
+            usage.as_ref().is_none_or(|usage| usage.any || is(usage))
+        };
+        match self {
+            Self::Clients if !has_names => Some(
+                "it has no subject alternative name, so that no client takes it: issue it for the hosts by which the sidecar is called",
+            ),
+            Self::Clients if !allows(|usage| usage.server_auth) => Some("its extended key usage has no serverAuth"),
+            Self::Servers if !allows(|usage| usage.client_auth) => Some("its extended key usage has no clientAuth"),
+            _ => None,
+        }
     }
 }
 
@@ -251,8 +296,26 @@ impl Newest {
     }
 }
 
-/// What a member says of itself, and what follows.
-async fn etcd(flags: &EtcdFlags, endpoint: &str, backed_up: Option<u64>, ports: &[u16]) -> Vec<Finding> {
+/// Whether backups of the cluster that serves may follow those of another.
+async fn whose(store: &Store, ours: u64, theirs: u64, data_dir: &Path) -> Option<Finding> {
+    if ours == theirs {
+        return None;
+    }
+    let what = "cluster";
+    let found = format!("the newest backups are of cluster {theirs:x}, and etcd's is {ours:x}");
+    let is_kin = async { kinship::is_kin(store, &store.catalog().await?, ours, data_dir).await };
+    Some(match is_kin.await {
+        Ok(true) => Finding::remark(what, format!("{found}, which comes from them: right until its first backup")),
+        Ok(false) => {
+            let why = "nothing shows that it was restored from there: the store is another's, and nothing would be backed up into it";
+            Finding::bad(what, format!("{found}; {why}; give a prefix of its own"))
+        }
+        Err(error) => Finding::bad(what, format!("{found}: {error}")),
+    })
+}
+
+/// What a member says of itself, and what follows; and of which cluster it is.
+async fn etcd(flags: &EtcdFlags, endpoint: &str, ports: &[u16]) -> (Vec<Finding>, Option<u64>) {
     let what = "etcd";
     let (mut etcd, status) = match Etcd::reach(flags, endpoint).await {
         Ok(reached) => reached,
@@ -262,23 +325,18 @@ async fn etcd(flags: &EtcdFlags, endpoint: &str, backed_up: Option<u64>, ports: 
                 let found = format!(
                     "nothing listens at {endpoint}, nor will etcd, whose listen-client-urls have ports {ports:?}: see to etcd.endpoints"
                 );
-                return vec![Finding::bad(what, found)];
+                return (vec![Finding::bad(what, found)], None);
             }
             let found = format!("nothing listens at {endpoint}, which is right before etcd is started");
-            return vec![Finding::remark(what, found)];
+            return (vec![Finding::remark(what, found)], None);
         }
-        Err(error) => return vec![Finding::bad(what, error.to_string())],
+        Err(error) => return (vec![Finding::bad(what, error.to_string())], None),
     };
     let is = format!("{}, {:?} of cluster {:x} at {endpoint}", status.version, status.role, status.cluster_id);
     let mut findings = vec![match datadir::Minor::parse(&status.version) {
         Ok(_) => Finding::good(what, format!("etcd {is}")),
         Err(error) => Finding::bad(what, format!("etcd {is}: {error}")),
     }];
-    if let Some(theirs) = backed_up.filter(|theirs| *theirs != status.cluster_id) {
-        let why =
-            "of another cluster: right after a restore, until its first backup; a prefix must not serve two clusters";
-        findings.push(Finding::remark("cluster", format!("the newest backups are of {theirs:x}, {why}")));
-    }
     let auth = match etcd.auth_revision().await {
         Ok(Some((_, is_on))) => Ok(is_on),
         // 3.4 does not tell; who may read users may all that a backup needs.
@@ -293,7 +351,7 @@ async fn etcd(flags: &EtcdFlags, endpoint: &str, backed_up: Option<u64>, ports: 
     findings.extend(status.alarms.iter().map(|(member, alarm)| {
         Finding::bad("alarm", format!("{} of member {member:x}: writes or reads are refused", alarm.name()))
     }));
-    findings
+    (findings, Some(status.cluster_id))
 }
 
 /// Whether the other members answer: without them one that lost its data cannot come back.

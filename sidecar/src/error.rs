@@ -115,6 +115,14 @@ pub enum Error {
         /// Which, and how.
         what: String,
     },
+    /// A member's rows are not what other members and the backups have.
+    #[error("{what}")]
+    Diverged {
+        /// How that shows, and what to do.
+        what: String,
+        /// Id of one that has what it should.
+        intact: u64,
+    },
     /// Something needed is not there.
     #[error("{what}")]
     Missing {
@@ -202,7 +210,7 @@ impl Error {
             Self::Etcd { source, .. } => etcd_class(source),
             Self::Format { source, .. } => format_class(source),
             Self::Io { .. } => Class::Machine,
-            Self::Corrupt { .. } => Class::Corrupt,
+            Self::Corrupt { .. } | Self::Diverged { .. } => Class::Corrupt,
             Self::Missing { .. } => Class::Missing,
             Self::Precondition { .. } | Self::Compacted { .. } => Class::Precondition,
             Self::Invalid { .. } => Class::Invalid,

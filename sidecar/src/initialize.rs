@@ -11,18 +11,16 @@ mod decision;
 mod member;
 mod recovery;
 
-use std::collections::BTreeMap;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::Utc;
-use etcd_format::datadir::{self, Answered, Note, Severity, Verdict, Verify, WantHash};
+use etcd_format::datadir::{self, Answered, Severity, Verdict, Verify, WantHash};
 use etcd_format::membership::{ClusterId, MemberId};
 use etcd_format::wal;
 use proto::backup::ObjectMeta;
-use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 
 pub use decision::{Backups, Cause, Damaged, Data, Decision, Differs, Facts, Live, Part, Place, Sound, decide};
@@ -31,10 +29,11 @@ pub use member::Member;
 use cluster::Serving;
 use recovery::Recovery;
 
-use crate::catalog::{Catalog, PREDECESSOR, Timeline};
+use crate::catalog::{Catalog, Timeline};
 use crate::etcd::EtcdFlags;
+use crate::kinship::{self, Joined};
 use crate::metrics::Metrics;
-use crate::restore::{self, Choice, Far, Origin, Plan, Progress, Source, Target};
+use crate::restore::{self, Choice, Far, Plan, Progress, Source, Target};
 use crate::store::Store;
 use crate::{Class, Error, Result};
 
@@ -48,6 +47,9 @@ const MOST_RECORDED: usize = 8;
 const RECORDED_DEADLINE: Duration = Duration::from_secs(5);
 /// When that differs, how long it is compared with the backups in detail.
 const COMPARE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// What follows the check.
+const ASKING: &str = "the data is checked; the other members and the store are asked";
 
 /// While others are waited for, the store is listed so often.
 const LISTING_PERIOD: Duration = Duration::from_secs(30);
@@ -185,6 +187,8 @@ async fn until_decided(
             let answers = answers(settings.store.as_ref()).await;
             let verdict = check(dir, &answers).await?;
             checked = Some(Checked { there, held, verdict, answers, listed: None });
+            // Members without a quorum, or a store that is slow, take their time to say so.
+            see(Step::Wait(ASKING.to_owned()));
         }
         let Some(now) = &mut checked else { return Err(Error::Bug { what: "nothing was checked".into() }) };
         let (facts, serving, is_recent) = observe(settings, now, recovery).await;
@@ -565,13 +569,7 @@ async fn look_at(
     if let Some((ours, restored_since)) = ours {
         // Its own backups have not begun: those that there are it comes from, or somebody put it in their place.
         let is_of_newest = is_of_newest(store, &catalog, timeline, ours).await?;
-        let is_of_theirs = cluster_id.is_none_or(|theirs| theirs == ours);
-        *restored_since = is_of_newest
-            || Origin::of(&member.data_dir).is_some_and(|origin| match origin.timeline {
-                None => !is_of_theirs,
-                Some(from) => from == timeline && origin.is_of(cluster_id),
-            })
-            || Joined::of(&member.data_dir).is_some_and(|joined| joined.knows(ours, timeline, cluster_id));
+        *restored_since = is_of_newest || kinship::is_noted(&member.data_dir, ours, timeline, cluster_id);
     }
     if let (Data::Sound(sound), Some(verdict)) = (&mut *data, verdict)
         && let Some((term, _)) = verdict.raft
@@ -625,47 +623,6 @@ fn differs(verdict: &Verdict, timeline: Timeline, answers: &[Answer]) -> Option<
 async fn is_of_newest(store: &Store, catalog: &Catalog, restorable: Timeline, cluster_id: u64) -> Result<bool> {
     let Some((newest, _)) = catalog.newest().filter(|(newest, _)| *newest > restorable) else { return Ok(false) };
     Ok(store.cluster_of(newest).await? == Some(cluster_id))
-}
-
-/// Lies in the data directory of a member that has joined a cluster, for the time until that has backups of its own.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Joined {
-    cluster_id: u64,
-    /// The timelines that the store had then, with the cluster that each is of, hexadecimal.
-    timelines: BTreeMap<Timeline, String>,
-}
-
-impl Joined {
-    fn of(dir: &Path) -> Option<Self> {
-        serde_json::from_slice(&Note::Joined.read(dir)?).ok()
-    }
-
-    /// `None` when the store does not tell: it is asked for the sake of a start that there may never be.
-    async fn now(cluster_id: u64, store: &Store) -> Option<Self> {
-        let catalog = store.catalog().await.ok()?;
-        let mut timelines = BTreeMap::new();
-        for timeline in catalog.timelines.keys().filter(|timeline| **timeline != PREDECESSOR) {
-            let described = store.description(*timeline).await.ok()??;
-            timelines.insert(*timeline, described.cluster_id);
-        }
-        Some(Self { cluster_id, timelines })
-    }
-
-    /// Whether that cluster lived when those were among the backups: then it is not theirs, and not older than they are.
-    fn knows(&self, cluster_id: u64, timeline: Timeline, backups_of: Option<u64>) -> bool {
-        let theirs = backups_of.map(|id| format!("{id:x}"));
-        self.cluster_id == cluster_id && theirs.is_some() && self.timelines.get(&timeline) == theirs.as_ref()
-    }
-
-    fn write(&self, dir: &Path) -> Result<()> {
-        let json =
-            serde_json::to_vec(self).map_err(|error| Error::Bug { what: format!("describe a join: {error}") })?;
-        // As etcd makes it.
-        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
-        made.map_err(Error::io("create", dir.display()))?;
-        Note::Joined.write(dir, &json).map_err(Error::format("say what was joined"))
-    }
 }
 
 /// A member that gets from the store what it lacks.

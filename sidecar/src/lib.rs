@@ -28,6 +28,7 @@ pub mod etcd;
 pub mod gardener;
 pub mod gc;
 pub mod initialize;
+mod kinship;
 pub mod launch;
 pub mod metrics;
 pub mod object;

@@ -22,6 +22,7 @@ mod session;
 mod timeline;
 
 use std::ops::RangeInclusive;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -56,6 +57,9 @@ pub struct Settings {
     pub store: Store,
     /// What they look like there.
     pub layout: Layout,
+    /// The member's data directory, whose notes say what its cluster comes from: into a store that has the backups of another
+    /// nothing is put without that. Not known to somebody who says by hand that it is to be put there.
+    pub data_dir: Option<PathBuf>,
     /// When full snapshots are due; `None` for only when needed.
     pub full_schedule: Option<Cron>,
     /// A delta is closed at least so often, when there is anything in it.
@@ -169,7 +173,7 @@ pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut R
             Ended::Interrupted(error) | Ended::Unsaved(error) => error,
         };
         // At the start, most trouble is a mistake that somebody wants to hear of.
-        if !error.class().passes(known.is_some()) {
+        if !error.class().passes(known.is_some()) || matches!(error, Error::Diverged { .. }) {
             return Err(error);
         }
         if started.elapsed() > Duration::from_secs(60) {

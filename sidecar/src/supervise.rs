@@ -246,6 +246,8 @@ impl Supervisor {
 
     async fn run_initialization(self: Arc<Self>) {
         *self.owed.lock().unwrap_or_else(PoisonError::into_inner) = Owing::default();
+        // Of the data as it was.
+        self.settings.metrics.ended();
         // What was received from the last etcd comes home first: a restore must not miss it.
         let _quiet = loop {
             // One may have begun meanwhile.
@@ -253,6 +255,8 @@ impl Supervisor {
             if let Ok(held) = tokio::time::timeout(Duration::from_secs(1), self.data.lock()).await {
                 break held;
             }
+            let why = "the last backup brings home what it has received";
+            self.phase.send_replace(Phase::Running(Step::Wait(why.to_owned())));
         };
         let phase = self.phase.clone();
         let clock = Arc::new(PhaseClock::start(self.settings.metrics.clone()));
@@ -289,11 +293,23 @@ impl Supervisor {
         self.store()?;
         let sender = self.requests.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let (reply, answer) = oneshot::channel();
-        let interrupted = || Error::Unanswered { what: "the backup was interrupted; ask again".into() };
+        let interrupted = || match self.trouble() {
+            Some(why) => Error::Unanswered { what: format!("nothing is backed up now: {why}") },
+            None => Error::Unanswered { what: "the backup was interrupted; ask again".into() },
+        };
         let sender = sender.filter(|_| self.observed.borrow().role == Some(Role::Leader));
-        let sender = sender.ok_or_else(|| match &self.observed.borrow().unreached {
-            Some((_, why)) => Error::precondition(format!("etcd cannot be reached: {why}")),
-            None => Error::precondition("this member does not lead its cluster; ask the leader's sidecar"),
+        let sender = sender.ok_or_else(|| {
+            let observed = self.observed.borrow();
+            match (&observed.unreached, &observed.status) {
+                (Some((_, why)), _) => Error::precondition(format!("etcd cannot be reached: {why}")),
+                (None, Some(Status { leader_id, member_id, .. })) if leader_id == member_id => {
+                    Error::Unanswered { what: "this member leads, and its backup has yet to begin; ask again".into() }
+                }
+                (None, Some(Status { leader_id: leader @ 1.., .. })) => Error::precondition(format!(
+                    "this member does not lead its cluster, member {leader:x} does: ask the sidecar of that"
+                )),
+                (None, _) => Error::precondition("this member does not lead its cluster, nor is known who does"),
+            }
         })?;
         let taking = async {
             sender.send(Request { kind, reply }).await.map_err(|_| interrupted())?;
@@ -362,12 +378,14 @@ impl Supervisor {
     /// Why backing up does not get on, or what is wrong with what etcd has.
     pub fn trouble(&self) -> Option<String> {
         let missing = self.owed.lock().unwrap_or_else(PoisonError::into_inner).missing.clone();
-        let unreached = || {
-            let observed = self.observed.borrow();
-            let (since, why) = observed.unreached.as_ref()?;
-            (since.elapsed() > UNREACHED_AFTER).then(|| format!("etcd cannot be reached: {why}"))
-        };
-        missing.or_else(|| self.settings.metrics.trouble()).or_else(unreached)
+        missing.or_else(|| self.settings.metrics.trouble()).or_else(|| self.unreached())
+    }
+
+    /// Why etcd cannot be reached, when it should be there and has not been for a while.
+    pub fn unreached(&self) -> Option<String> {
+        let observed = self.observed.borrow();
+        let (since, why) = observed.unreached.as_ref()?;
+        (since.elapsed() > UNREACHED_AFTER).then(|| format!("etcd cannot be reached: {why}"))
     }
 
     /// For how long etcd has had something that is in no backup.
@@ -554,6 +572,9 @@ impl Supervisor {
             if let Err(error) = ended {
                 tracing::error!(%error, "backing up ended; it is tried again");
                 settings.metrics.interrupted(&error);
+                if let Error::Diverged { intact, .. } = error {
+                    hand_over(&settings.etcd, intact).await;
+                }
                 // What makes no sense now may make some when somebody has looked; not in a tight loop.
                 tokio::select! {
                     () = tokio::time::sleep(Duration::from_secs(15)) => {}
@@ -563,6 +584,16 @@ impl Supervisor {
             drop(running);
             drop(held);
         });
+    }
+}
+
+/// Lets a member lead whose data is as it should be: from there it can be backed up.
+async fn hand_over(flags: &EtcdFlags, intact: u64) {
+    let to = format!("{intact:x}");
+    let moved = async { Etcd::connect(flags).await?.0.move_leader(intact).await };
+    match moved.await {
+        Ok(()) => tracing::warn!(to, "leadership is handed over to a member whose data is as it should be"),
+        Err(error) => tracing::error!(%error, to, "leadership is not handed over"),
     }
 }
 

@@ -28,7 +28,7 @@ use std::path::PathBuf;
 use std::sync::{LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 /// Path of a pinned program. A missing one is an error that says how to get it, never a skipped test.
 pub fn program(tool: &str, program: &str) -> Result<PathBuf> {
@@ -127,5 +127,21 @@ pub fn damage(data_dir: &std::path::Path) -> Result<()> {
     let path = data_dir.join("member/snap/db");
     let mut bytes = std::fs::read(&path)?;
     bytes.iter_mut().skip(4096 * 2).step_by(4096).for_each(|byte| *byte ^= 0xff);
+    Ok(std::fs::write(path, bytes)?)
+}
+
+/// In a value: nothing of the database's own structure says so.
+pub const VALUE: &[u8] = b"as it was when it was written";
+
+/// Flips a bit of that value, wherever it is.
+pub fn flip(data: &std::path::Path) -> Result<()> {
+    let path = data.join("member/snap/db");
+    let mut bytes = std::fs::read(&path)?;
+    let places: Vec<_> = bytes.windows(VALUE.len()).enumerate().filter(|(_, window)| *window == VALUE).collect();
+    let places: Vec<_> = places.into_iter().map(|(at, _)| at).collect();
+    ensure!(!places.is_empty(), "the value is nowhere");
+    for at in places {
+        bytes[at] ^= 1;
+    }
     Ok(std::fs::write(path, bytes)?)
 }

@@ -34,6 +34,15 @@ impl Cluster {
         Self::of(Pod::cluster(dir, minor, &["a", "b", "c"], store)?).await
     }
 
+    /// Each on a host of its own, with certificates everywhere: of clients, of peers, of the API.
+    async fn on_hosts(dir: &std::path::Path, network: &Network, store: &Store) -> Result<Self> {
+        let mut pods = Pod::on_hosts(dir, "3.6", network, Some(store))?;
+        let hosts: Vec<_> = (0..3).map(|host| network.address(host)).collect();
+        let names: Vec<_> = hosts.iter().map(String::as_str).collect();
+        Pod::secure(&mut pods, &dir.join("certificates"), &names)?;
+        Self::of(pods).await
+    }
+
     async fn of(mut pods: Vec<Pod>) -> Result<Self> {
         for pod in &mut pods {
             pod.more += "snapshots:\n  deltaPeriod: 1s\n";
@@ -356,16 +365,24 @@ async fn who_may_be_merely_away_is_waited_for() -> Result<()> {
     Ok(())
 }
 
-/// Leadership moves while somebody writes: the chain stays whole, and has every write that was acknowledged.
-#[tokio::test(flavor = "multi_thread")]
-async fn leadership_moves_and_nothing_is_lost() -> Result<()> {
+/// Leadership moves while somebody writes, between hosts of their own: the chain stays whole, and has every write that was
+/// acknowledged.
+#[test]
+fn leadership_moves_and_nothing_is_lost() -> Result<()> {
     let dir = tempfile::tempdir()?;
-    let store = Store::directory(&dir.path().join("store"));
-    let mut cluster = Cluster::start(dir.path(), "3.6", Some(&store)).await?;
+    let network = Network::new(3)?;
+    network.run(async || leadership_moves(dir.path(), &network).await)
+}
+
+async fn leadership_moves(dir: &std::path::Path, network: &Network) -> Result<()> {
+    let minio = Minio::start_at(&dir.join("minio"), "backups", &STORE.to_string()).await?;
+    let store = minio.store("backups/c");
+    let mut cluster = Cluster::on_hosts(dir, network, &store).await?;
     let urls: Vec<_> = cluster.pods.iter().map(|pod| pod.member.client_url()).collect();
+    let options = cluster.pods[0].member.connect_options()?;
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let writing = tokio::spawn(async move {
-        let mut client = Client::connect(urls, None).await?;
+        let mut client = Client::connect(urls, Some(options)).await?;
         let mut written = 0;
         while !*stopped.borrow() {
             let put = client.put(format!("moving/{written:06}"), vec![b'x'; 200], None);
@@ -409,8 +426,7 @@ async fn leadership_moves_and_nothing_is_lost() -> Result<()> {
     let written: usize = writing.await??;
     cluster.back_up().await?;
     let before = state::read(&mut cluster.client(0).await?).await?;
-    let verified = tests::program::Sidecar::new(["verify", "--store", &store.url, "--level", "replay"]);
-    verified.run().await?.expect(0)?;
+    store.command("verify").args(["--level", "replay"]).run().await?.expect(0)?;
     let listed = store.list().await?;
     ensure!(listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 1), "{listed}");
     cluster.stop_all().await?;
@@ -421,6 +437,49 @@ async fn leadership_moves_and_nothing_is_lost() -> Result<()> {
     let kept = client.get("moving/", Some(options)).await?.count();
     ensure!(usize::try_from(kept)? >= written && written > 100, "{kept} of {written}");
     state::same(&before, &state::read(&mut client).await?)
+}
+
+/// A value has flipped on a member that took no backup, so that only the others show it: nothing is backed up from there when it
+/// leads, and it does not lead for long.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_one_member_alone_has_is_not_backed_up() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut cluster = Cluster::start(dir.path(), "3.6", Some(&store)).await?;
+    let leader = cluster.leader().await?;
+    let mut client = cluster.client(leader).await?;
+    client.put("flipped", tests::VALUE, None).await?;
+    cluster.back_up().await?;
+    let before = state::read(&mut client).await?;
+    let damaged = (leader + 1) % 3;
+    let id = cluster.client(damaged).await?.status().await?.header().map(etcd_client::ResponseHeader::member_id);
+    cluster.stop(damaged).await?;
+    tests::flip(&cluster.pods[damaged].member.data_dir)?;
+    cluster.start_one(damaged)?;
+    cluster.settled().await?;
+    eventually(LONG, || async {
+        cluster.client(leader).await?.move_leader(id.context("no id")?).await?;
+        Ok(())
+    })
+    .await?;
+    eventually(LONG, || async {
+        ensure!(cluster.serving[damaged].log().contains("leadership is handed over"), "it leads still");
+        ensure!(cluster.leader().await? != damaged, "it leads still");
+        Ok(())
+    })
+    .await
+    .with_context(|| cluster.serve_logs())?;
+    cluster.back_up().await?;
+    let listed = store.list().await?;
+    ensure!(listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 1), "{listed}");
+    ensure!(cluster.pods[damaged].status().await?.backup.is_some_and(|backup| backup.error.contains("is damaged: ")));
+    // As it says.
+    cluster.stop(damaged).await?;
+    cluster.wipe(damaged)?;
+    cluster.start_one(damaged)?;
+    cluster.settled().await?;
+    ensure!(cluster.pods[damaged].status().await?.backup.is_some_and(|backup| backup.error.is_empty()));
+    state::same(&before, &state::read(&mut cluster.client(damaged).await?).await?)
 }
 
 /// Each member is defragmented, the followers first, and leadership is handed over before it is the leader's turn.
@@ -546,12 +605,7 @@ fn cut_off_from_the_store_and_from_its_peers() -> Result<()> {
 async fn cut_off(dir: &std::path::Path, network: &Network) -> Result<()> {
     let minio = Minio::start_at(&dir.join("minio"), "backups", &STORE.to_string()).await?;
     let store = minio.store("backups/c");
-    let mut pods = Pod::on_hosts(dir, "3.6", network, Some(&store))?;
-    let hosts: Vec<_> = (0..3).map(|host| network.address(host)).collect();
-    let names: Vec<_> = hosts.iter().map(String::as_str).collect();
-    // Certificates everywhere: of clients, of peers, of the API.
-    Pod::secure(&mut pods, &dir.join("certificates"), &names)?;
-    let mut cluster = Cluster::of(pods).await?;
+    let mut cluster = Cluster::on_hosts(dir, network, &store).await?;
     write(&mut cluster.client(0).await?, 1).await?;
     cluster.back_up().await?;
     let first = cluster.leader().await?;

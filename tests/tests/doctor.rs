@@ -62,6 +62,8 @@ async fn what_would_fail_is_bad_and_says_what_to_do() -> Result<()> {
     let old = Certificates::issue_until(&dir.path().join("old"), &["127.0.0.1"], 2020)?;
     pod.tls = Some(old.clone());
     says(&findings(&pod, 12).await?, "server.tls.cert", "bad", "expired on 2020-01-01")?;
+    pod.tls = Some(Certificates::issue_for(&dir.path().join("nameless"), &[])?);
+    says(&findings(&pod, 12).await?, "server.tls.cert", "bad", "no subject alternative name")?;
     let tls = Certificates::issue(&dir.path().join("tls"))?;
     std::fs::copy(old.server().1, tls.server().1)?;
     pod.tls = Some(tls.clone());

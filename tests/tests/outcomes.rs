@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use proto::sidecar::{Action, Cause};
-use tests::copy;
 use tests::etcd::Member;
 use tests::pod::Pod;
 use tests::state;
 use tests::store::Store;
 use tests::workload::Workload;
+use tests::{VALUE, copy, flip};
 
 /// The last segment of the log, and where what was written to it ends.
 fn end_of_log(data: &Path) -> Result<(PathBuf, u64)> {
@@ -19,22 +19,6 @@ fn end_of_log(data: &Path) -> Result<(PathBuf, u64)> {
     let last = segments.filter(|path| path.extension().is_some_and(|kind| kind == "wal")).max().context("no log")?;
     let written = std::fs::read(&last)?.iter().rposition(|byte| *byte != 0).context("an empty log")?;
     Ok((last, (written as u64 + 8) / 8 * 8))
-}
-
-/// In a value: nothing of the database's own structure says so.
-const VALUE: &[u8] = b"as it was when it was written";
-
-/// Flips a bit of that value, wherever it is.
-fn flip(data: &Path) -> Result<()> {
-    let path = data.join("member/snap/db");
-    let mut bytes = std::fs::read(&path)?;
-    let places: Vec<_> = bytes.windows(VALUE.len()).enumerate().filter(|(_, window)| *window == VALUE).collect();
-    let places: Vec<_> = places.into_iter().map(|(at, _)| at).collect();
-    ensure!(!places.is_empty(), "the value is nowhere");
-    for at in places {
-        bytes[at] ^= 1;
-    }
-    Ok(std::fs::write(path, bytes)?)
 }
 
 type Harm = fn(&Path) -> Result<()>;

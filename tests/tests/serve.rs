@@ -812,3 +812,44 @@ async fn the_predecessors_calls_are_answered() -> Result<()> {
     serving.terminate().await?.expect(0)?;
     Ok(())
 }
+
+/// The store of another cluster, given to a sidecar beside an etcd that runs already: nothing is put there, until somebody says
+/// by hand that it is to be.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_of_another_cluster_is_not_backed_up_to() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (place, stranger) = (dir.path().join("store"), Member::single("3.6", &dir.path().join("stranger"))?);
+    let store = Store::directory(&place);
+    let mut etcd = stranger.start().await?;
+    etcd.client().await?.put("theirs", "1", None).await?;
+    store.once("full", &stranger).run().await?.expect(0)?;
+    etcd.stop()?;
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store.clone()))?;
+    pod.more = "snapshots: {deltaPeriod: 1s}\nretention: {policy: LimitBased, maxBackups: 1, period: 1s}\n".into();
+    let etcd = pod.member.start().await?;
+    let said = "nothing shows that cluster";
+    let mut serving = pod.start_serve().await?;
+    serving.logs(said, LONG).await?;
+    let told = pod.status().await?.backup.context("no status of the backup")?;
+    ensure!(told.error.contains(said) && told.full.is_some(), "{told:?}");
+    let doctor = pod.doctor()?.run().await?.expect(12)?.stdout;
+    ensure!(doctor.contains("nothing shows that it was restored from there"), "{doctor}");
+    // And after a restart.
+    serving.terminate().await?.expect(0)?;
+    let serving = pod.start_serve().await?;
+    eventually(LONG, || async {
+        ensure!(pod.take(api::Kind::Full, "").await.is_err_and(|error| error.to_string().contains("nothing shows")));
+        Ok(())
+    })
+    .await?;
+    ensure!(tests::objects(&place)?.len() == 1, "{:?}", tests::objects(&place)?);
+    store.once("full", &pod.member).run().await?.expect(0)?;
+    pod.back_up(api::Kind::Delta).await?;
+    let listed = store.list().await?;
+    ensure!(listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 2), "{listed}");
+    let told = pod.status().await?.backup.context("no status of the backup")?;
+    ensure!(told.error.is_empty(), "{told:?}");
+    serving.terminate().await?.expect(0)?;
+    drop(etcd);
+    Ok(())
+}

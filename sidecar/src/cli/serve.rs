@@ -182,6 +182,7 @@ pub(super) fn settings(config: &SidecarConfig, store: Option<Store>) -> Result<s
         etcd: etcd.clone(),
         store,
         layout: Layout::Steward,
+        data_dir: Some(member.data_dir.clone()),
         full_schedule,
         delta_period,
         delta_max_bytes,

@@ -96,6 +96,7 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
         etcd: args.etcd,
         store: Store::open(&args.store.store, Open::Create)?,
         layout: args.layout,
+        data_dir: None,
         full_schedule,
         delta_period: args.delta_period,
         delta_max_bytes: args.delta_max_bytes,

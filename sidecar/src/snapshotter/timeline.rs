@@ -9,7 +9,8 @@ use proto::backup::ObjectMeta;
 use tokio::time::Instant;
 
 use crate::catalog::{Catalog, Chain, Delta, History, ObjectName, PREDECESSOR, Timeline};
-use crate::etcd::{Etcd, Status};
+use crate::etcd::{Etcd, EtcdFlags, Status};
+use crate::kinship::begun_with;
 use crate::object::RevisionDigests;
 use crate::store::Store;
 use crate::{Class, Error, Result};
@@ -28,6 +29,15 @@ pub struct Seen {
     pub begun_with: Option<u64>,
     /// A newer one cannot be read, so nothing should be built upon the chain.
     pub newer_is_damaged: bool,
+}
+
+impl Seen {
+    /// The cluster that the timeline is of, when that is another.
+    pub fn others(&self, cluster_id: u64) -> Option<u64> {
+        // First of all: an object of ours that went astray into another's timeline does not make it ours.
+        let newest = self.newest.as_ref().map(|newest| newest.cluster_id);
+        self.begun_with.into_iter().chain(newest).find(|theirs| *theirs != cluster_id)
+    }
 }
 
 /// Where backups of this cluster go.
@@ -59,20 +69,11 @@ pub fn decide(seen: Option<&Seen>, live: &Status) -> Decision {
         return Decision::Begin { timeline: 1, parent: 0, reason: "first backup into this store".into() };
     };
     let begin = |reason| Decision::Begin { timeline: seen.timeline.saturating_add(1), parent: seen.timeline, reason };
-    // First of all: an object of ours that went astray into another's timeline does not make it ours.
-    if let Some(begun_with) = seen.begun_with.filter(|begun_with| *begun_with != live.cluster_id) {
-        return begin(format!(
-            "cluster {:x} is not the cluster {begun_with:x} that the timeline was begun with",
-            live.cluster_id
-        ));
+    if let Some(theirs) = seen.others(live.cluster_id) {
+        let ours = live.cluster_id;
+        return begin(format!("cluster {ours:x} is not the cluster {theirs:x} whose backups the store has"));
     }
     let Some(newest) = &seen.newest else { return Decision::Continue { timeline: seen.timeline } };
-    if newest.cluster_id != live.cluster_id {
-        return begin(format!(
-            "cluster {:x} is not the cluster {:x} whose backups the store has",
-            live.cluster_id, newest.cluster_id
-        ));
-    }
     if live.revision < newest.last_revision {
         return begin(format!(
             "etcd is at revision {}, the backup at {}: this etcd was restored from an earlier point",
@@ -117,14 +118,6 @@ pub async fn look(store: &Store, catalog: &Catalog) -> Result<Option<Seen>> {
     Ok(Some(seen))
 }
 
-/// The cluster that a timeline was begun with, where its description can be read.
-async fn begun_with(store: &Store, timeline: Timeline) -> Result<Option<u64>> {
-    match store.cluster_of(timeline).await {
-        Err(error) if error.class() == Class::Corrupt => Ok(None),
-        cluster_id => cluster_id,
-    }
-}
-
 /// What the live etcd's own content says of a chain that its numbers let it continue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Comparison {
@@ -132,6 +125,13 @@ pub enum Comparison {
     Same,
     /// It holds another history, and how that shows.
     Differs(String),
+    /// It should hold the same, and another member does, whose id this is.
+    Damaged {
+        /// How that shows.
+        why: String,
+        /// The other.
+        intact: u64,
+    },
     /// There is nothing left to compare: etcd compacted it.
     Impossible {
         /// Up to this revision.
@@ -140,8 +140,37 @@ pub enum Comparison {
 }
 
 /// Compares what etcd itself says of the last revision backed up: its hash, where one was recorded with it and no compaction
-/// came between; and the events of the last revisions, where the chain ends in a delta and they are not compacted.
+/// came between; and the events of the last revisions, where the chain ends in a delta and they are not compacted. Where it
+/// differs the other members are asked: a cluster that was restored differs as a whole.
 pub async fn compare(
+    store: &Store,
+    (etcd, flags): (&mut Etcd, &EtcdFlags),
+    timeline: Timeline,
+    chain: (&History, &Chain),
+    full: Option<&ObjectMeta>,
+) -> Result<Comparison> {
+    let why = match compare_with(store, etcd, timeline, chain, full).await? {
+        Comparison::Differs(why) => why,
+        compared => return Ok(compared),
+    };
+    let ours = etcd.status().await?.member_id;
+    for other in etcd.members().await?.into_iter().filter(|other| other.id != ours && !other.client_urls.is_empty()) {
+        let reached = EtcdFlags { endpoints: other.client_urls, ..flags.clone() };
+        let compared = async {
+            let (mut etcd, _) = Etcd::connect(&reached).await?;
+            compare_with(store, &mut etcd, timeline, chain, full).await
+        };
+        match compared.await {
+            Ok(Comparison::Same) if !other.is_learner => return Ok(Comparison::Damaged { why, intact: other.id }),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, name = other.name, "a member is not compared with the backups"),
+        }
+    }
+    Ok(Comparison::Differs(format!("{why}: this etcd was restored")))
+}
+
+/// The same, of one member.
+async fn compare_with(
     store: &Store,
     etcd: &mut Etcd,
     timeline: Timeline,
@@ -163,7 +192,7 @@ pub async fn compare(
                     Comparison::Same
                 } else {
                     Comparison::Differs(format!(
-                        "HashKV at revision {} is {}, it was {} when it was backed up: this etcd was restored",
+                        "HashKV at revision {} is {}, it was {} when it was backed up",
                         chain.last, live.hash, recorded.hash
                     ))
                 });
@@ -190,9 +219,7 @@ pub async fn compare(
     };
     let differs = expected.iter().find(|(revision, digest)| found.get(revision) != Some(digest));
     Ok(differs.map_or(Comparison::Same, |(revision, _)| {
-        Comparison::Differs(format!(
-            "revision {revision} of this etcd is not the one that was backed up: this etcd was restored"
-        ))
+        Comparison::Differs(format!("revision {revision} of this etcd is not the one that was backed up"))
     }))
 }
 

@@ -14,6 +14,7 @@ use super::{Supervisor, defragment};
 use crate::compact;
 use crate::etcd::{Alarm, Etcd, EtcdFlags, Role, Status};
 use crate::gc::collect;
+use crate::kinship::begun_with;
 use crate::metrics;
 use crate::restore;
 use crate::retention::Retention;
@@ -224,7 +225,25 @@ impl Supervisor {
         self.observed.borrow().role == Some(Role::Leader)
     }
 
+    /// Whether the newest backups in the store are of the cluster that the member leads, for all that they say: what another's
+    /// come to is not for us to see to.
+    async fn keeps(&self, store: &Store) -> Result<bool> {
+        let Some(ours) = self.observed.borrow().status.as_ref().map(|status| status.cluster_id) else {
+            return Ok(false);
+        };
+        let catalog = store.catalog().await?;
+        let Some((newest, _)) = catalog.newest() else { return Ok(true) };
+        let theirs = begun_with(store, newest).await?.filter(|theirs| *theirs != ours);
+        if let Some(theirs) = theirs {
+            tracing::warn!(newest, "the newest backups are of cluster {theirs:x}: they are left as they are");
+        }
+        Ok(theirs.is_none())
+    }
+
     async fn collect(&self, store: &Store, retention: Retention) -> Result<()> {
+        if !self.keeps(store).await? {
+            return Ok(());
+        }
         let _one = self.heavy.lock().await;
         let store = &self.in_the_background(store);
         let collected = collect(store, retention, false, &self.stop.child_token()).await?;
@@ -246,7 +265,7 @@ impl Supervisor {
 
     async fn merge_when_long(&self, store: &Store, most: usize, work_dir: &Path) -> Result<()> {
         let catalog = store.catalog().await?;
-        if catalog.newest_chain().is_none_or(|(_, chain)| chain.deltas.len() < most) {
+        if catalog.newest_chain().is_none_or(|(_, chain)| chain.deltas.len() < most) || !self.keeps(store).await? {
             return Ok(());
         }
         self.compact(false, work_dir).await.map(drop)

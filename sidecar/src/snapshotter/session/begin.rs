@@ -16,6 +16,7 @@ use super::{Due, Session, Tip, warn_of_hole};
 use crate::catalog::{Catalog, Description, History, Layout, ObjectName, PREDECESSOR, Timeline};
 use crate::container::LAYOUT;
 use crate::etcd::{Etcd, Status};
+use crate::kinship;
 use crate::retention::ABANDONED_AFTER;
 use crate::{Class, Error, Result};
 
@@ -119,9 +120,24 @@ impl<'s> Session<'s> {
                 }
             }
             Decision::Begin { timeline, parent, ref reason } => {
+                let theirs = seen.as_ref().and_then(|seen| seen.others(self.status.cluster_id));
+                self.check_kinship(catalog, parent, theirs).await?;
                 self.begin_timeline(timeline, parent, catalog.timelines.get(&parent), reason).await
             }
         }
+    }
+
+    /// Fails where a timeline would be begun in a store that nothing says is for this cluster's backups.
+    async fn check_kinship(&self, catalog: &Catalog, newest: Timeline, theirs: Option<u64>) -> Result<()> {
+        let (store, ours) = (&self.settings.store, self.status.cluster_id);
+        let (Some(theirs), Some(data_dir)) = (theirs, &self.settings.data_dir) else { return Ok(()) };
+        if kinship::is_kin(store, catalog, ours, data_dir).await? {
+            return Ok(());
+        }
+        Err(Error::precondition(format!(
+            "{}: its timeline {newest} is of cluster {theirs:x}, and nothing shows that cluster {ours:x} was restored from there: nothing is backed up into it. Give a prefix of its own; or, if its backups are to follow those, take the first with `sidecar snapshot --once full`",
+            store.url()
+        )))
     }
 
     /// A timeline whose description is gone, and whose newest object is of this cluster, gets one again: by it another's data is
@@ -223,8 +239,14 @@ impl<'s> Session<'s> {
             if newer_is_damaged {
                 return Ok::<_, Error>((full, None));
             }
-            let compared =
-                timeline::compare(store, &mut self.etcd, self.timeline, (history, &chain), full.as_ref()).await?;
+            let compared = timeline::compare(
+                store,
+                (&mut self.etcd, &self.settings.etcd),
+                self.timeline,
+                (history, &chain),
+                full.as_ref(),
+            )
+            .await?;
             Ok((full, Some(compared)))
         };
         let (full, compared) = match compared.await {
@@ -241,6 +263,15 @@ impl<'s> Session<'s> {
             }
             let parent = self.timeline;
             return self.begin_timeline(parent.saturating_add(1), parent, Some(history), reason).await;
+        }
+        if let Some(Comparison::Damaged { why, intact }) = compared {
+            let ours = self.status.member_id;
+            return Err(Error::Diverged {
+                what: format!(
+                    "the data of member {ours:x} is damaged: {why}, as it is on member {intact:x}: nothing is backed up from it; have it replaced by moving its member directory away and starting it again"
+                ),
+                intact,
+            });
         }
         self.follow_chain(&chain);
         if let Some(full) = full {
