@@ -113,22 +113,47 @@ impl Printer {
         Ok(())
     }
 
+    /// A stream of things with the same fields: as a table, they are its columns.
+    async fn rows<T: Serialize>(self, mut stream: Streaming<T>) -> Result<()> {
+        if self.0 == Output::Json {
+            return self.each(stream, |_| {}).await;
+        }
+        let mut rows = Vec::new();
+        while let Some(message) = stream.message().await.map_err(failed("call"))? {
+            let (names, values) = fields(&message)?.into_iter().unzip();
+            if rows.is_empty() {
+                rows.push(names);
+            }
+            rows.push(values);
+        }
+        write_out(columns(&rows).as_bytes())
+    }
+
     fn print<T: Serialize>(self, value: &T, json: impl Fn(&T) -> serde_json::Result<String>) -> Result<()> {
         let text = match self.0 {
             Output::Json => json(value),
-            Output::Table => serde_json::to_value(value).map(|value| {
-                let mut rows = Vec::new();
-                flatten("", &value, &mut rows);
-                columns(&rows)
-            }),
+            Output::Table => {
+                let rows: Vec<_> = fields(value)?.into_iter().map(|(name, value)| vec![name, value]).collect();
+                Ok(columns(&rows))
+            }
         };
-        let text = text.map_err(|error| Error::Bug { what: format!("print an answer: {error}") })?;
+        let text = text.map_err(|error| unprintable(&error))?;
         write_out(format!("{}\n", text.trim_end()).as_bytes())
     }
 }
 
-/// A row for each thing that is something: where it is, and what.
-fn flatten(at: &str, value: &Value, rows: &mut Vec<Vec<String>>) {
+fn unprintable(error: &serde_json::Error) -> Error {
+    Error::Bug { what: format!("print an answer: {error}") }
+}
+
+/// Each thing of an answer that is something: where it is, and what.
+fn fields(answer: &impl Serialize) -> Result<Vec<(String, String)>> {
+    let mut fields = Vec::new();
+    flatten("", &serde_json::to_value(answer).map_err(|error| unprintable(&error))?, &mut fields);
+    Ok(fields)
+}
+
+fn flatten(at: &str, value: &Value, rows: &mut Vec<(String, String)>) {
     let below = |part: &str| if at.is_empty() { part.to_owned() } else { format!("{at}.{part}") };
     match value {
         Value::Object(fields) => fields.iter().for_each(|(name, value)| flatten(&below(name), value, rows)),
@@ -136,8 +161,8 @@ fn flatten(at: &str, value: &Value, rows: &mut Vec<Vec<String>>) {
             values.iter().enumerate().for_each(|(index, value)| flatten(&below(&index.to_string()), value, rows));
         }
         Value::Null => {}
-        Value::String(text) => rows.push(vec![at.to_owned(), text.clone()]),
-        other => rows.push(vec![at.to_owned(), other.to_string()]),
+        Value::String(text) => rows.push((at.to_owned(), text.clone())),
+        other => rows.push((at.to_owned(), other.to_string())),
     }
 }
 
@@ -169,11 +194,16 @@ async fn call(client: &mut SidecarClient<Channel>, call: Call, printer: Printer)
                 Kind::Delta => api::Kind::Delta,
             };
             let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: once.request_id };
-            printer.one(&client.take_snapshot(request).await.map_err(fail)?.into_inner())?;
+            let taken = client.take_snapshot(request).await.map_err(fail)?.into_inner();
+            if printer.0 == Output::Table && taken.snapshots.is_empty() {
+                write_out(b"nothing has changed since the last backup\n")?;
+            } else {
+                printer.one(&taken)?;
+            }
         }
         Call::ListSnapshots => {
             let stream = client.list_snapshots(api::ListSnapshotsRequest {}).await.map_err(fail)?.into_inner();
-            printer.each(stream, |_| {}).await?;
+            printer.rows(stream).await?;
         }
         Call::GetLatest => {
             printer.one(&client.get_latest(api::GetLatestRequest {}).await.map_err(fail)?.into_inner())?;

@@ -163,11 +163,13 @@ impl Peers {
         let host = url.as_ref().and_then(url::Url::host_str);
         let host = host.ok_or_else(|| Error::precondition("no member leads that clients could reach"))?;
         let scheme = if self.is_tls { "https" } else { "http" };
-        let api = ApiFlags { sidecar: format!("{scheme}://{host}:{}", self.port), ..self.api.clone() };
+        let sidecar = format!("{scheme}://{host}:{}", self.port);
+        let leaders = |error: Error| Error::precondition(format!("the leader's sidecar, at {sidecar}: {error}"));
+        let api = ApiFlags { sidecar: sidecar.clone(), ..self.api.clone() };
         let kind = if kind == Kind::Full { api::Kind::Full } else { api::Kind::Delta };
         let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: String::new() };
-        let taken = api.connect().await?.take_snapshot(request).await;
-        let taken = taken.map_err(failed("have the leader's sidecar take a snapshot"))?.into_inner();
+        let taken = api.connect().await.map_err(leaders)?.take_snapshot(request).await;
+        let taken = taken.map_err(failed("take a snapshot")).map_err(leaders)?.into_inner();
         Ok(taken.snapshots.last().and_then(|snapshot| ObjectName::parse(&snapshot.name)))
     }
 }

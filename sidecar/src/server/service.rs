@@ -17,7 +17,7 @@ use tonic::{Request, Response, Status};
 
 use super::connection::Peer;
 use super::remembered::Remembered;
-use crate::catalog::{Catalog, Delta, Full, ObjectName, Timeline};
+use crate::catalog::{Catalog, Delta, Full, ObjectName, Restorable, Timeline};
 use crate::etcd::Role;
 use crate::initialize::{Cause, Decision, Outcome, Part, Step};
 use crate::snapshotter::{Kind, Taken};
@@ -175,6 +175,11 @@ fn full(timeline: Timeline, full: &Full) -> api::Snapshot {
     snapshot(&full.name(timeline), timeline, full.size)
 }
 
+fn window(run: &Restorable) -> api::Window {
+    let Restorable { first, last, first_unix_ms, last_unix_ms } = *run;
+    api::Window { first_revision: first, last_revision: last, first_unix_ms, last_unix_ms }
+}
+
 fn delta(timeline: Timeline, delta: &Delta) -> api::Snapshot {
     snapshot(&delta.name(timeline), timeline, delta.size)
 }
@@ -267,7 +272,14 @@ impl Sidecar for Api {
             db_size: status.db_size,
         });
         let store = self.supervisor.settings().initialize.store.as_ref();
+        let listed = self.supervisor.listed().await.and_then(Result::ok);
+        let newest = listed.as_ref().and_then(|catalog| catalog.newest_restorable());
+        let chain = newest.and_then(|(timeline, history)| Some((timeline, history.newest_chain()?)));
         let backup = api::BackupStatus {
+            full: chain.as_ref().map(|(timeline, chain)| full(*timeline, &chain.full)),
+            delta: chain.as_ref().and_then(|(timeline, chain)| Some(delta(*timeline, chain.deltas.last()?))),
+            window: newest.and_then(|(_, history)| Some(window(history.restorable().last()?))),
+            unsaved_seconds: self.supervisor.unsaved_seconds(),
             store: store.map(|store| store.url().to_owned()).unwrap_or_default(),
             active: observed.backing_up,
             error: self.supervisor.trouble().unwrap_or_default(),
@@ -385,7 +397,8 @@ pub(super) fn probes(supervisor: Arc<Supervisor>) -> Router {
     let counted = supervisor.clone();
     let ready = move || {
         let is_ready = match &*supervisor.phase().borrow() {
-            Phase::Ready(_) => true,
+            // One that may run has a while to come up.
+            Phase::Ready(_) => supervisor.unreached().is_none(),
             Phase::Refused(refused) => refused.in_use,
             // A sidecar that was restarted beside an etcd that serves.
             Phase::New => supervisor.observed().role.is_some(),

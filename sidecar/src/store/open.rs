@@ -45,26 +45,26 @@ impl Store {
     /// Refuses what is no URL of a store, wherever that may be.
     pub fn check_url(url: &str) -> Result<Url> {
         // What cannot be parsed is not shown: it may have credentials in it.
-        let parsed =
-            Url::parse(url).map_err(|error| Error::invalid(format!("--store is not a URL ({error}); {SUPPORTED}")))?;
+        let parsed = Url::parse(url)
+            .map_err(|error| Error::invalid(format!("the store is not a URL ({error}); {SUPPORTED}")))?;
         if parsed.query().is_some()
             || parsed.fragment().is_some()
             || !parsed.username().is_empty()
             || parsed.password().is_some()
         {
             return Err(Error::invalid(
-                "--store must not have credentials, a query or a fragment; credentials come from the environment",
+                "the store's URL must not have credentials, a query or a fragment; credentials come from the environment",
             ));
         }
         match parsed.scheme() {
-            "file" if !url.starts_with("file:///") => Err(Error::invalid(format!(
-                "--store {url} must have three slashes and a whole path: file:///directory"
-            ))),
+            "file" if !url.starts_with("file:///") => {
+                Err(Error::invalid(format!("store {url} must have three slashes and a whole path: file:///directory")))
+            }
             "s3" | "gs" | "az" if parsed.host_str().is_none_or(str::is_empty) => {
-                Err(Error::invalid(format!("--store {url} names no bucket; {SUPPORTED}")))
+                Err(Error::invalid(format!("store {url} names no bucket; {SUPPORTED}")))
             }
             "file" | "s3" | "gs" | "az" => Ok(parsed),
-            other => Err(Error::invalid(format!("--store has scheme {other:?}; {SUPPORTED}"))),
+            other => Err(Error::invalid(format!("the store's URL has scheme {other:?}; {SUPPORTED}"))),
         }
     }
 }
@@ -84,7 +84,7 @@ impl Place<'_> {
 
     fn bucket(&self) -> Result<&str> {
         let named = self.parsed.host_str().filter(|bucket| !bucket.is_empty());
-        named.ok_or_else(|| Error::invalid(format!("--store {} names no bucket; {SUPPORTED}", self.url)))
+        named.ok_or_else(|| Error::invalid(format!("store {} names no bucket; {SUPPORTED}", self.url)))
     }
 
     fn prefix(&self) -> Result<Path> {
@@ -95,7 +95,7 @@ impl Place<'_> {
         let url = &self.url;
         let directory: PathBuf = self.parsed.to_file_path().map_err(|()| {
             Error::invalid(format!(
-                "--store {url} does not name a local directory; it must have three slashes: file:///directory"
+                "store {url} does not name a local directory; it must have three slashes: file:///directory"
             ))
         })?;
         match (directory.is_dir(), open) {
