@@ -38,3 +38,42 @@ async fn the_manual_has_a_page_for_every_command() -> Result<()> {
     }
     Ok(())
 }
+
+/// Configurations as they are shown, each of which must be one.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_shown_is_understood() -> Result<()> {
+    let deploy = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../sidecar/deploy");
+    for name in ["reference.yaml", "cluster/sidecar.yaml", "systemd/sidecar.yaml", "kubeadm/sidecar.yaml"] {
+        let print = Sidecar::new(["serve", "--print-config", "--config"]).arg(deploy.join(name));
+        print.run().await?.expect(0)?;
+    }
+    let reference = std::fs::read_to_string(deploy.join("reference.yaml"))?;
+    let printed = Sidecar::new(["serve", "--print-config", "--config"]).arg(deploy.join("reference.yaml"));
+    let printed = printed.run().await?.expect(0)?.json()?;
+    for field in proto::config::FIELDS {
+        let name = field.rsplit('.').next().unwrap_or_default();
+        ensure!(reference.contains(&format!("  {name}: ")), "{field} is not in the reference");
+        let pointer = format!("/{}", field.replace('.', "/"));
+        ensure!(printed.pointer(&pointer).is_some(), "{field} is not read from the reference");
+    }
+    // What it says are defaults.
+    let read = proto::config::SidecarConfig::parse(&reference)?;
+    ensure!(
+        read.snapshots == proto::config::Snapshots::default()
+            && read.background == proto::config::Background::default()
+    );
+    ensure!(read.retention == Some(proto::config::Retention::default()), "{:?}", read.retention);
+    ensure!(read.compaction == Some(proto::config::Compaction::default()), "{:?}", read.compaction);
+    ensure!(read.verification == Some(proto::config::Verification::default()), "{:?}", read.verification);
+    ensure!(read.defragmentation == Some(proto::config::Defragmentation::default()), "{:?}", read.defragmentation);
+    // One file for all members.
+    let dir = tempfile::tempdir()?;
+    let etcd = dir.path().join("etcd.yaml");
+    std::fs::copy(deploy.join("cluster/etcd.yaml"), &etcd)?;
+    for (pod, code) in [("a", 12), ("d", 2)] {
+        let doctor = Sidecar::new(["doctor", "--config"]).arg(deploy.join("cluster/sidecar.yaml")).env("POD_NAME", pod);
+        let set = format!("member.etcdConfig={}", etcd.display());
+        doctor.args(["--set", &set, "--set", "store.url=file:///nowhere"]).run().await?.expect(code)?;
+    }
+    Ok(())
+}
