@@ -245,16 +245,6 @@ fn parse_time(text: &str) -> Result<i64, String> {
         .map_err(|error| format!("it must be like 2026-11-22T18:00:00Z: {error}"))
 }
 
-pub(crate) fn bytes(count: u64) -> String {
-    indicatif::HumanBytes(count).to_string()
-}
-
-pub(crate) fn time(unix_ms: i64) -> String {
-    chrono::DateTime::from_timestamp_millis(unix_ms)
-        .map(|time| time.to_rfc3339_opts(chrono::SecondsFormat::Secs, true))
-        .unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory;

@@ -14,9 +14,9 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::Serialize;
 
-use crate::cli::bytes as amount;
 use crate::error::is_refused;
 use crate::etcd::{Etcd, EtcdFlags};
+use crate::human::bytes as amount;
 use crate::initialize::{self, Data, Member};
 use crate::room::{Room, existing};
 use crate::store::Store;
@@ -77,9 +77,9 @@ pub async fn examine(
     let (name, count) = (&member.name, member.cluster.members().len());
     let mut findings = vec![Finding::good("member", format!("{name}, in a cluster of {count}"))];
     let now = Utc::now();
-    findings.extend(pairs(config).iter().map(|pair| pair.examine(now)));
+    findings.extend(pairs(config, count > 1).iter().map(|pair| pair.examine(now)));
     findings.extend(
-        member.tls_files().into_iter().map(|(what, path)| Pair { what, path, key: None, shown: Shown::Nobody }).map(
+        member.tls_files().into_iter().map(|(what, path)| Pair { what, path, key: None, uses: Vec::new() }).map(
             |pair| {
                 if pair.path.exists() {
                     pair.examine(now)
@@ -136,37 +136,37 @@ struct Pair {
     what: String,
     path: PathBuf,
     key: Option<PathBuf>,
-    /// Whom it is shown to.
-    shown: Shown,
+    /// What it is used for.
+    uses: Vec<Use>,
 }
 
+/// What a certificate is shown for; none for one that others are signed by, or that is not ours to say of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Shown {
-    Clients,
-    Servers,
-    /// Others are signed by it, or it is not ours to say.
-    Nobody,
+enum Use {
+    /// To those who call.
+    Server,
+    /// To those who are called.
+    Client,
 }
 
 /// What the configuration names.
-fn pairs(config: &SidecarConfig) -> Vec<Pair> {
+fn pairs(config: &SidecarConfig, is_one_of_several: bool) -> Vec<Pair> {
     let mut pairs = Vec::new();
-    let mut add = |what: &str, path: Option<&PathBuf>, key: Option<&PathBuf>| {
-        let shown = match (what, key) {
-            ("server.tls.cert", _) => Shown::Clients,
-            (_, Some(_)) => Shown::Servers,
-            (_, None) => Shown::Nobody,
-        };
-        pairs.extend(path.map(|path| Pair { what: what.to_owned(), path: path.clone(), key: key.cloned(), shown }));
+    let mut add = |what: &str, path: Option<&PathBuf>, key: Option<&PathBuf>, uses: &[Use]| {
+        let pair =
+            |path: &PathBuf| Pair { what: what.to_owned(), path: path.clone(), key: key.cloned(), uses: uses.to_vec() };
+        pairs.extend(path.map(pair));
     };
-    let tls = config.server.tls.as_ref();
-    add("server.tls.cert", tls.map(|tls| &tls.cert), tls.map(|tls| &tls.key));
-    add("server.tls.clientCa", tls.map(|tls| &tls.client_ca), None);
-    let peers = config.server.peers.as_ref();
-    add("server.peers.cert", peers.map(|peers| &peers.cert), peers.map(|peers| &peers.key));
-    add("server.peers.cacert", peers.map(|peers| &peers.cacert), None);
-    add("etcd.cert", config.etcd.cert.as_ref(), config.etcd.key.as_ref());
-    add("etcd.cacert", config.etcd.cacert.as_ref(), None);
+    let (tls, peers) = (config.server.tls.as_ref(), config.server.peers.as_ref());
+    // The sidecars of the other members are shown it, too.
+    let calls_peers = peers.is_none() && config.store.is_some() && is_one_of_several;
+    let of_server: &[Use] = if calls_peers { &[Use::Server, Use::Client] } else { &[Use::Server] };
+    add("server.tls.cert", tls.map(|tls| &tls.cert), tls.map(|tls| &tls.key), of_server);
+    add("server.tls.clientCa", tls.map(|tls| &tls.client_ca), None, &[]);
+    add("server.peers.cert", peers.map(|peers| &peers.cert), peers.map(|peers| &peers.key), &[Use::Client]);
+    add("server.peers.cacert", peers.map(|peers| &peers.cacert), None, &[]);
+    add("etcd.cert", config.etcd.cert.as_ref(), config.etcd.key.as_ref(), &[Use::Client]);
+    add("etcd.cacert", config.etcd.cacert.as_ref(), None, &[]);
     pairs
 }
 
@@ -201,15 +201,17 @@ impl Pair {
         if chain.is_empty() {
             return Err(bad(&self.path, &"no certificate is in it"));
         }
+        if let Some(Ok((_, own))) = chain.first().map(|own| x509_parser::parse_x509_certificate(own))
+            && let Some(lacks) = self.uses.iter().find_map(|of| of.lacks(&own))
+        {
+            return Err(bad(&self.path, &lacks));
+        }
         let mut times = Vec::new();
         for certificate in &chain {
             let parsed = x509_parser::parse_x509_certificate(certificate);
             let (_, parsed) = parsed.map_err(|error| bad(&self.path, &error))?;
             let (from, until) = (at(parsed.validity().not_before), at(parsed.validity().not_after));
             times.push((from, until));
-            if let (1, Some(lacks)) = (times.len(), self.shown.lacks(&parsed)) {
-                return Err(bad(&self.path, &lacks));
-            }
         }
         if let Some(key) = &self.key {
             let private = PrivateKeyDer::from_pem_slice(&read(key)?).map_err(|error| bad(key, &error))?;
@@ -224,7 +226,7 @@ impl Pair {
     }
 }
 
-impl Shown {
+impl Use {
     /// What those to whom it is shown would refuse it for.
     fn lacks(self, certificate: &x509_parser::certificate::X509Certificate<'_>) -> Option<&'static str> {
         let has_names = certificate.subject_alternative_name().is_ok_and(|names| names.is_some());
@@ -233,11 +235,15 @@ impl Shown {
             usage.as_ref().is_none_or(|usage| usage.any || is(usage))
         };
         match self {
-            Self::Clients if !has_names => Some(
+            Self::Server if !has_names => Some(
                 "it has no subject alternative name, so that no client takes it: issue it for the hosts by which the sidecar is called",
             ),
-            Self::Clients if !allows(|usage| usage.server_auth) => Some("its extended key usage has no serverAuth"),
-            Self::Servers if !allows(|usage| usage.client_auth) => Some("its extended key usage has no clientAuth"),
+            Self::Server if !allows(|usage| usage.server_auth) => {
+                Some("it may not be used by a server: issue it with the extended key usage serverAuth")
+            }
+            Self::Client if !allows(|usage| usage.client_auth) => {
+                Some("it may not be used by a client: issue it with the extended key usage clientAuth")
+            }
             _ => None,
         }
     }
@@ -394,7 +400,9 @@ async fn data(member: &Member, store: Option<&Store>) -> Vec<Finding> {
             let schema = schema.map(|minor| format!(", storage of etcd {minor}")).unwrap_or_default();
             Finding::good(what, format!("sound, at revision {}{schema}", sound.revision))
         }
-        Ok((Data::Damaged(damaged), _)) => Finding::bad(what, format!("damaged: {}", damaged.evidence)),
+        Ok((Data::Damaged(damaged), _)) => {
+            Finding::bad(what, format!("damaged: {}; `sidecar serve` decides when etcd is to start", damaged.evidence))
+        }
         Err(error) if error.class() == Class::Precondition => {
             Finding::good(what, format!("in use, and not looked into: {error}"))
         }

@@ -187,8 +187,10 @@ async fn until_decided(
             let answers = answers(settings.store.as_ref()).await;
             let verdict = check(dir, &answers).await?;
             checked = Some(Checked { there, held, verdict, answers, listed: None });
-            // Members without a quorum, or a store that is slow, take their time to say so.
-            see(Step::Wait(ASKING.to_owned()));
+            if waits_for.is_empty() {
+                // Members without a quorum, or a store that is slow, take their time to say so.
+                see(Step::Wait(ASKING.to_owned()));
+            }
         }
         let Some(now) = &mut checked else { return Err(Error::Bug { what: "nothing was checked".into() }) };
         let (facts, serving, is_recent) = observe(settings, now, recovery).await;

@@ -89,3 +89,40 @@ pub(crate) async fn begun_with(store: &Store, timeline: Timeline) -> Result<Opti
         cluster_id => cluster_id,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OURS: u64 = 7;
+    const THEIRS: u64 = 8;
+
+    #[test]
+    fn only_what_leads_to_the_backups_makes_kin() -> Result<()> {
+        let dir = tempfile::tempdir().map_err(Error::io("make", "a directory"))?;
+        let dir = dir.path();
+        std::fs::create_dir_all(dir.join("member")).map_err(Error::io("make", dir.display()))?;
+        assert!(!is_noted(dir, OURS, 2, Some(THEIRS)));
+        let joined = |timeline, of: u64| {
+            let timelines = BTreeMap::from([(timeline, format!("{of:x}"))]);
+            Joined { cluster_id: OURS, timelines }.write(dir)
+        };
+        joined(2, THEIRS)?;
+        assert!(is_noted(dir, OURS, 2, Some(THEIRS)));
+        assert!(!is_noted(dir, OURS, 3, Some(THEIRS)) && !is_noted(dir, OURS, 2, Some(9)));
+        assert!(!is_noted(dir, 9, 2, Some(THEIRS)), "it is of another that joined");
+        let restored = |timeline, of: &str| {
+            let origin = Origin { timeline, cluster_id: of.to_owned(), revision: 5 };
+            let json = serde_json::to_vec(&origin).unwrap_or_default();
+            std::fs::write(dir.join("member/origin.json"), json).map_err(Error::io("write", dir.display()))
+        };
+        joined(9, 9)?;
+        restored(Some(2), "8")?;
+        assert!(is_noted(dir, OURS, 2, Some(THEIRS)) && !is_noted(dir, OURS, 2, Some(9)));
+        assert!(!is_noted(dir, OURS, 3, Some(THEIRS)));
+        // Of a plain file nothing is known.
+        restored(None, "0")?;
+        assert!(is_noted(dir, OURS, 3, Some(THEIRS)) && !is_noted(dir, OURS, 3, Some(OURS)));
+        Ok(())
+    }
+}

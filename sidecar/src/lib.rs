@@ -5,7 +5,7 @@
 //! predecessor wrote; [`object`] opens either. [`etcd`] and [`store`] reach the two worlds outside. [`snapshotter`] moves
 //! data from the first to the second, [`restore`] from the second to a data directory; [`verify`] proves that it could.
 //! [`compact`], [`copy`] and [`gc`] keep a store in shape without any etcd; what goes is decided by [`retention`], which is
-//! pure. [`initialize`] decides, before etcd starts, what becomes of its data; [`supervise`] does that when it is asked to, and
+//! pure. `kinship` tells whose a store is. [`initialize`] decides, before etcd starts, what becomes of its data; [`supervise`] does that when it is asked to, and
 //! has the member backed up while it leads; [`server`] is how both are asked, [`launch`] who asks and then starts etcd.
 //! What is not urgent keeps to a [`pace`]. [`doctor`] says whether a configuration fits the world; [`cli`] is what a person types.
 //!
@@ -27,6 +27,7 @@ pub mod error;
 pub mod etcd;
 pub mod gardener;
 pub mod gc;
+mod human;
 pub mod initialize;
 mod kinship;
 pub mod launch;

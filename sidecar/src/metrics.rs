@@ -126,7 +126,7 @@ pub struct Member {
     /// Alarms of the cluster, by name.
     pub alarms: Vec<&'static str>,
     /// Whether this sidecar backs up.
-    pub backing_up: bool,
+    pub backs_up: bool,
 }
 
 /// Everything that is counted.
@@ -436,8 +436,8 @@ impl Metrics {
         self.home().standing = Standing::default();
     }
 
-    /// A backup has ended, and left nothing to be seen to.
-    pub fn ended(&self) {
+    /// What was wrong is no longer, or is another's to see to.
+    pub fn clear_trouble(&self) {
         self.home().trouble = None;
     }
 
@@ -546,13 +546,13 @@ impl Metrics {
         self.db_size_in_use.set(member.db_size_in_use);
         let mut home = self.home();
         // Only who backs up knows where the backups are.
-        let lag = if member.backing_up { member.revision.saturating_sub(home.revision).max(0) } else { 0 };
-        home.see(if member.backing_up { member.revision } else { 0 });
+        let lag = if member.backs_up { member.revision.saturating_sub(home.revision).max(0) } else { 0 };
+        home.see(if member.backs_up { member.revision } else { 0 });
         self.lag.set(lag);
         self.unsaved.set(home.waiting.front().map_or(0.0, |(since, _)| since.elapsed().as_secs_f64()));
         self.required.get_or_create(&OfKind { kind: Kind::Incr }).set(i64::from(lag > 0));
         let of_full = home.standing.full.map_or(0, |(revision, _)| revision);
-        let is_due = member.backing_up && member.revision > of_full;
+        let is_due = member.backs_up && member.revision > of_full;
         self.required.get_or_create(&OfKind { kind: Kind::Full }).set(i64::from(is_due));
     }
 
@@ -576,7 +576,7 @@ mod tests {
     #[test]
     fn what_happened_is_told() -> Result<()> {
         let metrics = Metrics::default();
-        let of = |revision| Member { role: "leader", revision, backing_up: true, ..Member::default() };
+        let of = |revision| Member { role: "leader", revision, backs_up: true, ..Member::default() };
         metrics.put(Kind::Full, 100, Duration::from_secs(1));
         metrics.saved(Kind::Full, (5, 5), 5, 9_000);
         metrics.observe(&of(5));

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::cli::bytes as amount;
+use crate::human::bytes as amount;
 use crate::{Error, Result};
 
 /// File systems that may take more than they have room for, for they compress.

@@ -173,7 +173,7 @@ pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut R
             Ended::Interrupted(error) | Ended::Unsaved(error) => error,
         };
         // At the start, most trouble is a mistake that somebody wants to hear of.
-        if !error.class().passes(known.is_some()) || matches!(error, Error::Diverged { .. }) {
+        if !error.class().passes(known.is_some()) {
             return Err(error);
         }
         if started.elapsed() > Duration::from_secs(60) {

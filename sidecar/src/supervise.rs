@@ -102,8 +102,26 @@ pub struct Observed {
     pub verified: Option<Verified>,
     /// How the last etcd ended.
     pub last_exit: Option<LastExit>,
-    /// Since when it cannot be reached, and why.
-    pub unreached: Option<(Instant, String)>,
+    /// That it cannot be reached.
+    pub unreached: Option<Unreached>,
+}
+
+/// A member that should be there and is not.
+#[derive(Debug, Clone)]
+pub struct Unreached {
+    /// Since when.
+    pub since: Instant,
+    /// Why.
+    pub why: String,
+    /// Whether it was said.
+    is_told: bool,
+}
+
+impl Unreached {
+    /// One that has had the time to come up.
+    fn is_late(&self) -> bool {
+        self.since.elapsed() > UNREACHED_AFTER
+    }
 }
 
 impl Observed {
@@ -246,10 +264,10 @@ impl Supervisor {
 
     async fn run_initialization(self: Arc<Self>) {
         *self.owed.lock().unwrap_or_else(PoisonError::into_inner) = Owing::default();
-        // Of the data as it was.
-        self.settings.metrics.ended();
+        // That was of the data as it was.
+        self.settings.metrics.clear_trouble();
         // What was received from the last etcd comes home first: a restore must not miss it.
-        let _quiet = loop {
+        let _data = loop {
             // One may have begun meanwhile.
             self.backup.lock().unwrap_or_else(PoisonError::into_inner).cancel();
             if let Ok(held) = tokio::time::timeout(Duration::from_secs(1), self.data.lock()).await {
@@ -293,24 +311,13 @@ impl Supervisor {
         self.store()?;
         let sender = self.requests.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let (reply, answer) = oneshot::channel();
-        let interrupted = || match self.trouble() {
-            Some(why) => Error::Unanswered { what: format!("nothing is backed up now: {why}") },
-            None => Error::Unanswered { what: "the backup was interrupted; ask again".into() },
+        let interrupted = || {
+            let why = self.trouble().unwrap_or_else(|| "the backup was interrupted; ask again".to_owned());
+            Error::Unanswered { what: format!("nothing is backed up now: {why}") }
         };
         let sender = sender.filter(|_| self.observed.borrow().role == Some(Role::Leader));
-        let sender = sender.ok_or_else(|| {
-            let observed = self.observed.borrow();
-            match (&observed.unreached, &observed.status) {
-                (Some((_, why)), _) => Error::precondition(format!("etcd cannot be reached: {why}")),
-                (None, Some(Status { leader_id, member_id, .. })) if leader_id == member_id => {
-                    Error::Unanswered { what: "this member leads, and its backup has yet to begin; ask again".into() }
-                }
-                (None, Some(Status { leader_id: leader @ 1.., .. })) => Error::precondition(format!(
-                    "this member does not lead its cluster, member {leader:x} does: ask the sidecar of that"
-                )),
-                (None, _) => Error::precondition("this member does not lead its cluster, nor is known who does"),
-            }
-        })?;
+        let trouble = self.trouble();
+        let sender = sender.ok_or_else(|| why_not_taken(&self.observed.borrow(), trouble))?;
         let taking = async {
             sender.send(Request { kind, reply }).await.map_err(|_| interrupted())?;
             answer.await.map_err(|_| interrupted())?
@@ -344,6 +351,12 @@ impl Supervisor {
         self.settings.metrics.text()
     }
 
+    /// Whether it is this sidecar that is to back up, whether it can or not.
+    fn backs_up(&self, observed: &Observed) -> bool {
+        let leads = observed.role == Some(Role::Leader) && self.settings.backup.is_some();
+        observed.backing_up || leads
+    }
+
     fn measure(&self) {
         let observed = self.observed();
         let status = observed.status.as_ref();
@@ -359,7 +372,7 @@ impl Supervisor {
             db_size: status.map_or(0, |status| status.db_size),
             db_size_in_use: status.map_or(0, |status| status.db_size_in_use),
             alarms: observed.alarms().iter().map(|(_, alarm)| alarm.name()).collect(),
-            backing_up: observed.backing_up,
+            backs_up: self.backs_up(&observed),
         });
     }
 
@@ -378,19 +391,19 @@ impl Supervisor {
     /// Why backing up does not get on, or what is wrong with what etcd has.
     pub fn trouble(&self) -> Option<String> {
         let missing = self.owed.lock().unwrap_or_else(PoisonError::into_inner).missing.clone();
-        missing.or_else(|| self.settings.metrics.trouble()).or_else(|| self.unreached())
+        missing.or_else(|| self.settings.metrics.trouble()).or_else(|| self.unreached_for_long())
     }
 
     /// Why etcd cannot be reached, when it should be there and has not been for a while.
-    pub fn unreached(&self) -> Option<String> {
+    pub fn unreached_for_long(&self) -> Option<String> {
         let observed = self.observed.borrow();
-        let (since, why) = observed.unreached.as_ref()?;
-        (since.elapsed() > UNREACHED_AFTER).then(|| format!("etcd cannot be reached: {why}"))
+        let unreached = observed.unreached.as_ref().filter(|unreached| unreached.is_late())?;
+        Some(format!("etcd cannot be reached: {}", unreached.why))
     }
 
-    /// For how long etcd has had something that is in no backup.
-    pub fn unsaved_seconds(&self) -> f64 {
-        self.settings.metrics.unsaved_seconds()
+    /// For how long etcd has had something that is in no backup; only the sidecar that is to back up knows.
+    pub fn unsaved_seconds(&self) -> Option<f64> {
+        self.backs_up(&self.observed.borrow()).then(|| self.settings.metrics.unsaved_seconds())
     }
 
     /// The pace of what is not urgent, where it has one.
@@ -519,12 +532,14 @@ impl Supervisor {
         self.observed.send_modify(|observed| {
             let before = observed.unreached.take();
             let Some(error) = error.filter(|_| is_to_run) else { return };
-            let since = before.map_or_else(Instant::now, |(since, _)| since);
-            let late = since.elapsed().saturating_sub(UNREACHED_AFTER);
-            if late > Duration::ZERO && late <= ROLE_PERIOD {
+            let (since, is_told) =
+                before.map_or_else(|| (Instant::now(), false), |before| (before.since, before.is_told));
+            let mut unreached = Unreached { since, why: error.to_string(), is_told };
+            if unreached.is_late() && !is_told {
                 tracing::warn!(%error, "etcd may run, and cannot be reached: nothing is backed up from here");
+                unreached.is_told = true;
             }
-            observed.unreached = Some((since, error.to_string()));
+            observed.unreached = Some(unreached);
         });
     }
 
@@ -567,15 +582,15 @@ impl Supervisor {
             drop(requests);
             if ended.is_ok() {
                 // Another's, if anybody's, is the trouble from here on.
-                settings.metrics.ended();
+                settings.metrics.clear_trouble();
             }
             if let Err(error) = ended {
                 tracing::error!(%error, "backing up ended; it is tried again");
                 settings.metrics.interrupted(&error);
                 if let Error::Diverged { intact, .. } = error {
-                    hand_over(&settings.etcd, intact).await;
+                    hand_over_to(&settings.etcd, intact).await;
                 }
-                // What makes no sense now may make some when somebody has looked; not in a tight loop.
+                // Somebody may mend it meanwhile.
                 tokio::select! {
                     () = tokio::time::sleep(Duration::from_secs(15)) => {}
                     () = stop.cancelled() => {}
@@ -587,8 +602,23 @@ impl Supervisor {
     }
 }
 
+/// Why a member whose sidecar is not backing up takes no snapshot.
+fn why_not_taken(observed: &Observed, trouble: Option<String>) -> Error {
+    match (&observed.unreached, &observed.status) {
+        (Some(unreached), _) => Error::precondition(format!("etcd cannot be reached: {}", unreached.why)),
+        (None, Some(Status { leader_id, member_id, .. })) if leader_id == member_id => {
+            let why = trouble.unwrap_or_else(|| "its backup has yet to begin; ask again".to_owned());
+            Error::Unanswered { what: format!("this member leads, and nothing is backed up: {why}") }
+        }
+        (None, Some(Status { leader_id: leader @ 1.., .. })) => Error::precondition(format!(
+            "this member does not lead its cluster, member {leader:x} does: ask the sidecar of that"
+        )),
+        (None, _) => Error::precondition("no leader of the cluster is known; ask again when there is one"),
+    }
+}
+
 /// Lets a member lead whose data is as it should be: from there it can be backed up.
-async fn hand_over(flags: &EtcdFlags, intact: u64) {
+async fn hand_over_to(flags: &EtcdFlags, intact: u64) {
     let to = format!("{intact:x}");
     let moved = async { Etcd::connect(flags).await?.0.move_leader(intact).await };
     match moved.await {

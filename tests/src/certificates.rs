@@ -25,6 +25,11 @@ impl Certificates {
 
     /// The same, valid until that year begins.
     pub fn issue_until(dir: &Path, names: &[&str], year: i32) -> Result<Self> {
+        Self::issue_with(dir, names, year, &[ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth])
+    }
+
+    /// The same, to be used for these.
+    pub fn issue_with(dir: &Path, names: &[&str], year: i32, uses: &[ExtendedKeyUsagePurpose]) -> Result<Self> {
         std::fs::create_dir_all(dir)?;
         let this = Self { dir: dir.to_owned() };
         let ca_key = KeyPair::generate()?;
@@ -36,7 +41,7 @@ impl Certificates {
             let key = KeyPair::generate()?;
             let mut params = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())?;
             params.not_after = rcgen::date_time_ymd(year, 1, 1);
-            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+            params.extended_key_usages = uses.to_vec();
             this.write(name, &params.signed_by(&key, &issuer)?.pem(), &key)?;
         }
         Ok(this)

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use rcgen::ExtendedKeyUsagePurpose;
 use tests::certificates::Certificates;
 use tests::eventually;
 use tests::pod::Pod;
@@ -64,6 +65,9 @@ async fn what_would_fail_is_bad_and_says_what_to_do() -> Result<()> {
     says(&findings(&pod, 12).await?, "server.tls.cert", "bad", "expired on 2020-01-01")?;
     pod.tls = Some(Certificates::issue_for(&dir.path().join("nameless"), &[])?);
     says(&findings(&pod, 12).await?, "server.tls.cert", "bad", "no subject alternative name")?;
+    let of_client = [ExtendedKeyUsagePurpose::ClientAuth];
+    pod.tls = Some(Certificates::issue_with(&dir.path().join("misused"), &["127.0.0.1"], 4096, &of_client)?);
+    says(&findings(&pod, 12).await?, "server.tls.cert", "bad", "serverAuth")?;
     let tls = Certificates::issue(&dir.path().join("tls"))?;
     std::fs::copy(old.server().1, tls.server().1)?;
     pod.tls = Some(tls.clone());

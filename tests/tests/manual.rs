@@ -1,6 +1,6 @@
 //! What the program says of itself.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use tests::program::Sidecar;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -66,6 +66,17 @@ async fn what_is_shown_is_understood() -> Result<()> {
     ensure!(read.compaction == Some(proto::config::Compaction::default()), "{:?}", read.compaction);
     ensure!(read.verification == Some(proto::config::Verification::default()), "{:?}", read.verification);
     ensure!(read.defragmentation == Some(proto::config::Defragmentation::default()), "{:?}", read.defragmentation);
+    ensure!(
+        read.etcd.endpoints == proto::config::Etcd::default().endpoints
+            && read.safety == proto::config::Safety::default()
+    );
+    let (server, default) = (read.server, proto::config::Server::default());
+    ensure!(
+        (server.listen, server.insecure, server.etcd_wrapper)
+            == (default.listen, default.insecure, default.etcd_wrapper)
+    );
+    let (kubernetes, default) = (read.kubernetes.context("no section")?, proto::config::Kubernetes::default());
+    ensure!((kubernetes.namespace, kubernetes.heartbeat_period) == (default.namespace, default.heartbeat_period));
     // One file for all members.
     let dir = tempfile::tempdir()?;
     let etcd = dir.path().join("etcd.yaml");
@@ -73,7 +84,8 @@ async fn what_is_shown_is_understood() -> Result<()> {
     for (pod, code) in [("a", 12), ("d", 2)] {
         let doctor = Sidecar::new(["doctor", "--config"]).arg(deploy.join("cluster/sidecar.yaml")).env("POD_NAME", pod);
         let set = format!("member.etcdConfig={}", etcd.display());
-        doctor.args(["--set", &set, "--set", "store.url=file:///nowhere"]).run().await?.expect(code)?;
+        let ended = doctor.args(["--set", &set, "--set", "store.url=file:///nowhere"]).run().await?.expect(code)?;
+        ensure!(code == 2 || ended.stdout.contains("a, in a cluster of 3"), "{}", ended.stdout);
     }
     Ok(())
 }

@@ -316,6 +316,13 @@ async fn an_etcd_that_ends_ends_the_launcher() -> Result<()> {
     serving.logs("etcd has ended", LONG).await?;
     ensure!(ended.stderr.matches("etcd is started").count() == 3, "{}", ended.stderr);
     ensure!(pod.status().await?.last_exit.is_some_and(|exit| exit.code == 1));
+    // It might come up, and did not.
+    eventually(LONG, || async {
+        let code = pod.http()?.get(format!("{}/readyz", pod.url())).send().await?.status();
+        ensure!(code == 503, "{code}");
+        Ok(())
+    })
+    .await?;
     serving.terminate().await?.expect(0)?;
     Ok(())
 }
@@ -714,6 +721,11 @@ async fn every_call_can_be_made() -> Result<()> {
     ensure!(delta["snapshots"][0]["kind"] == "KIND_DELTA", "{delta}");
     let listed = call(&["list-snapshots"], 0).await?.stdout;
     ensure!(listed.lines().count() >= 3, "{listed}");
+    let as_table = call(&["list-snapshots", "-o", "table"], 0).await?.stdout;
+    ensure!(as_table.lines().count() == listed.lines().count() + 1, "{as_table}");
+    ensure!(as_table.lines().next().is_some_and(|names| names.contains("lastRevision")), "{as_table}");
+    let nothing = call(&["take-snapshot", "delta", "-o", "table"], 0).await?.stdout;
+    ensure!(nothing.trim() == "nothing has changed since the last backup", "{nothing}");
     let latest = call(&["get-latest"], 0).await?.json()?;
     ensure!(latest["deltas"].as_array().is_some_and(|deltas| !deltas.is_empty()), "{latest}");
     let verified = call(&["verify", "--level", "replay"], 0).await?.stdout;
@@ -823,6 +835,9 @@ async fn a_store_of_another_cluster_is_not_backed_up_to() -> Result<()> {
     let mut etcd = stranger.start().await?;
     etcd.client().await?.put("theirs", "1", None).await?;
     store.once("full", &stranger).run().await?.expect(0)?;
+    etcd.client().await?.put("theirs", "2", None).await?;
+    // Retention would take the first of them.
+    store.once("full", &stranger).run().await?.expect(0)?;
     etcd.stop()?;
     let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store.clone()))?;
     pod.more = "snapshots: {deltaPeriod: 1s}\nretention: {policy: LimitBased, maxBackups: 1, period: 1s}\n".into();
@@ -842,13 +857,20 @@ async fn a_store_of_another_cluster_is_not_backed_up_to() -> Result<()> {
         Ok(())
     })
     .await?;
-    ensure!(tests::objects(&place)?.len() == 1, "{:?}", tests::objects(&place)?);
+    ensure!(tests::objects(&place)?.len() == 2, "{:?}", tests::objects(&place)?);
+    // What would be lost now grows all the while.
+    eventually(LONG, || async {
+        let unsaved = pod.status().await?.backup.and_then(|backup| backup.unsaved_seconds);
+        ensure!(unsaved > Some(18.0), "{unsaved:?}");
+        Ok(())
+    })
+    .await?;
     store.once("full", &pod.member).run().await?.expect(0)?;
     pod.back_up(api::Kind::Delta).await?;
     let listed = store.list().await?;
     ensure!(listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 2), "{listed}");
     let told = pod.status().await?.backup.context("no status of the backup")?;
-    ensure!(told.error.is_empty(), "{told:?}");
+    ensure!(told.error.is_empty() && told.window.is_some_and(|window| window.last_revision > 0), "{told:?}");
     serving.terminate().await?.expect(0)?;
     drop(etcd);
     Ok(())

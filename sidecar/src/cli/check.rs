@@ -6,7 +6,8 @@ use etcd_format::datadir::{self, Severity, Verdict, Verify, WantHash};
 use etcd_format::mvcc::HashRules;
 use serde_json::{Value, json};
 
-use super::{Output, bytes, print};
+use super::{Output, print};
+use crate::human::bytes;
 use crate::{Class, Error, Result};
 
 /// Check a stopped member's data directory for corruption.

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use tokio_util::sync::CancellationToken;
 
-use super::{Output, StoreFlag, bytes, print};
+use super::{Output, StoreFlag, print};
 use crate::Result;
 use crate::catalog::Timeline;
 use crate::compact::{Compacted, Settings, compact};
+use crate::human::bytes;
 use crate::store::{Open, Store};
 
 /// Make the newest full snapshot and the deltas after it into a new full snapshot, without any etcd.

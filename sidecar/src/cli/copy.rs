@@ -2,9 +2,10 @@
 
 use tokio_util::sync::CancellationToken;
 
-use super::{Output, StoreFlag, bytes, parse_time, print};
+use super::{Output, StoreFlag, parse_time, print};
 use crate::catalog::{Layout, Timeline};
 use crate::copy::{Copied, Selection, copy};
+use crate::human::bytes;
 use crate::store::{Environment, Open, Store};
 use crate::{Class, Result};
 

@@ -10,6 +10,7 @@ use tonic::transport::Channel;
 
 use super::{Output, columns, write_out};
 use crate::client::{ApiFlags, failed};
+use crate::human::time;
 use crate::{Class, Error, Result};
 
 /// Call a sidecar that serves.
@@ -162,6 +163,9 @@ fn flatten(at: &str, value: &Value, rows: &mut Vec<(String, String)>) {
         }
         Value::Null => {}
         Value::String(text) => rows.push((at.to_owned(), text.clone())),
+        Value::Number(number) if at.ends_with("nixMs") => {
+            rows.push((at.to_owned(), time(number.as_i64().unwrap_or_default())));
+        }
         other => rows.push((at.to_owned(), other.to_string())),
     }
 }

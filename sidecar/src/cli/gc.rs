@@ -5,8 +5,9 @@ use std::time::Duration;
 use clap::ValueEnum;
 use tokio_util::sync::CancellationToken;
 
-use super::{Output, StoreFlag, bytes, columns, parse_period, print};
+use super::{Output, StoreFlag, columns, parse_period, print};
 use crate::gc::{Collected, collect};
+use crate::human::bytes;
 use crate::retention::{Policy, Retention};
 use crate::store::{Open, Store};
 use crate::{Class, Error, Result};

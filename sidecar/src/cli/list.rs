@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{Output, StoreFlag, bytes, columns, print, time};
+use super::{Output, StoreFlag, columns, print};
 use crate::catalog::{Catalog, Description, History, PREDECESSOR, Timeline};
+use crate::human::{bytes, time};
 use crate::store::{Open, Store};
 use crate::{Class, Result};
 

@@ -11,8 +11,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::{Output, bytes, parse_time, print, time};
+use super::{Output, parse_time, print};
 use crate::catalog::Timeline;
+use crate::human::{bytes, time};
 use crate::restore::{
     Appended, AtTime, Choice, Far, Outcome, Plan, Progress, Proof, Source, Target, Upto, append, choose, execute,
 };

@@ -46,7 +46,7 @@ pub struct Args {
 /// What a sidecar goes by.
 #[derive(Debug, clap::Args)]
 pub(super) struct ConfigFlags {
-    /// What it goes by: a YAML file, described in the README. The environment counts before it: `store.url` there is
+    /// What it goes by: a YAML file; `sidecar/deploy/reference.yaml` has every field. The environment counts before it: `store.url` there is
     /// SIDECAR_STORE_URL, and so on.
     #[arg(long, env = "SIDECAR_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
@@ -231,10 +231,13 @@ fn upkeep(config: &SidecarConfig) -> Result<Upkeep> {
             RetentionPolicy::Exponential => Policy::Exponential,
             RetentionPolicy::LimitBased => Policy::LimitBased { max_backups },
         };
-        (Retention { policy, deltas: retention.deltas }, retention.period.max(LEAST_PERIOD))
+        (Retention { policy, deltas: retention.deltas }, retention.period)
     });
     if config.retention.as_ref().is_some_and(|retention| retention.max_backups == 0) {
         return Err(Error::invalid("retention.maxBackups is 0: at least one backup must stay"));
+    }
+    if config.retention.as_ref().is_some_and(|retention| retention.period < LEAST_PERIOD) {
+        return Err(Error::invalid(format!("retention.period must be {LEAST_PERIOD:?} or more")));
     }
     let compaction = config.compaction.as_ref();
     let verification = config.verification.as_ref();

@@ -9,9 +9,10 @@ use croner::Cron;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use super::{Output, StoreFlag, bytes, parse_millis, print};
+use super::{Output, StoreFlag, parse_millis, print};
 use crate::catalog::Layout;
 use crate::etcd::EtcdFlags;
+use crate::human::bytes;
 use crate::snapshotter::{self, DELTA_BYTES, DELTA_PERIODS, Kind, Settings, Taken, TakenDelta};
 use crate::store::{Open, Store};
 use crate::{Error, Result};

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use tokio_util::sync::CancellationToken;
 
-use super::{Output, StoreFlag, bytes, print};
+use super::{Output, StoreFlag, print};
 use crate::Result;
 use crate::catalog::Timeline;
+use crate::human::bytes;
 use crate::store::{Open, Store};
 use crate::verify::{Journal, Level, Look, Report, verify};
 

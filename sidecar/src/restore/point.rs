@@ -156,7 +156,7 @@ async fn choose_timeline<'c>(store: &Store, catalog: &'c Catalog, choice: &Choic
                 catalog.timelines.iter().rev().find(|(_, history)| began(history).is_some_and(|at| at <= unix_ms));
             found.map(|(timeline, history)| (*timeline, history)).ok_or_else(|| {
                 let oldest = catalog.timelines.values().filter_map(began).min().unwrap_or_default();
-                let (asked, oldest) = (crate::cli::time(unix_ms), crate::cli::time(oldest));
+                let (asked, oldest) = (crate::human::time(unix_ms), crate::human::time(oldest));
                 Error::missing(format!("nothing is of {asked}: the oldest full snapshot in store {url} is of {oldest}"))
             })
         }

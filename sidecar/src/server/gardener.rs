@@ -161,10 +161,12 @@ impl Peers {
         let leader = members.iter().find(|member| member.id == status.leader_id);
         let url = leader.and_then(|leader| leader.client_urls.first()).and_then(|url| url::Url::parse(url).ok());
         let host = url.as_ref().and_then(url::Url::host_str);
-        let host = host.ok_or_else(|| Error::precondition("no member leads that clients could reach"))?;
+        let host = host.ok_or_else(|| {
+            Error::precondition("no member leads that clients could reach: see to advertise-client-urls of etcd")
+        })?;
         let scheme = if self.is_tls { "https" } else { "http" };
         let sidecar = format!("{scheme}://{host}:{}", self.port);
-        let leaders = |error: Error| Error::precondition(format!("the leader's sidecar, at {sidecar}: {error}"));
+        let leaders = |error: Error| Error::Unanswered { what: format!("the leader's sidecar, at {sidecar}: {error}") };
         let api = ApiFlags { sidecar: sidecar.clone(), ..self.api.clone() };
         let kind = if kind == Kind::Full { api::Kind::Full } else { api::Kind::Delta };
         let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: String::new() };

@@ -14,6 +14,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use super::connection::Peer;
 use crate::catalog::{Catalog, History, Timeline};
 use crate::etcd::{Etcd, Listed, Role};
+use crate::human::{bytes, time};
 use crate::supervise::{Observed, Phase, Supervisor};
 
 /// How wide and high the picture of a timeline is.
@@ -40,7 +41,7 @@ struct View<'s> {
     /// Or why it cannot be listed.
     catalog: Option<Result<&'s Catalog, &'s str>>,
     trouble: Option<String>,
-    unsaved_seconds: f64,
+    unsaved_seconds: Option<f64>,
     members: &'s [Listed],
     now: DateTime<Utc>,
 }
@@ -158,8 +159,8 @@ fn backups(shown: &View<'_>) -> Markup {
             tr { th { "Store" } td { code { (store) } } }
             tr { th { "Backed up by" } td id="active" { (backed_up_by(observed)) } }
             @if let Some(error) = &shown.trouble { tr { th { "Trouble" } td { span.badge.bad { (error) } } } }
-            @if observed.backing_up {
-                tr { th { "Would be lost now" } td id="lag" { (format!("{:.0} s", shown.unsaved_seconds)) } }
+            @if let Some(seconds) = shown.unsaved_seconds {
+                tr { th { "Would be lost now" } td id="lag" { (format!("{seconds:.0} s")) } }
             }
             @if let Some(verified) = &observed.verified {
                 tr { th { "Last restored to verify" } td { "revision " (verified.revision) ", " (ago(verified.unix_ms, shown.now)) ", in " (format!("{:.1} s", verified.seconds)) } }
@@ -235,20 +236,6 @@ fn members(shown: &View<'_>) -> Markup {
     }
 }
 
-fn bytes(bytes: u64) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let (mut size, mut unit) = (bytes as f64, 0);
-    while size >= 1024.0 && unit + 1 < units.len() {
-        (size, unit) = (size / 1024.0, unit + 1);
-    }
-    if unit == 0 { format!("{bytes} B") } else { format!("{size:.1} {}", units[unit]) }
-}
-
-fn time(unix_ms: i64) -> String {
-    let at = DateTime::from_timestamp_millis(unix_ms).unwrap_or_default();
-    at.format("%Y-%m-%d %H:%M:%S UTC").to_string()
-}
-
 fn ago(unix_ms: i64, now: DateTime<Utc>) -> String {
     let seconds = now.timestamp_millis().saturating_sub(unix_ms) / 1000;
     match seconds {
@@ -277,7 +264,7 @@ mod tests {
             observed: &observed,
             store: Some("file:///a?b=<c>"),
             catalog: Some(Ok(&catalog)),
-            unsaved_seconds: 0.0,
+            unsaved_seconds: None,
             trouble: Some("<script>x</script>".into()),
             members: &[],
             now: DateTime::from_timestamp(1_700_000_100, 0).unwrap_or_default(),

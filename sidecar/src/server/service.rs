@@ -272,7 +272,11 @@ impl Sidecar for Api {
             db_size: status.db_size,
         });
         let store = self.supervisor.settings().initialize.store.as_ref();
-        let listed = self.supervisor.listed().await.and_then(Result::ok);
+        let (listed, unlisted) = match self.supervisor.listed().await {
+            None => (None, None),
+            Some(Ok(catalog)) => (Some(catalog), None),
+            Some(Err(why)) => (None, Some(format!("the store cannot be listed: {why}"))),
+        };
         let newest = listed.as_ref().and_then(|catalog| catalog.newest_restorable());
         let chain = newest.and_then(|(timeline, history)| Some((timeline, history.newest_chain()?)));
         let backup = api::BackupStatus {
@@ -282,7 +286,7 @@ impl Sidecar for Api {
             unsaved_seconds: self.supervisor.unsaved_seconds(),
             store: store.map(|store| store.url().to_owned()).unwrap_or_default(),
             active: observed.backing_up,
-            error: self.supervisor.trouble().unwrap_or_default(),
+            error: self.supervisor.trouble().or(unlisted).unwrap_or_default(),
             verified: observed.verified.map(|verified| {
                 let Verified { revision, unix_ms, seconds, hashes } = verified;
                 api::Verified { revision, unix_ms, seconds, hashes }
@@ -397,8 +401,7 @@ pub(super) fn probes(supervisor: Arc<Supervisor>) -> Router {
     let counted = supervisor.clone();
     let ready = move || {
         let is_ready = match &*supervisor.phase().borrow() {
-            // One that may run has a while to come up.
-            Phase::Ready(_) => supervisor.unreached().is_none(),
+            Phase::Ready(_) => supervisor.unreached_for_long().is_none(),
             Phase::Refused(refused) => refused.in_use,
             // A sidecar that was restarted beside an etcd that serves.
             Phase::New => supervisor.observed().role.is_some(),

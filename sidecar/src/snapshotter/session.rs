@@ -110,7 +110,7 @@ impl Due {
 
 enum Done {
     Delta(Result<TakenDelta>, Box<Known>, Duration),
-    Full(Result<TakenFull>, Duration),
+    Full(Due, Result<TakenFull>, Duration),
     Ttls(Vec<(i64, i64)>),
 }
 
@@ -307,12 +307,11 @@ impl Session<'_> {
             tracing::info!(backed_up_to = self.pending.last(), "stopped; everything that was received is in the store");
         }
         let (received, saved) = (self.pending.last(), self.home);
-        let ended = match (result, home) {
-            (_, Err(error)) => Ended::Unsaved(error),
-            (Ok(()), Ok(())) if self.unsaved.is_some() => self.unsaved.map_or(Ended::Clean, Ended::Unsaved),
-            (Err(error), Ok(())) if self.lost => Ended::Unsaved(error),
-            (Err(error), Ok(())) => Ended::Interrupted(error),
-            (Ok(()), Ok(())) => Ended::Clean,
+        let ended = match (result, home, self.unsaved) {
+            (_, Err(error), _) | (Ok(()), Ok(()), Some(error)) => Ended::Unsaved(error),
+            (Err(error), Ok(()), _) if self.lost => Ended::Unsaved(error),
+            (Err(error), Ok(()), _) => Ended::Interrupted(error),
+            (Ok(()), Ok(()), None) => Ended::Clean,
         };
         End { ended, received, saved }
     }
@@ -542,7 +541,7 @@ impl Session<'_> {
         let started = Instant::now();
         tasks.running.spawn(async move {
             let taken = full::take(job, &stop).await;
-            Done::Full(taken, started.elapsed())
+            Done::Full(why, taken, started.elapsed())
         });
     }
 
@@ -561,7 +560,7 @@ impl Session<'_> {
 
     fn done(&mut self, done: Done) -> Result<()> {
         self.count(&done);
-        if let Done::Full(ended, _) = &done {
+        if let Done::Full(_, ended, _) = &done {
             self.asked.full_ended(ended);
         }
         match done {
@@ -584,21 +583,20 @@ impl Session<'_> {
                     }
                 }
             }
-            Done::Full(Ok(taken), _) => {
+            Done::Full(_, Ok(taken), _) => {
                 self.auth.taken(taken.auth_revision);
                 self.schedule_after(taken.unix_ms);
                 self.tip = Tip::At(taken.revision);
                 (self.base, self.newest) = (Some(taken.name), Some(taken.name));
                 log_full(&taken);
             }
-            Done::Full(Err(error), _) => {
+            Done::Full(why, Err(error), _) => {
                 // Refused because auth was turned on since we connected: connect again, as the user that we were given.
                 let needs_user = error.class() == Class::Denied && self.etcd.left_out_user();
                 if needs_user || !error.class().passes(true) {
                     return Err(error);
                 }
                 tracing::error!(%error, retry_in = ?FULL_RETRY, "full snapshot failed; deltas go on, it is tried again");
-                let why = if matches!(self.tip, Tip::At(_)) { Due::Schedule } else { Due::NoChain };
                 self.due = Some((self.due.map_or(why, |(why, _)| why), Instant::now() + FULL_RETRY));
             }
         }
@@ -616,13 +614,13 @@ impl Session<'_> {
                     metrics.saved(metrics::Kind::Incr, (first, last), last, taken.name.unix_ms());
                 }
             }
-            Done::Full(Ok(taken), took) => {
+            Done::Full(_, Ok(taken), took) => {
                 let (revision, unix_ms) = (taken.revision, taken.unix_ms);
                 metrics.put(metrics::Kind::Full, taken.size, *took);
                 metrics.saved(metrics::Kind::Full, (revision, revision), revision.max(self.home), unix_ms);
             }
             Done::Delta(Err(_), _, took) => metrics.not_saved(metrics::Kind::Incr, *took),
-            Done::Full(Err(_), took) => metrics.not_saved(metrics::Kind::Full, *took),
+            Done::Full(_, Err(_), took) => metrics.not_saved(metrics::Kind::Full, *took),
             Done::Ttls(_) => {}
         }
     }
@@ -631,9 +629,9 @@ impl Session<'_> {
     async fn delta_home(&mut self, tasks: &mut Tasks) -> Result<()> {
         while tasks.delta {
             match tasks.next().await? {
-                done @ (Done::Delta(..) | Done::Ttls(_) | Done::Full(Ok(_), _)) => self.done(done)?,
+                done @ (Done::Delta(..) | Done::Ttls(_) | Done::Full(_, Ok(_), _)) => self.done(done)?,
                 // One that was stopped, or that the next session takes.
-                Done::Full(Err(error), _) => {
+                Done::Full(_, Err(error), _) => {
                     tracing::debug!(%error, "full snapshot ended");
                     self.due.get_or_insert_with(|| (Due::NoChain, Instant::now()));
                 }

@@ -33,8 +33,8 @@ pub struct Seen {
 
 impl Seen {
     /// The cluster that the timeline is of, when that is another.
-    pub fn others(&self, cluster_id: u64) -> Option<u64> {
-        // First of all: an object of ours that went astray into another's timeline does not make it ours.
+    pub fn foreign_cluster(&self, cluster_id: u64) -> Option<u64> {
+        // What it was begun with counts before its newest object: one of ours that went astray does not make it ours.
         let newest = self.newest.as_ref().map(|newest| newest.cluster_id);
         self.begun_with.into_iter().chain(newest).find(|theirs| *theirs != cluster_id)
     }
@@ -69,7 +69,7 @@ pub fn decide(seen: Option<&Seen>, live: &Status) -> Decision {
         return Decision::Begin { timeline: 1, parent: 0, reason: "first backup into this store".into() };
     };
     let begin = |reason| Decision::Begin { timeline: seen.timeline.saturating_add(1), parent: seen.timeline, reason };
-    if let Some(theirs) = seen.others(live.cluster_id) {
+    if let Some(theirs) = seen.foreign_cluster(live.cluster_id) {
         let ours = live.cluster_id;
         return begin(format!("cluster {ours:x} is not the cluster {theirs:x} whose backups the store has"));
     }
@@ -154,17 +154,26 @@ pub async fn compare(
         compared => return Ok(compared),
     };
     let ours = etcd.status().await?.member_id;
-    for other in etcd.members().await?.into_iter().filter(|other| other.id != ours && !other.client_urls.is_empty()) {
+    let (mut voters, mut asked) = (0, 0);
+    for other in etcd.members().await?.into_iter().filter(|other| other.id != ours && !other.is_learner) {
+        voters += 1;
         let reached = EtcdFlags { endpoints: other.client_urls, ..flags.clone() };
         let compared = async {
             let (mut etcd, _) = Etcd::connect(&reached).await?;
             compare_with(store, &mut etcd, timeline, chain, full).await
         };
         match compared.await {
-            Ok(Comparison::Same) if !other.is_learner => return Ok(Comparison::Damaged { why, intact: other.id }),
-            Ok(_) => {}
+            Ok(Comparison::Same) => return Ok(Comparison::Damaged { why, intact: other.id }),
+            Ok(_) => asked += 1,
             Err(error) => tracing::warn!(%error, name = other.name, "a member is not compared with the backups"),
         }
+    }
+    if voters > 0 && asked == 0 {
+        return Err(Error::Unanswered {
+            what: format!(
+                "{why}, and no other member could be asked whether it differs too: see to their client URLs and certificates"
+            ),
+        });
     }
     Ok(Comparison::Differs(format!("{why}: this etcd was restored")))
 }

@@ -1,4 +1,4 @@
-//! What the store has, for whoever looks: a person's page and metrics. Nobody acts upon it.
+//! What the store has, for whoever looks: the page, the status and metrics. Nobody acts upon it.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};

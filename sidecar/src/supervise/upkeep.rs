@@ -225,9 +225,8 @@ impl Supervisor {
         self.observed.borrow().role == Some(Role::Leader)
     }
 
-    /// Whether the newest backups in the store are of the cluster that the member leads, for all that they say: what another's
-    /// come to is not for us to see to.
-    async fn keeps(&self, store: &Store) -> Result<bool> {
+    /// Whether the newest timeline is of our cluster, or does not say: another's backups are not ours to delete or merge.
+    async fn is_newest_ours(&self, store: &Store) -> Result<bool> {
         let Some(ours) = self.observed.borrow().status.as_ref().map(|status| status.cluster_id) else {
             return Ok(false);
         };
@@ -241,7 +240,7 @@ impl Supervisor {
     }
 
     async fn collect(&self, store: &Store, retention: Retention) -> Result<()> {
-        if !self.keeps(store).await? {
+        if !self.is_newest_ours(store).await? {
             return Ok(());
         }
         let _one = self.heavy.lock().await;
@@ -265,7 +264,9 @@ impl Supervisor {
 
     async fn merge_when_long(&self, store: &Store, most: usize, work_dir: &Path) -> Result<()> {
         let catalog = store.catalog().await?;
-        if catalog.newest_chain().is_none_or(|(_, chain)| chain.deltas.len() < most) || !self.keeps(store).await? {
+        if catalog.newest_chain().is_none_or(|(_, chain)| chain.deltas.len() < most)
+            || !self.is_newest_ours(store).await?
+        {
             return Ok(());
         }
         self.compact(false, work_dir).await.map(drop)
@@ -306,7 +307,7 @@ impl Supervisor {
     }
 
     async fn defragment_all(&self, least_free_share: f64) -> Result<()> {
-        let (_quiet, _one) = (self.heavy.lock().await, self.defragmenting.lock().await);
+        let (_heavy, _one) = (self.heavy.lock().await, self.defragmenting.lock().await);
         let started = Instant::now();
         let done = defragment::cluster(&self.settings.etcd, least_free_share, &self.settings.quiet).await;
         self.settings.metrics.defragmented(done.is_ok(), started.elapsed());

@@ -120,7 +120,7 @@ impl<'s> Session<'s> {
                 }
             }
             Decision::Begin { timeline, parent, ref reason } => {
-                let theirs = seen.as_ref().and_then(|seen| seen.others(self.status.cluster_id));
+                let theirs = seen.as_ref().and_then(|seen| seen.foreign_cluster(self.status.cluster_id));
                 self.check_kinship(catalog, parent, theirs).await?;
                 self.begin_timeline(timeline, parent, catalog.timelines.get(&parent), reason).await
             }
@@ -268,7 +268,7 @@ impl<'s> Session<'s> {
             let ours = self.status.member_id;
             return Err(Error::Diverged {
                 what: format!(
-                    "the data of member {ours:x} is damaged: {why}, as it is on member {intact:x}: nothing is backed up from it; have it replaced by moving its member directory away and starting it again"
+                    "the data of member {ours:x} is damaged: {why}. Member {intact:x} has what the backups have. Nothing is backed up from {ours:x}: stop its etcd, move its member directory away and start it again, and it gets everything from the others"
                 ),
                 intact,
             });
