@@ -431,6 +431,12 @@ impl History {
         self.fulls.iter().map(|full| full.unix_ms).chain(self.deltas.iter().map(|delta| delta.unix_ms))
     }
 
+    /// The last revision that any of them has, whether it can be restored or not.
+    pub fn last_revision(&self) -> Option<i64> {
+        let revisions = self.fulls.iter().map(|full| full.revision).chain(self.deltas.iter().map(|delta| delta.last));
+        revisions.max()
+    }
+
     /// Bytes of all objects.
     pub fn size(&self) -> u64 {
         self.fulls.iter().map(|full| full.size).chain(self.deltas.iter().map(|delta| delta.size)).sum()

@@ -59,7 +59,10 @@ impl ApiFlags {
 /// What an answer of the sidecar's means.
 pub fn failed(what: &str) -> impl Fn(tonic::Status) -> Error + '_ {
     move |status| {
-        let text = format!("{what}: the sidecar answers {:?}: {}", status.code(), status.message());
+        // What a connection broke by says what to do, such as that a certificate was refused.
+        let cause = std::error::Error::source(&status).map(|cause| format!(": {}", crate::error::chain(cause)));
+        let cause = cause.unwrap_or_default();
+        let text = format!("{what}: the sidecar answers {:?}: {}{cause}", status.code(), status.message());
         match status.code() {
             tonic::Code::Unauthenticated | tonic::Code::PermissionDenied => Error::Denied { what: text },
             tonic::Code::DataLoss => Error::corrupt(text),

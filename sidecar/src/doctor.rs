@@ -3,6 +3,8 @@
 //! Nothing is changed but small objects of its own in the store. Each finding says what it means, so that nobody has to know
 //! the sidecar to act on it.
 
+mod certificates;
+
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -90,7 +92,8 @@ pub async fn examine(
             },
         ),
     );
-    findings.push(listener(config));
+    findings.extend(certificates::examine(config, member));
+    findings.push(listener(config, &member.client_ports()));
     let mut newest = Newest::default();
     match (&settings.initialize.store, not_opened) {
         (_, Some(error)) => findings.push(Finding::bad("store", error.to_string())),
@@ -249,8 +252,14 @@ impl Use {
     }
 }
 
-fn listener(config: &SidecarConfig) -> Finding {
+fn listener(config: &SidecarConfig, ports_of_etcd: &[u16]) -> Finding {
     let listen = &config.server.listen;
+    if listen.parse().is_ok_and(|address: std::net::SocketAddr| ports_of_etcd.contains(&address.port())) {
+        return Finding::bad(
+            "server.listen",
+            format!("{listen} has a port of etcd's listen-client-urls: give it its own"),
+        );
+    }
     match std::net::TcpListener::bind(listen) {
         Ok(_) if config.server.insecure => Finding::remark(
             "server.listen",
@@ -284,7 +293,7 @@ impl Newest {
         Ok(Self {
             unix_ms: history.times().max(),
             bytes: meta.map_or(chain.full.size, |meta| meta.content_bytes),
-            cluster_id: store.cluster_of(timeline).await?,
+            cluster_id: kinship::whose(store, timeline, history).await?,
         })
     }
 
@@ -394,13 +403,22 @@ async fn data(member: &Member, store: Option<&Store>) -> Vec<Finding> {
         findings.push(Finding::good(what, format!("{} is not there yet", dir.display())));
         return findings;
     }
-    findings.push(match initialize::look_into(member, store).await {
-        Ok((Data::Absent, _)) => Finding::good(what, format!("{} has no member yet", dir.display())),
-        Ok((Data::Sound(sound), schema)) => {
+    let looked = initialize::look_into(member, store).await;
+    if let Ok((data, backups, _)) = &looked
+        && let Some((ours, theirs)) = data.foreign_to(backups)
+    {
+        let found = format!(
+            "it is of cluster {ours:x}, the backups are of {theirs:x}: the store or the volume is another's, and etcd would not be started"
+        );
+        findings.push(Finding::bad(what, found));
+    }
+    findings.push(match looked {
+        Ok((Data::Absent, ..)) => Finding::good(what, format!("{} has no member yet", dir.display())),
+        Ok((Data::Sound(sound), _, schema)) => {
             let schema = schema.map(|minor| format!(", storage of etcd {minor}")).unwrap_or_default();
             Finding::good(what, format!("sound, at revision {}{schema}", sound.revision))
         }
-        Ok((Data::Damaged(damaged), _)) => {
+        Ok((Data::Damaged(damaged), ..)) => {
             Finding::bad(what, format!("damaged: {}; `sidecar serve` decides when etcd is to start", damaged.evidence))
         }
         Err(error) if error.class() == Class::Precondition => {

@@ -317,7 +317,7 @@ async fn act(
                 Err(error) => return Ok(Acted::Wait(format!("{}; not yet: {error}", outcome.reason))),
                 Ok(cluster) => {
                     let joined = match (facts.live, &settings.store) {
-                        (Live::Serves { cluster_id, .. }, Some(store)) => Joined::now(cluster_id, store).await,
+                        (Live::Serves { cluster_id, .. }, Some(store)) => Some(Joined::now(cluster_id, store).await),
                         _ => None,
                     };
                     let moved_to = aside()?;
@@ -347,18 +347,18 @@ fn identity(dir: &Path) -> Option<(u64, u64)> {
     std::fs::metadata(dir.join("member")).ok().map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// What a data directory is beside a store, and which minor's schema it has. Fails where an etcd runs on it.
-pub async fn look_into(member: &Member, store: Option<&Store>) -> Result<(Data, Option<datadir::Minor>)> {
+/// What a data directory is beside a store, what that has, and which minor's schema the data has. Fails where an etcd runs on it.
+pub async fn look_into(member: &Member, store: Option<&Store>) -> Result<(Data, Backups, Option<datadir::Minor>)> {
     let answers = answers(store).await;
     let verdict = check(&member.data_dir, &answers).await?;
     let schema = verdict.as_ref().and_then(|verdict| verdict.summary.as_ref()).and_then(|summary| summary.schema);
-    let mut data = data_in(verdict.as_ref());
+    let (mut data, mut backups) = (data_in(verdict.as_ref()), Backups::NotConfigured);
     if let Some(store) = store {
-        let backups = look_at(store, member, &mut data, verdict.as_ref(), &answers).await;
         // What is wrong with them others say.
-        data = data.judged(&backups.unwrap_or(Backups::NotConfigured));
+        backups = look_at(store, member, &mut data, verdict.as_ref(), &answers).await.unwrap_or(backups);
+        data = data.judged(&backups);
     }
-    Ok((data, schema))
+    Ok((data, backups, schema))
 }
 
 fn data_in(verdict: Option<&Verdict>) -> Data {
@@ -553,8 +553,7 @@ async fn look_at(
         return Err(Error::Bug { what: "a timeline that can be restored has no chain".into() });
     };
     // Beyond a gap too: what is there was acknowledged, and data that lacks it is behind, whether it can be appended or not.
-    let revisions = history.fulls.iter().map(|full| full.revision).chain(history.deltas.iter().map(|delta| delta.last));
-    let last = revisions.max().unwrap_or(0).max(chain.last);
+    let last = history.last_revision().unwrap_or(0).max(chain.last);
     let cluster_id = match store.cluster_of(timeline).await? {
         // One that cannot be read does not say.
         None => {
@@ -571,7 +570,7 @@ async fn look_at(
     if let Some((ours, restored_since)) = ours {
         // Its own backups have not begun: those that there are it comes from, or somebody put it in their place.
         let is_of_newest = is_of_newest(store, &catalog, timeline, ours).await?;
-        *restored_since = is_of_newest || kinship::is_noted(&member.data_dir, ours, timeline, cluster_id);
+        *restored_since = is_of_newest || kinship::may_follow(&member.data_dir, ours, timeline, cluster_id);
     }
     if let (Data::Sound(sound), Some(verdict)) = (&mut *data, verdict)
         && let Some((term, _)) = verdict.raft

@@ -12,7 +12,7 @@ use std::path::Path;
 use etcd_format::datadir::Note;
 use serde::{Deserialize, Serialize};
 
-use crate::catalog::{Catalog, PREDECESSOR, Timeline};
+use crate::catalog::{Catalog, History, PREDECESSOR, Timeline};
 use crate::restore::Origin;
 use crate::store::Store;
 use crate::{Class, Error, Result};
@@ -31,15 +31,21 @@ impl Joined {
         serde_json::from_slice(&Note::Joined.read(dir)?).ok()
     }
 
-    /// `None` when the store does not tell: it is asked for the sake of a start that there may never be.
-    pub(crate) async fn now(cluster_id: u64, store: &Store) -> Option<Self> {
-        let catalog = store.catalog().await.ok()?;
+    /// What the store does not tell is left out: it is asked for the sake of a start that there may never be.
+    pub(crate) async fn now(cluster_id: u64, store: &Store) -> Self {
         let mut timelines = BTreeMap::new();
-        for timeline in catalog.timelines.keys().filter(|timeline| **timeline != PREDECESSOR) {
-            let described = store.description(*timeline).await.ok()??;
-            timelines.insert(*timeline, described.cluster_id);
+        let told = async {
+            for (timeline, history) in store.catalog().await?.timelines.iter().filter(|(of, _)| **of != PREDECESSOR) {
+                if let Some(theirs) = whose(store, *timeline, history).await? {
+                    timelines.insert(*timeline, format!("{theirs:x}"));
+                }
+            }
+            Ok::<_, Error>(())
+        };
+        if let Err(error) = told.await {
+            tracing::warn!(%error, "the member does not take down all that the store had when it joined");
         }
-        Some(Self { cluster_id, timelines })
+        Self { cluster_id, timelines }
     }
 
     /// Whether that cluster lived when those were among the backups: then it is not theirs, and not older than they are.
@@ -58,28 +64,54 @@ impl Joined {
     }
 }
 
-/// Whether a note in the data directory says that this timeline, of that cluster, was there when the member of `ours` was
-/// restored or joined.
-pub(crate) fn is_noted(data_dir: &Path, ours: u64, timeline: Timeline, theirs: Option<u64>) -> bool {
-    let is_of_theirs = theirs.is_none_or(|theirs| theirs == ours);
+/// Whether the member was restored, or joined, when this timeline, of that cluster, was there; where neither says of which, it may
+/// have been. What is sound is kept for that.
+pub(crate) fn may_follow(data_dir: &Path, ours: u64, timeline: Timeline, theirs: Option<u64>) -> bool {
+    let is_ours = theirs.is_none_or(|theirs| theirs == ours);
     Origin::of(data_dir).is_some_and(|origin| match origin.timeline {
-        None => !is_of_theirs,
-        Some(from) => from == timeline && origin.is_of(theirs),
+        None => !is_ours,
+        Some(from) => from == timeline && origin.is_of(theirs) || origin.passed_over(timeline, theirs),
     }) || Joined::of(data_dir).is_some_and(|joined| joined.knows(ours, timeline, theirs))
 }
 
-/// Whether backups of the cluster `ours` may follow what the store has, though its newest are another's.
+/// Whether a note proves it: numbers of timelines are the same in every store, so they prove nothing by themselves. `has` tells
+/// whether the timeline has an object.
+fn follows(data_dir: &Path, ours: u64, timeline: Timeline, theirs: Option<u64>, has: impl Fn(&str) -> bool) -> bool {
+    let is_from = |origin: Origin| match (origin.cluster(), theirs) {
+        (Some(of), Some(theirs)) => of == theirs && origin.timeline.is_none_or(|from| from == timeline),
+        _ => origin.timeline == Some(timeline) && origin.object.as_deref().is_some_and(&has),
+    };
+    Origin::of(data_dir).is_some_and(|origin| origin.passed_over(timeline, theirs) || is_from(origin))
+        || Joined::of(data_dir).is_some_and(|joined| joined.knows(ours, timeline, theirs))
+}
+
+/// Whether backups of the cluster `ours` may follow what the store has, though its newest are another's: what could be restored
+/// last must be its own, or what it comes from. Newer timelines that were only begun stand in nobody's way.
 pub(crate) async fn is_kin(store: &Store, catalog: &Catalog, ours: u64, data_dir: &Path) -> Result<bool> {
-    if catalog.timelines.values().all(|history| history.fulls.is_empty() && history.deltas.is_empty()) {
-        return Ok(true);
-    }
-    for timeline in catalog.timelines.keys().rev() {
-        let theirs = begun_with(store, *timeline).await?;
-        if theirs == Some(ours) || is_noted(data_dir, ours, *timeline, theirs) {
+    for (timeline, history) in catalog.timelines.iter().rev() {
+        let theirs = whose(store, *timeline, history).await?;
+        if theirs == Some(ours) {
             return Ok(true);
         }
+        if !history.fulls.is_empty() {
+            let has = |object: &str| history.fulls.iter().any(|full| full.name(*timeline).to_string() == object);
+            return Ok(follows(data_dir, ours, *timeline, theirs, has));
+        }
     }
-    Ok(false)
+    Ok(true)
+}
+
+/// The cluster that a timeline is of: that it was begun with, or else that of its newest full snapshot, as far as they tell.
+pub(crate) async fn whose(store: &Store, timeline: Timeline, history: &History) -> Result<Option<u64>> {
+    let described = begun_with(store, timeline).await?;
+    if described.is_some() {
+        return Ok(described);
+    }
+    let Some(full) = history.fulls.last() else { return Ok(None) };
+    match store.meta(&full.name(timeline), full.size).await {
+        Err(error) if error.class() == Class::Corrupt => Ok(None),
+        meta => Ok(meta?.map(|meta| meta.cluster_id).filter(|id| *id != 0)),
+    }
 }
 
 /// The cluster that a timeline was begun with, where its description can be read.
@@ -97,32 +129,49 @@ mod tests {
     const OURS: u64 = 7;
     const THEIRS: u64 = 8;
 
+    fn note(dir: &Path, origin: &Origin) -> Result<()> {
+        let json = serde_json::to_vec(origin).unwrap_or_default();
+        std::fs::write(dir.join("member/origin.json"), json).map_err(Error::io("write", dir.display()))
+    }
+
     #[test]
-    fn only_what_leads_to_the_backups_makes_kin() -> Result<()> {
+    fn only_what_leads_to_the_backups_is_followed_by_ours() -> Result<()> {
         let dir = tempfile::tempdir().map_err(Error::io("make", "a directory"))?;
         let dir = dir.path();
         std::fs::create_dir_all(dir.join("member")).map_err(Error::io("make", dir.display()))?;
-        assert!(!is_noted(dir, OURS, 2, Some(THEIRS)));
+        let object = "t00000002/full/00000000000000000005-1700000000000.db.zst";
+        let has = |timeline, theirs| follows(dir, OURS, timeline, theirs, |name| name == object);
+        assert!(!has(2, Some(THEIRS)));
+
         let joined = |timeline, of: u64| {
             let timelines = BTreeMap::from([(timeline, format!("{of:x}"))]);
             Joined { cluster_id: OURS, timelines }.write(dir)
         };
         joined(2, THEIRS)?;
-        assert!(is_noted(dir, OURS, 2, Some(THEIRS)));
-        assert!(!is_noted(dir, OURS, 3, Some(THEIRS)) && !is_noted(dir, OURS, 2, Some(9)));
-        assert!(!is_noted(dir, 9, 2, Some(THEIRS)), "it is of another that joined");
-        let restored = |timeline, of: &str| {
-            let origin = Origin { timeline, cluster_id: of.to_owned(), revision: 5 };
-            let json = serde_json::to_vec(&origin).unwrap_or_default();
-            std::fs::write(dir.join("member/origin.json"), json).map_err(Error::io("write", dir.display()))
-        };
+        assert!(has(2, Some(THEIRS)) && !has(3, Some(THEIRS)) && !has(2, Some(9)));
+        assert!(!follows(dir, 9, 2, Some(THEIRS), |_| true), "it is of another that joined");
         joined(9, 9)?;
-        restored(Some(2), "8")?;
-        assert!(is_noted(dir, OURS, 2, Some(THEIRS)) && !is_noted(dir, OURS, 2, Some(9)));
-        assert!(!is_noted(dir, OURS, 3, Some(THEIRS)));
-        // Of a plain file nothing is known.
-        restored(None, "0")?;
-        assert!(is_noted(dir, OURS, 3, Some(THEIRS)) && !is_noted(dir, OURS, 3, Some(OURS)));
+
+        let restored = |timeline, of: u64| Origin {
+            timeline,
+            cluster_id: format!("{of:x}"),
+            revision: 5,
+            object: timeline.map(|_| object.to_owned()),
+            passed_over: None,
+        };
+        note(dir, &restored(Some(2), THEIRS))?;
+        assert!(has(2, Some(THEIRS)) && !has(2, Some(9)) && !has(3, Some(THEIRS)));
+        // Somebody chose it though there was a newer one.
+        note(dir, &Origin { passed_over: Some((4, "9".into())), ..restored(Some(2), THEIRS) })?;
+        assert!(has(4, Some(9)) && !has(4, Some(10)) && may_follow(dir, OURS, 4, Some(9)));
+        // Where nothing says of which cluster they are, such as the predecessor's, the object must be there.
+        note(dir, &restored(Some(2), 0))?;
+        assert!(has(2, None) && !follows(dir, OURS, 2, None, |_| false) && may_follow(dir, OURS, 2, None));
+        // Of a file, when its log said of which cluster it was.
+        note(dir, &restored(None, THEIRS))?;
+        assert!(has(3, Some(THEIRS)) && !has(3, Some(9)));
+        note(dir, &restored(None, 0))?;
+        assert!(!has(3, Some(THEIRS)) && may_follow(dir, OURS, 3, Some(THEIRS)));
         Ok(())
     }
 }

@@ -182,9 +182,15 @@ struct Home {
     standing: Standing,
     /// Why it is not backed up now; none once something is in the store again.
     trouble: Option<String>,
+    /// Whether that is of the member's data, and stays until it is replaced or found to be well.
+    is_of_data: bool,
 }
 
 impl Home {
+    fn be_well(&mut self) {
+        (self.trouble, self.is_of_data) = (None, false);
+    }
+
     /// etcd has that revision now.
     fn see(&mut self, revision: i64) {
         while self.waiting.front().is_some_and(|(_, waiting)| *waiting <= self.revision) {
@@ -403,7 +409,7 @@ impl Metrics {
             }
         }
         let mut home = self.home();
-        home.trouble = None;
+        home.be_well();
         home.revision = home.revision.max(home_revision);
         match kind {
             Kind::Full => home.standing.full = Some((last, unix_ms)),
@@ -436,15 +442,23 @@ impl Metrics {
         self.home().standing = Standing::default();
     }
 
-    /// What was wrong is no longer, or is another's to see to.
-    pub fn clear_trouble(&self) {
-        self.home().trouble = None;
+    /// What was wrong is another's to see to; but for what is wrong with the member's data.
+    pub fn leave_trouble(&self) {
+        let mut home = self.home();
+        if !home.is_of_data {
+            home.trouble = None;
+        }
+    }
+
+    /// The member's data is another now.
+    pub fn data_replaced(&self) {
+        self.home().be_well();
     }
 
     /// All that etcd is known to have is in the store.
     pub fn confirmed(&self) {
         let mut home = self.home();
-        home.trouble = None;
+        home.be_well();
         home.standing.confirmed = Some(Instant::now());
     }
 
@@ -474,7 +488,9 @@ impl Metrics {
 
     /// Backing up was interrupted.
     pub fn interrupted(&self, error: &Error) {
-        self.home().trouble = Some(error.to_string());
+        let mut home = self.home();
+        (home.trouble, home.is_of_data) = (Some(error.to_string()), matches!(error, Error::Diverged { .. }));
+        drop(home);
         let class = error.class().name().to_owned();
         self.snapshotter_failures.get_or_create(&FailedWith { error: class.clone() }).inc();
         self.failures.get_or_create(&Failed { class }).inc();

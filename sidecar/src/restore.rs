@@ -23,6 +23,7 @@ use etcd_format::datadir::{
 };
 use etcd_format::membership::NewCluster;
 use etcd_format::mvcc::{self, Compaction, HashRequest, HashRules};
+use etcd_format::wal;
 use proto::backup::{HashKv, ObjectMeta};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
@@ -55,6 +56,8 @@ pub enum Source {
         upto: Option<i64>,
         /// How that revision was found, when a time was asked for.
         at_time: Option<AtTime>,
+        /// The newest timeline that could be restored.
+        newest: Timeline,
     },
     /// A file as `etcdctl snapshot save` writes it, or one of our full snapshots.
     File {
@@ -102,6 +105,12 @@ pub struct Origin {
     pub cluster_id: String,
     /// The last revision that was restored.
     pub revision: i64,
+    /// The full snapshot that it began with, as the store names it; `None` for a file.
+    #[serde(default)]
+    pub object: Option<String>,
+    /// A newer timeline than that, which somebody passed over, and the cluster that it is of.
+    #[serde(default)]
+    pub passed_over: Option<(Timeline, String)>,
 }
 
 impl Origin {
@@ -110,10 +119,20 @@ impl Origin {
         serde_json::from_slice(&datadir::origin(data_dir)?).ok()
     }
 
+    /// Whose backups, or data, it comes from, where that is known.
+    pub fn cluster(&self) -> Option<u64> {
+        u64::from_str_radix(&self.cluster_id, 16).ok().filter(|id| *id != 0)
+    }
+
     /// Whether it may come from the backups of a cluster, as far as both tell.
     pub fn is_of(&self, cluster_id: Option<u64>) -> bool {
-        let ours = u64::from_str_radix(&self.cluster_id, 16).unwrap_or(0);
-        ours == 0 || cluster_id.is_none_or(|theirs| theirs == ours)
+        self.cluster().is_none_or(|ours| cluster_id.is_none_or(|theirs| theirs == ours))
+    }
+
+    /// Whether that timeline, of that cluster, was there and newer when this one was chosen.
+    pub fn passed_over(&self, timeline: Timeline, theirs: Option<u64>) -> bool {
+        let theirs = theirs.map(|id| format!("{id:x}"));
+        self.passed_over.as_ref().is_some_and(|(over, of)| *over == timeline && Some(of) == theirs.as_ref())
     }
 
     fn write(&self, staged: &Staged<RealDisk>) -> Result<()> {
@@ -269,10 +288,13 @@ pub async fn execute(
     progress: impl Fn(Progress) + Send + Sync + 'static,
     admit: impl FnOnce() -> Result<()> + Send + 'static,
 ) -> Result<Outcome> {
-    let mut full = ObjectMeta::default();
+    let (mut full, mut passed_over) = (ObjectMeta::default(), None);
     let (objects, feeder) = match (&plan.source, store) {
-        (Source::Chain { timeline, chain, .. }, Some(store)) => {
+        (Source::Chain { timeline, chain, newest, .. }, Some(store)) => {
             let objects = chain.objects(*timeline);
+            if newest > timeline {
+                passed_over = store.cluster_of(*newest).await?.map(|of| (*newest, format!("{of:x}")));
+            }
             if let Some((name, _)) = objects.iter().find(|(_, size)| *size == 0) {
                 return Err(Error::corrupt(format!("{}: object is empty", store.location(name))));
             }
@@ -289,7 +311,8 @@ pub async fn execute(
         (Source::Chain { .. }, None) => return Err(Error::Bug { what: "a chain without its store".into() }),
     };
     progress(Progress::Snapshot(Some(full.content_bytes).filter(|bytes| *bytes > 0)));
-    let assembled = tokio::task::spawn_blocking(move || assemble(&plan, objects, &full, &stop, &progress, admit)).await;
+    let assemble = move || assemble(&plan, objects, (&full, passed_over), &stop, &progress, admit);
+    let assembled = tokio::task::spawn_blocking(assemble).await;
     if let Some(feeder) = feeder {
         feeder.abort();
     }
@@ -346,7 +369,7 @@ pub(crate) struct Aside {
 fn assemble(
     plan: &Plan,
     objects: Objects,
-    full: &ObjectMeta,
+    (full, passed_over): (&ObjectMeta, Option<(Timeline, String)>),
     stop: &CancellationToken,
     progress: &dyn Fn(Progress),
     admit: impl FnOnce() -> Result<()>,
@@ -393,8 +416,7 @@ fn assemble(
         members.push(other);
     }
     members.push(staged);
-    let timeline = if let Source::Chain { timeline, .. } = plan.source { Some(timeline) } else { None };
-    let origin = Origin { timeline, cluster_id: format!("{:x}", aside.cluster_id), revision: restored.revision };
+    let origin = origin(plan, aside.cluster_id, restored.revision, passed_over);
     members.iter().try_for_each(|member| origin.write(member))?;
     // The last moment: from here on it is done, and said to be.
     if stop.is_cancelled() {
@@ -420,6 +442,28 @@ fn assemble(
         proof,
         seconds: started.elapsed().as_secs_f64(),
     })
+}
+
+fn origin(plan: &Plan, cluster_id: u64, revision: i64, passed_over: Option<(Timeline, String)>) -> Origin {
+    let of = |timeline, cluster_id: u64, object| Origin {
+        timeline,
+        cluster_id: format!("{cluster_id:x}"),
+        revision,
+        object,
+        passed_over,
+    };
+    match &plan.source {
+        Source::Chain { timeline, chain, .. } => {
+            of(Some(*timeline), cluster_id, Some(chain.full.name(*timeline).to_string()))
+        }
+        // A file does not say; the log beside it does, or that of the member in whose place it is put.
+        Source::File { path, .. } => {
+            let beside = path.parent().and_then(Path::parent).map(|member| member.join("wal"));
+            let replaced = plan.targets.iter().map(|target| target.data_dir.join("member/wal"));
+            let logs = beside.into_iter().chain(replaced).filter_map(|dir| wal::read(&dir).ok());
+            of(None, logs.map(|log| log.metadata.cluster_id()).next().unwrap_or(0), None)
+        }
+    }
 }
 
 /// Restores a chain into a temporary directory under `work_dir`, checks it, and compares every HashKV recorded with its
@@ -459,7 +503,7 @@ pub(crate) async fn replay(
             _ => {}
         }
     };
-    let source = Source::Chain { timeline, chain, upto: None, at_time: None };
+    let source = Source::Chain { timeline, chain, upto: None, at_time: None, newest: timeline };
     let plan = Plan { source, targets, cluster, minor: None, bump_revision: 0, replace: false };
     let outcome = execute(plan, Some(store.clone()), stop.clone(), keep_pace, || Ok(())).await?;
     let compared = tokio::task::spawn_blocking(move || compare_hashes(&data_dir, &recorded));

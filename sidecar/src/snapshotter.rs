@@ -53,6 +53,8 @@ pub const DELTA_BYTES: RangeInclusive<u64> = 1024..=128 << 20;
 pub struct Settings {
     /// Where etcd is.
     pub etcd: EtcdFlags,
+    /// Where other members of its cluster may be reached too, beside the client URLs that they are listed with.
+    pub others: Vec<String>,
     /// Where backups go.
     pub store: Store,
     /// What they look like there.

@@ -43,6 +43,8 @@ const RANGE_BYTES: u64 = 2 << 20;
 const MOST_DELTA_BYTES: u64 = 512 << 20;
 /// A timeline is described in less.
 const MOST_NOTE_BYTES: u64 = 64 << 10;
+/// How long reading one may take.
+const NOTE_DEADLINE: Duration = Duration::from_secs(60);
 /// Enough for the metadata at the end of any but the largest objects.
 const TAIL_BYTES: u64 = 64 << 10;
 
@@ -297,14 +299,19 @@ impl Store {
 
     /// Reads a small object; `None` when it is not there.
     pub(crate) async fn note(&self, name: &str) -> Result<Option<Bytes>> {
-        let got = match self.inner.get(&self.path(name)).await {
-            Err(object_store::Error::NotFound { .. }) => return Ok(None),
-            got => got.map_err(self.fail("get", &name))?,
+        let read = async {
+            let got = match self.inner.get(&self.path(name)).await {
+                Err(object_store::Error::NotFound { .. }) => return Ok(None),
+                got => got.map_err(self.fail("get", &name))?,
+            };
+            if got.meta.size > MOST_NOTE_BYTES {
+                return Err(Error::corrupt(format!("{}: it is too large for what it is", self.location(&name))));
+            }
+            got.bytes().await.map(Some).map_err(self.fail("get", &name))
         };
-        if got.meta.size > MOST_NOTE_BYTES {
-            return Err(Error::corrupt(format!("{}: it is too large for what it is", self.location(&name))));
-        }
-        got.bytes().await.map(Some).map_err(self.fail("get", &name))
+        // Requests have deadlines of their own; what somebody put into a directory, such as a pipe, has none.
+        let unanswered = || Error::Unanswered { what: format!("{}: it cannot be read in time", self.location(&name)) };
+        tokio::time::timeout(NOTE_DEADLINE, read).await.unwrap_or_else(|_| Err(unanswered()))
     }
 
     /// Names of the small objects under a name.

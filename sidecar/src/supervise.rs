@@ -125,6 +125,12 @@ impl Unreached {
 }
 
 impl Observed {
+    /// That its cluster has no leader, where it is reached and says so.
+    fn leaderless(&self) -> Option<String> {
+        let status = self.status.as_ref().filter(|status| self.role.is_some() && status.leader_id == 0)?;
+        Some(format!("the cluster of member {:x} has no leader: too few of its members run", status.member_id))
+    }
+
     /// Alarms of the cluster, with the member that each is of.
     pub fn alarms(&self) -> &[(u64, Alarm)] {
         self.status.as_ref().map_or(&[], |status| status.alarms.as_slice())
@@ -156,6 +162,8 @@ pub struct Supervisor {
     /// Leads to the backup that runs.
     requests: Mutex<Option<mpsc::Sender<Request>>>,
     owed: Mutex<Owing>,
+    /// Why the backup that was asked to end left something behind.
+    unsaved: Mutex<Option<Error>>,
     listing: Arc<Listing>,
     /// Held by what costs disk and processor: one at a time.
     heavy: tokio::sync::Mutex<()>,
@@ -187,6 +195,7 @@ impl Supervisor {
             backup,
             requests: Mutex::default(),
             owed: Mutex::default(),
+            unsaved: Mutex::default(),
             listing: Arc::default(),
             heavy: tokio::sync::Mutex::default(),
             defragmenting: tokio::sync::Mutex::default(),
@@ -200,12 +209,17 @@ impl Supervisor {
         this
     }
 
-    /// Waits for everything to end, after `stop`.
-    pub async fn drained(&self) {
+    /// Waits for everything to end, after `stop`. Fails when changes that were received are in no store.
+    pub async fn drained(&self) -> Result<()> {
         self.tasks.close();
-        if tokio::time::timeout(DRAIN_DEADLINE + Duration::from_secs(3), self.tasks.wait()).await.is_err() {
+        if tokio::time::timeout(DRAIN_DEADLINE, self.tasks.wait()).await.is_err() {
             tracing::warn!("some of what was under way did not end in time");
+            if self.observed.borrow().backing_up {
+                let what = "the backup did not end in time: the last changes may not be in the store".to_owned();
+                return Err(Error::Unanswered { what });
+            }
         }
+        self.unsaved.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
     }
 
     /// What it goes by.
@@ -264,8 +278,7 @@ impl Supervisor {
 
     async fn run_initialization(self: Arc<Self>) {
         *self.owed.lock().unwrap_or_else(PoisonError::into_inner) = Owing::default();
-        // That was of the data as it was.
-        self.settings.metrics.clear_trouble();
+
         // What was received from the last etcd comes home first: a restore must not miss it.
         let _data = loop {
             // One may have begun meanwhile.
@@ -276,6 +289,7 @@ impl Supervisor {
             let why = "the last backup brings home what it has received";
             self.phase.send_replace(Phase::Running(Step::Wait(why.to_owned())));
         };
+        self.settings.metrics.leave_trouble();
         let phase = self.phase.clone();
         let clock = Arc::new(PhaseClock::start(self.settings.metrics.clone()));
         let ticking = clock.clone();
@@ -289,6 +303,9 @@ impl Supervisor {
         let started = Instant::now();
         let initialized = initialize(&self.settings.initialize, &self.stop, see).await;
         clock.enter("end");
+        if matches!(&initialized, Ok(Outcome { done: Decision::Restore | Decision::Join | Decision::Bootstrap, .. })) {
+            self.settings.metrics.data_replaced();
+        }
         self.count(&initialized, started.elapsed());
         let ended = match initialized {
             Ok(outcome) if matches!(outcome.done, Decision::Refuse { .. }) => Phase::Refused(outcome),
@@ -323,7 +340,10 @@ impl Supervisor {
             answer.await.map_err(|_| interrupted())?
         };
         match tokio::time::timeout(MOST_TAKING, taking).await {
-            Ok(taken) => taken,
+            Ok(taken) => {
+                self.listing.outdated();
+                taken
+            }
             Err(_) => {
                 Err(Error::Unanswered { what: format!("it is not in the store after {MOST_TAKING:?}; it goes on") })
             }
@@ -391,7 +411,10 @@ impl Supervisor {
     /// Why backing up does not get on, or what is wrong with what etcd has.
     pub fn trouble(&self) -> Option<String> {
         let missing = self.owed.lock().unwrap_or_else(PoisonError::into_inner).missing.clone();
-        missing.or_else(|| self.settings.metrics.trouble()).or_else(|| self.unreached_for_long())
+        missing
+            .or_else(|| self.settings.metrics.trouble())
+            .or_else(|| self.unreached_for_long())
+            .or_else(|| self.observed.borrow().leaderless())
     }
 
     /// Why etcd cannot be reached, when it should be there and has not been for a while.
@@ -485,6 +508,9 @@ impl Supervisor {
                 // An etcd that cannot be reached for a while still leads, for all that is known; the backup waits for it.
                 (None | Some(Role::Leader), _) => {}
                 (Some(Role::Follower | Role::Learner), _) => {
+                    if !self.observed.borrow().backing_up {
+                        self.settings.metrics.leave_trouble();
+                    }
                     let backup = self.backup.lock().unwrap_or_else(PoisonError::into_inner);
                     if self.observed.borrow().backing_up && !backup.is_cancelled() {
                         tracing::info!("the member no longer leads: its backup ends");
@@ -577,26 +603,35 @@ impl Supervisor {
         let running = BackingUp::begin(self.clone());
         let (sender, mut requests) = mpsc::channel(MOST_REQUESTS);
         *self.requests.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
+        let this = self.clone();
         self.tasks.spawn(async move {
             let ended = snapshotter::run(&settings, &stop, &mut requests).await;
             drop(requests);
+            drop(running);
             if ended.is_ok() {
                 // Another's, if anybody's, is the trouble from here on.
-                settings.metrics.clear_trouble();
+                settings.metrics.leave_trouble();
             }
             if let Err(error) = ended {
                 tracing::error!(%error, "backing up ended; it is tried again");
                 settings.metrics.interrupted(&error);
-                if let Error::Diverged { intact, .. } = error {
-                    hand_over_to(&settings.etcd, intact).await;
+                if this.stop.is_cancelled() {
+                    *this.unsaved.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                    return;
                 }
+                let pause = if let Error::Diverged { intact, .. } = error {
+                    hand_over_to(&settings.etcd, intact).await;
+                    // To compare again costs each member a walk over its database.
+                    Duration::from_secs(60)
+                } else {
+                    Duration::from_secs(15)
+                };
                 // Somebody may mend it meanwhile.
                 tokio::select! {
-                    () = tokio::time::sleep(Duration::from_secs(15)) => {}
+                    () = tokio::time::sleep(pause) => {}
                     () = stop.cancelled() => {}
                 }
             }
-            drop(running);
             drop(held);
         });
     }

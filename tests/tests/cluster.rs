@@ -316,7 +316,8 @@ async fn a_restore_of_all_that_is_cut_off_is_finished() -> Result<()> {
         let after = store.list().await?["timelines"].as_array().map_or(0, Vec::len);
         ensure!(after == timelines + 1, "{timelines} timelines became {after}: {}", what());
     }
-    ensure!(hits > 3, "only {hits} were hit");
+    // Who of the three restores is open, and the others do less.
+    ensure!(hits > 1, "only {hits} were hit");
     Ok(())
 }
 

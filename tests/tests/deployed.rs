@@ -182,6 +182,7 @@ async fn static_pod(dir: &Path) -> Result<()> {
     let manifest = std::fs::read_to_string(deploy("kubeadm/etcd.yaml"))?;
     let place = |path: &str| format!("hostPath: {{path: {}", dir.join(path).display());
     let manifest = manifest
+        .replace("NODE_IP", &node_ip)
         .replace("SIDECAR_IMAGE", "docker.io/steward/sidecar:1")
         .replace("ETCD_IMAGE", "docker.io/steward/etcd:3.6")
         .replace("hostPath: {path: /var/lib/etcd", &place("data"))

@@ -104,3 +104,38 @@ async fn what_would_fail_is_bad_and_says_what_to_do() -> Result<()> {
     pod.doctor()?.args(["--set", "no.such=1"]).run().await?.expect(2)?.says("no.such")?;
     Ok(())
 }
+
+/// Certificates that whoever is shown them would not take are found in the files, before anybody calls.
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_that_do_not_fit_are_found() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut pods = Pod::cluster(dir.path(), "3.6", &["a", "b", "c"], Some(&store))?;
+    Pod::secure(&mut pods, &dir.path().join("tls"), &["127.0.0.1"])?;
+    findings(&pods[0], 0).await?;
+    let strange = Certificates::issue(&dir.path().join("strange"))?;
+    let (ca, (cert, key)) = (strange.ca(), strange.client());
+    let set = |field: &str, path: &std::path::Path| format!("{field}={}", path.display());
+    let cases: [(&[String], &str, &str); 4] = [
+        (&[set("etcd.cacert", &ca)], "etcd's certificate, to the sidecar", "UnknownIssuer"),
+        (&[set("etcd.cert", &cert), set("etcd.key", &key)], "etcd.cert, to etcd", "UnknownIssuer"),
+        (&[set("server.tls.clientCa", &ca)], "the certificate shown to other sidecars", "UnknownIssuer"),
+        (
+            &[format!("server.listen=127.0.0.1:{}", pods[0].member.client_port)],
+            "server.listen",
+            "a port of etcd's listen-client-urls",
+        ),
+    ];
+    for (sets, what, said) in cases {
+        let doctor = sets.iter().fold(pods[0].doctor()?, |doctor, set| doctor.args(["--set", set]));
+        let told = doctor.run().await?.expect(12)?.stdout;
+        ensure!(told.lines().any(|line| line.contains(what) && line.contains(said)), "{what}: {told}");
+    }
+    // For a host that it is not called at.
+    Pod::secure(&mut pods, &dir.path().join("elsewhere"), &["10.0.0.9"])?;
+    let told = findings(&pods[0], 12).await?;
+    says(&told, "etcd's certificate, to the sidecar", "bad", "at 127.0.0.1")?;
+    says(&told, "server.tls.cert, to other sidecars", "bad", "at 127.0.0.1")?;
+    says(&told, "server.tls.cert", "remark", "a launcher beside the sidecar")?;
+    Ok(())
+}

@@ -10,7 +10,7 @@ use tests::minio::Minio;
 use tests::program::Sidecar;
 use tests::store::Store;
 use tests::workload::Workload;
-use tests::{objects, state};
+use tests::{eventually, objects, state};
 
 const LONG: Duration = Duration::from_secs(60);
 
@@ -513,6 +513,48 @@ async fn a_store_that_takes_the_place_of_another_is_noticed() -> Result<()> {
     let ours = state::read(&mut client).await?;
     etcd.kill9()?;
     state::same(&ours, &store.restore_and_read(&member).await?)
+}
+
+/// The store is away for a moment, as a file system that is not mounted, and what is put meanwhile goes elsewhere: nothing is put
+/// behind the hole that this leaves, it is filled from etcd first.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_went_elsewhere_is_put_again() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (place, aside) = (dir.path().join("store"), dir.path().join("aside"));
+    let store = Store::directory(&place);
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let mut etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    client.put("x", "1", None).await?;
+    let mut backup = store.follow(&member, "200ms").spawn()?;
+    backup.logs("full snapshot is in the store", LONG).await?;
+    for round in 0..3u64 {
+        client.put("x", "before", None).await?;
+        backup.logs_times("delta is in the store", 1 + round as usize, LONG).await?;
+        std::fs::rename(&place, &aside)?;
+        std::fs::create_dir(&place)?;
+        client.put("x", "elsewhere", None).await?;
+        tokio::time::sleep(Duration::from_millis(400 * round)).await;
+        std::fs::remove_dir_all(&place)?;
+        std::fs::rename(&aside, &place)?;
+        client.put("x", "after", None).await?;
+        let revision = client.get("x", None).await?.header().map_or(0, etcd_client::ResponseHeader::revision);
+        eventually(LONG, || async {
+            let listed = store.list().await?;
+            let timeline = &listed["timelines"][0];
+            ensure!(timeline["gaps"].as_array().is_none_or(Vec::is_empty), "{listed}");
+            let last = timeline["restorable"].as_array().and_then(|runs| runs.last()?["lastRevision"].as_i64());
+            ensure!(last == Some(revision), "{revision} is not there: {listed}");
+            Ok(())
+        })
+        .await
+        .with_context(|| backup.log())?;
+    }
+    backup.terminate().await?.expect(0)?;
+    store.command("verify").args(["--level", "replay"]).run().await?.expect(0)?;
+    let before = state::read(&mut client).await?;
+    etcd.kill9()?;
+    state::same(&before, &store.restore_and_read(&member).await?)
 }
 
 /// A delta of another cluster in a timeline, from whatever wrote it there: a verification finds it, and what says whose the

@@ -183,7 +183,7 @@ async fn what_only_the_log_has_is_kept() -> Result<()> {
     Ok(())
 }
 
-/// Restored by hand to an older revision, it stays there: that is what somebody wants.
+/// Restored by hand to an older revision, or from an older timeline than the newest, it stays there: that is what somebody wants.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_restored_by_hand_stays() -> Result<()> {
     let dir = tempfile::tempdir()?;
@@ -201,11 +201,24 @@ async fn what_was_restored_by_hand_stays() -> Result<()> {
     pod.back_up(api::Kind::Delta).await?;
     launched.terminate().await?.expect(STOPPED)?;
     std::fs::remove_dir_all(pod.member.data_dir.join("member"))?;
-    store.restore_member(&pod.member).args(["--revision", "25"]).run().await?.expect(0)?;
+    let restore = |more: &[&str]| store.restore_member(&pod.member).args(more);
+    restore(&["--revision", "25", "--initial-cluster-token", "second"]).run().await?.expect(0)?;
     let (launched, mut client) = pod.start_etcd().await?;
     ensure!(launched.log().contains("restored since the backups"), "{}", launched.log());
     let kv = client.get("x", None).await?;
     ensure!(kv.header().is_some_and(|header| header.revision() == 25), "{kv:?}");
+    client.put("x", "second", None).await?;
+    pod.back_up(api::Kind::Delta).await?;
+    launched.terminate().await?.expect(STOPPED)?;
+    std::fs::remove_dir_all(pod.member.data_dir.join("member"))?;
+    restore(&["--timeline", "1", "--initial-cluster-token", "third"]).run().await?.expect(0)?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    let kv = client.get("x", None).await?;
+    ensure!(kv.kvs().first().is_some_and(|kv| kv.value() == b"39"), "{kv:?}");
+    client.put("x", "third", None).await?;
+    pod.back_up(api::Kind::Delta).await?;
+    let listed = store.list().await?;
+    ensure!(listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 3), "{listed}");
     launched.terminate().await?.expect(STOPPED)?;
     serving.terminate().await?.expect(0)?;
     Ok(())
@@ -270,7 +283,7 @@ async fn a_store_that_is_away_is_waited_for() -> Result<()> {
     let mut launched = pod.start_launch()?;
     launched.running()?.logs("whether there are backups cannot be told", Duration::from_secs(180)).await?;
     ensure!(!pod.member.data_dir.join("member").exists());
-    let _minio = tests::minio::Minio::start_on(&place, "backups", port, None).await?;
+    let minio = tests::minio::Minio::start_on(&place, "backups", port, None).await?;
     launched.running()?.logs("etcd is started", Duration::from_secs(180)).await?;
     let url = pod.member.client_url();
     let value = || async {
@@ -279,8 +292,14 @@ async fn a_store_that_is_away_is_waited_for() -> Result<()> {
         got.kvs().first().map(|kv| kv.value().to_vec()).context("x is not there")
     };
     ensure!(eventually(LONG, value).await? == b"1");
+    // Away when all ends: what is in no store by then is an error, in time.
+    pod.back_up(api::Kind::Delta).await?;
+    drop(minio);
+    pod.etcd().await?.put("x", "2", None).await?;
+    let started = std::time::Instant::now();
+    serving.terminate().await?.expect(1)?.says("not backed up")?;
+    ensure!(started.elapsed() < Duration::from_secs(28), "{:?}", started.elapsed());
     launched.terminate().await?.expect(STOPPED)?;
-    serving.terminate().await?.expect(0)?;
     Ok(())
 }
 
@@ -871,6 +890,44 @@ async fn a_store_of_another_cluster_is_not_backed_up_to() -> Result<()> {
     ensure!(listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 2), "{listed}");
     let told = pod.status().await?.backup.context("no status of the backup")?;
     ensure!(told.error.is_empty() && told.window.is_some_and(|window| window.last_revision > 0), "{told:?}");
+    serving.terminate().await?.expect(0)?;
+    drop(etcd);
+    Ok(())
+}
+
+/// Backups of the predecessor do not say of which cluster they are: a running etcd goes on from them, read in place or copied,
+/// unless they reach further than it does.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_predecessors_backups_are_followed() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (before, copied) = (dir.path().join("before"), dir.path().join("copied"));
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
+    let mut etcd = pod.member.start().await?;
+    let mut client = etcd.client().await?;
+    for n in 0..9u32 {
+        client.put("x", n.to_string(), None).await?;
+    }
+    let predecessor = Store::directory(&before);
+    predecessor.once("full", &pod.member).args(["--layout", "gardener-v2"]).run().await?.expect(0)?;
+    let to = Store::directory(&copied);
+    predecessor.command("copy").args(["--to", &to.url, "--layout", "steward"]).run().await?.expect(0)?;
+    for (store, timelines) in [(&predecessor, 2), (&to, 2)] {
+        client.put("x", "more", None).await?;
+        pod.store = Some(store.clone());
+        let serving = pod.start_serve().await?;
+        pod.back_up(api::Kind::Delta).await?;
+        serving.terminate().await?.expect(0)?;
+        let listed = store.list().await?;
+        ensure!(listed["timelines"].as_array().is_some_and(|listed| listed.len() == timelines), "{listed}");
+    }
+    etcd.stop()?;
+    let mut other = Pod::new(&dir.path().join("other"), "3.6", Some(Store::directory(&dir.path().join("again"))))?;
+    std::fs::create_dir_all(dir.path().join("again"))?;
+    tests::copy(&before.join("v2"), &dir.path().join("again/v2")).await?;
+    let etcd = other.member.start().await?;
+    other.more = "snapshots: {deltaPeriod: 1s}\n".into();
+    let mut serving = other.start_serve().await?;
+    serving.logs("backups reach revision 10, which etcd, at 1, does not have", LONG).await?;
     serving.terminate().await?.expect(0)?;
     drop(etcd);
     Ok(())

@@ -257,7 +257,7 @@ fn members(args: &Args) -> Result<(NewCluster, Vec<Target>)> {
 fn plan_value(plan: &Plan, url: Option<&str>) -> Value {
     let source = match &plan.source {
         Source::File { path, .. } => json!({ "file": path.display().to_string() }),
-        Source::Chain { timeline, chain, upto, at_time } => json!({
+        Source::Chain { timeline, chain, upto, at_time, .. } => json!({
             "store": url, "timeline": timeline, "fullRevision": chain.full.revision, "fullTime": time(chain.full.unix_ms), "deltas": chain.deltas.len(),
             "revision": upto.unwrap_or(chain.last), "atTime": at_time, "bytes": chain.size(),
             "gapAfter": chain.gap.map(|gap| gap.after),
@@ -272,7 +272,7 @@ fn plan_value(plan: &Plan, url: Option<&str>) -> Value {
 fn plan_table(plan: &Plan, url: Option<&str>) -> String {
     let mut text = match &plan.source {
         Source::File { path, .. } => format!("would restore the snapshot {}\n", path.display()),
-        Source::Chain { timeline, chain, upto, at_time } => {
+        Source::Chain { timeline, chain, upto, at_time, .. } => {
             format!(
                 "would restore revision {} from timeline {timeline} of {}:\n  the full snapshot of revision {} ({}) and {} deltas, {} to download\n",
                 upto.unwrap_or(chain.last),

@@ -92,8 +92,8 @@ pub(super) async fn run(args: Args, stop: CancellationToken) -> Result<u8> {
     let supervisor = Supervisor::start(settings, stop.clone());
     let served = server::serve(server, supervisor.clone(), stop.clone()).await;
     stop.cancel();
-    supervisor.drained().await;
-    served.map(|()| 0)
+    let drained = supervisor.drained().await;
+    served.and(drained).map(|()| 0)
 }
 
 /// Refuses what makes no sense, wherever it is.
@@ -178,8 +178,10 @@ pub(super) fn settings(config: &SidecarConfig, store: Option<Store>) -> Result<s
     let quiet = Arc::<tokio::sync::Mutex<()>>::default();
     let endpoint = etcd.endpoints.first().map(String::as_str).unwrap_or_default();
     let metrics = Arc::new(Metrics::of(endpoint, member.cluster.members().len(), store.as_ref()));
+    let others = others(config, &member, &etcd)?;
     let backup = store.clone().map(|store| snapshotter::Settings {
         etcd: etcd.clone(),
+        others: others.as_ref().map(|others| others.endpoints.clone()).unwrap_or_default(),
         store,
         layout: Layout::Steward,
         data_dir: Some(member.data_dir.clone()),
@@ -190,7 +192,6 @@ pub(super) fn settings(config: &SidecarConfig, store: Option<Store>) -> Result<s
         quiet: quiet.clone(),
         metrics: metrics.clone(),
     });
-    let others = others(config, &member, &etcd)?;
     let may_start_empty = config.safety.may_start_empty;
     let initialize = initialize::Settings { member, store, others, may_start_empty, metrics: metrics.clone() };
     let work_dir = config.compaction.as_ref().map_or_else(std::env::temp_dir, |compaction| compaction.work_dir.clone());

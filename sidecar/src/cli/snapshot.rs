@@ -95,6 +95,7 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
     let full_schedule = parse_schedule("--full-schedule", &args.full_schedule)?;
     let settings = Settings {
         etcd: args.etcd,
+        others: Vec::new(),
         store: Store::open(&args.store.store, Open::Create)?,
         layout: args.layout,
         data_dir: None,

@@ -193,6 +193,15 @@ impl Data {
         })
     }
 
+    /// Its cluster and that of the backups, when it is another's.
+    pub fn foreign_to(&self, backups: &Backups) -> Option<(u64, u64)> {
+        match self {
+            Self::Absent => None,
+            Self::Sound(sound) => Some((sound.cluster_id, sound.foreign_to(backups)?)),
+            Self::Damaged(damaged) => Some((damaged.cluster_id?, damaged.foreign_to(backups)?)),
+        }
+    }
+
     /// Whether nothing of it is missed when the backups, or other members, have all that they should.
     pub fn is_lost(&self) -> bool {
         match self {

@@ -46,6 +46,11 @@ impl Member {
         if config.get("force-new-cluster").is_some_and(|value| *value != Value::Bool(false)) {
             return Err("force-new-cluster begins another cluster at each start; restore the member instead".into());
         }
+        if let (None, Some(names)) = (pod, members_listed(&config)) {
+            return Err(format!(
+                "it is of several members, and POD_NAME does not say which this one is: one of {names}"
+            ));
+        }
         let name = match (pod, text_of(&config, "member-name-prefix")?) {
             (Some(pod), Some(prefix)) => format!("{prefix}-{pod}"),
             (Some(pod), None) if is_by_member(&config) => pod.to_owned(),
@@ -95,6 +100,12 @@ impl Member {
         &self.peer_urls
     }
 
+    /// Where it says that clients reach it.
+    pub fn advertised_client_urls(&self) -> Vec<String> {
+        let urls = self.config.get("advertise-client-urls").and_then(Value::as_str).unwrap_or_default();
+        urls.split(',').map(|url| url.trim().to_owned()).filter(|url| !url.is_empty()).collect()
+    }
+
     /// Ports that its etcd listens at for clients.
     pub fn client_ports(&self) -> Vec<u16> {
         let urls = self.config.get("listen-client-urls").and_then(Value::as_str).unwrap_or("http://localhost:2379");
@@ -139,6 +150,12 @@ fn urls_of_others(config: &Map<String, Value>, name: &str) -> Vec<String> {
         .filter_map(Value::as_str)
         .map(str::to_owned)
         .collect()
+}
+
+/// The members that it has lists for.
+fn members_listed(config: &Map<String, Value>) -> Option<String> {
+    let by_member = config.get("initial-advertise-peer-urls").and_then(Value::as_object)?;
+    Some(by_member.keys().map(String::as_str).collect::<Vec<_>>().join(", "))
 }
 
 fn is_by_member(config: &Map<String, Value>) -> bool {
@@ -186,6 +203,7 @@ mod tests {
         let restored = [member.restored_cluster(1).unwrap(), member.restored_cluster(2).unwrap()];
         assert!(restored[0].members().len() == 1 && restored[0].id() != restored[1].id());
         assert!(Member::parse(text, Some("e-7")).is_err_and(|what| what.contains("e-7")));
+        assert!(Member::parse(text, None).is_err_and(|what| what.contains("POD_NAME") && what.contains("e-0, e-1")));
     }
 
     #[test]

@@ -109,7 +109,8 @@ pub async fn choose(store: &Store, catalog: &Catalog, choice: &Choice) -> Result
             chain.last
         )));
     }
-    Ok(Source::Chain { timeline, chain, upto, at_time })
+    let newest = catalog.newest_restorable().map_or(timeline, |(newest, _)| newest);
+    Ok(Source::Chain { timeline, chain, upto, at_time, newest })
 }
 
 fn warn_of_lookalikes(catalog: &Catalog) {

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::now_ms;
 use super::own::Own;
-use crate::catalog::{Layout, ObjectName};
+use crate::catalog::{History, Layout, ObjectName};
 use crate::delta::{self, Builder};
 use crate::etcd::{Etcd, Status};
 use crate::metrics::Metrics;
@@ -98,6 +98,8 @@ pub(super) struct CloseJob {
     pub store: Store,
     pub layout: Layout,
     pub own: Own,
+    /// The object that it follows; none while the first full snapshot is on its way.
+    pub follows: Option<ObjectName>,
     pub meta: ObjectMeta,
     pub builder: Builder,
     pub ask: Ask,
@@ -175,7 +177,7 @@ impl Known {
 }
 
 async fn upload_delta(job: CloseJob, end: DeltaEnd, stop: &CancellationToken) -> Result<TakenDelta> {
-    let CloseJob { store, layout, own, builder, meta, metrics, .. } = job;
+    let CloseJob { store, layout, own, follows, builder, meta, metrics, .. } = job;
     let (first, last, mut unix_ms) = (builder.first(), builder.last(), now_ms());
     let events = builder.events();
     let made = tokio::task::spawn_blocking(move || make(builder, layout, end, meta)).await;
@@ -185,10 +187,19 @@ async fn upload_delta(job: CloseJob, end: DeltaEnd, stop: &CancellationToken) ->
         let name = layout.delta(own.timeline, first, last, unix_ms);
         let put = || async {
             own.check(&store).await?;
-            store.put_new(&name, &content).await
+            if !leads_to(&store, own, follows, first).await? {
+                return Ok(false);
+            }
+            store.put_new(&name, &content).await.map(|()| true)
         };
         match store.persist("upload of a delta", stop, |error| metrics.interrupted(error), put).await {
-            Ok(()) => return Ok(TakenDelta { name, events, size, is_too_large_to_replay }),
+            Ok(true) => return Ok(TakenDelta { name, events, size, is_too_large_to_replay }),
+            Ok(false) => {
+                let url = store.url();
+                return Err(Error::missing(format!(
+                    "{url}: what came before revision {first} is there no longer; it is taken again from etcd"
+                )));
+            }
             // Another writer closed the same revisions in the same moment, which is legal.
             Err(error) if error.class() == Class::Precondition && unix_ms < now_ms() + 1000 * layout.tick_ms() => {
                 unix_ms += layout.tick_ms();
@@ -196,6 +207,19 @@ async fn upload_delta(job: CloseJob, end: DeltaEnd, stop: &CancellationToken) ->
             Err(error) => return Err(error),
         }
     }
+}
+
+/// Whether the store has all that comes before a delta. It may have been away since that was put, and something else in its
+/// place: what went there leaves a hole, and what is put behind a hole cannot be restored.
+async fn leads_to(store: &Store, own: Own, follows: Option<ObjectName>, first: i64) -> Result<bool> {
+    let Some(follows) = follows else { return Ok(true) };
+    if store.exists(&follows).await? {
+        return Ok(true);
+    }
+    // A compaction may have taken its place, and a collection it.
+    let catalog = store.catalog().await?;
+    let chain = catalog.timelines.get(&own.timeline).and_then(History::newest_chain);
+    Ok(chain.is_some_and(|chain| chain.last >= first - 1))
 }
 
 /// The object, and whether it has a revision too large for the predecessor.

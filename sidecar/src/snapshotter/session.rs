@@ -25,7 +25,7 @@ use crate::etcd::{Etcd, Status};
 use crate::metrics;
 use crate::{Class, Error, Result};
 
-/// How long an ending run may take to bring its last delta home. Kubernetes grants 30 s in all.
+/// How long a run that was asked to end may take to bring its last delta home. Kubernetes grants 30 s in all.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(20);
 /// Of that, how long it may take to receive what etcd has.
 const CATCH_UP_DEADLINE: Duration = Duration::from_secs(10);
@@ -168,7 +168,9 @@ pub(super) struct Session<'s> {
     newest: Option<ObjectName>,
     /// A delta was lost: those after it would follow nothing.
     lost: bool,
-    /// Why changes that etcd had when the run was asked to end were not received.
+    /// When the run was asked to end.
+    asked_to_end: Option<Instant>,
+    /// Why changes that etcd had then were not received.
     unsaved: Option<Error>,
     /// Whether the timeline has a description.
     is_described: bool,
@@ -216,6 +218,7 @@ impl Session<'_> {
             store: self.settings.store.clone(),
             layout: self.settings.layout,
             own: self.own(),
+            follows: self.newest,
             meta: self.meta(),
             builder: self.pending.close()?,
             ask,
@@ -257,7 +260,9 @@ impl Session<'_> {
                 let job = self.close_job(Ask::All)?;
                 let (delta, known) = close_delta(job, std::mem::take(&mut self.known), stop.clone()).await;
                 self.known = known;
-                taken.push(delta?);
+                let delta = delta?;
+                self.newest = Some(delta.name);
+                taken.push(delta);
             }
             if done {
                 return Ok(taken);
@@ -284,9 +289,10 @@ impl Session<'_> {
         let _stops = (tasks.stop_full.clone().drop_guard(), tasks.stop_delta.clone().drop_guard());
         let result = self.follow(stop, requests, &mut tasks).await;
         tasks.stop_full.cancel();
+        let asked_to_end = self.asked_to_end;
         let given_up = async {
             stop.cancelled().await;
-            tokio::time::sleep(FLUSH_DEADLINE).await;
+            tokio::time::sleep_until(asked_to_end.unwrap_or_else(Instant::now) + FLUSH_DEADLINE).await;
         };
         let ask = if result.is_ok() { Ask::Last } else { Ask::Nothing };
         let home = tokio::select! {
@@ -376,6 +382,7 @@ impl Session<'_> {
                 Some(request) = requests.recv() => self.ask(request).await?,
                 _ = ttl_tick.tick(), if !tasks.ttls => self.start_ttls(tasks),
                 () = stop.cancelled() => {
+                    self.asked_to_end = Some(Instant::now());
                     self.unsaved = self.catch_up(&mut watch, tasks).await.err();
                     return Ok(());
                 }

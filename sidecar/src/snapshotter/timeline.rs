@@ -1,6 +1,7 @@
 //! Whether a live cluster continues the history that the store has.
 
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 use etcd_client::EventType;
@@ -9,7 +10,7 @@ use proto::backup::ObjectMeta;
 use tokio::time::Instant;
 
 use crate::catalog::{Catalog, Chain, Delta, History, ObjectName, PREDECESSOR, Timeline};
-use crate::etcd::{Etcd, EtcdFlags, Status};
+use crate::etcd::{Etcd, EtcdFlags, Listed, Status};
 use crate::kinship::begun_with;
 use crate::object::RevisionDigests;
 use crate::store::Store;
@@ -32,7 +33,7 @@ pub struct Seen {
 }
 
 impl Seen {
-    /// The cluster that the timeline is of, when that is another.
+    /// The cluster that the timeline is of, when that is another; 0 where nothing says of which it is.
     pub fn foreign_cluster(&self, cluster_id: u64) -> Option<u64> {
         // What it was begun with counts before its newest object: one of ours that went astray does not make it ours.
         let newest = self.newest.as_ref().map(|newest| newest.cluster_id);
@@ -71,7 +72,10 @@ pub fn decide(seen: Option<&Seen>, live: &Status) -> Decision {
     let begin = |reason| Decision::Begin { timeline: seen.timeline.saturating_add(1), parent: seen.timeline, reason };
     if let Some(theirs) = seen.foreign_cluster(live.cluster_id) {
         let ours = live.cluster_id;
-        return begin(format!("cluster {ours:x} is not the cluster {theirs:x} whose backups the store has"));
+        return begin(match theirs {
+            0 => format!("nothing says whether the backups in the store are of cluster {ours:x}"),
+            _ => format!("cluster {ours:x} is not the cluster {theirs:x} whose backups the store has"),
+        });
     }
     let Some(newest) = &seen.newest else { return Decision::Continue { timeline: seen.timeline } };
     if live.revision < newest.last_revision {
@@ -139,97 +143,176 @@ pub enum Comparison {
     },
 }
 
-/// Compares what etcd itself says of the last revision backed up: its hash, where one was recorded with it and no compaction
-/// came between; and the events of the last revisions, where the chain ends in a delta and they are not compacted. Where it
-/// differs the other members are asked: a cluster that was restored differs as a whole.
-pub async fn compare(
-    store: &Store,
-    (etcd, flags): (&mut Etcd, &EtcdFlags),
-    timeline: Timeline,
-    chain: (&History, &Chain),
-    full: Option<&ObjectMeta>,
-) -> Result<Comparison> {
-    let why = match compare_with(store, etcd, timeline, chain, full).await? {
-        Comparison::Differs(why) => why,
-        compared => return Ok(compared),
-    };
-    let ours = etcd.status().await?.member_id;
-    let (mut voters, mut asked) = (0, 0);
-    for other in etcd.members().await?.into_iter().filter(|other| other.id != ours && !other.is_learner) {
-        voters += 1;
-        let reached = EtcdFlags { endpoints: other.client_urls, ..flags.clone() };
-        let compared = async {
-            let (mut etcd, _) = Etcd::connect(&reached).await?;
-            compare_with(store, &mut etcd, timeline, chain, full).await
-        };
-        match compared.await {
-            Ok(Comparison::Same) => return Ok(Comparison::Damaged { why, intact: other.id }),
-            Ok(_) => asked += 1,
-            Err(error) => tracing::warn!(%error, name = other.name, "a member is not compared with the backups"),
-        }
-    }
-    if voters > 0 && asked == 0 {
-        return Err(Error::Unanswered {
-            what: format!(
-                "{why}, and no other member could be asked whether it differs too: see to their client URLs and certificates"
-            ),
-        });
-    }
-    Ok(Comparison::Differs(format!("{why}: this etcd was restored")))
+/// The end of a chain, to be found again in a live etcd.
+#[derive(Debug, Clone, Copy)]
+pub struct ChainEnd<'c> {
+    /// Where it is.
+    pub store: &'c Store,
+    /// The timeline that it is in.
+    pub timeline: Timeline,
+    /// All of that.
+    pub history: &'c History,
+    /// The chain.
+    pub chain: &'c Chain,
+    /// Metadata of its full snapshot.
+    pub full: Option<&'c ObjectMeta>,
 }
 
-/// The same, of one member.
-async fn compare_with(
-    store: &Store,
-    etcd: &mut Etcd,
-    timeline: Timeline,
-    (history, chain): (&History, &Chain),
-    full: Option<&ObjectMeta>,
-) -> Result<Comparison> {
-    // A full that was made of the deltas before it has what they end with.
-    let ends_with = || history.deltas.iter().rev().find(|delta| delta.last == chain.last);
-    let last = chain.deltas.last().or_else(ends_with);
-    let name = last.map(|delta| delta.name(timeline));
-    let recorded = match (name, last) {
-        (Some(name), Some(delta)) => store.meta(&name, delta.size).await?.and_then(|meta| meta.hash_kv),
-        _ => full.and_then(|full| full.hash_kv),
-    };
-    if let Some(recorded) = recorded.filter(|recorded| recorded.revision == chain.last) {
-        match etcd.hash_kv(recorded.revision).await {
-            Ok(live) if live.compact_revision == recorded.compact_revision.max(0) => {
-                return Ok(if live.hash == recorded.hash {
-                    Comparison::Same
-                } else {
-                    Comparison::Differs(format!(
-                        "HashKV at revision {} is {}, it was {} when it was backed up",
-                        chain.last, live.hash, recorded.hash
-                    ))
-                });
+/// What one member has of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Has {
+    /// The same.
+    Same(By),
+    /// Something else: how that shows, and a number that is equal where what they have is.
+    Other { by: By, why: String, own: u64 },
+    /// Nothing that could be compared; compacted up to this revision.
+    Nothing { compacted: i64 },
+}
+
+/// How members are compared. One that is compared by its last events alone may differ in others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum By {
+    Hash,
+    Events,
+}
+
+impl ChainEnd<'_> {
+    /// Compares what etcd itself says of the last revision backed up: its hash, where one was recorded with it and no
+    /// compaction came between; and the events of the last revisions, where the chain ends in a delta and they are not
+    /// compacted. Where that differs the other members are asked, and most of them decide. Fails while they do not.
+    pub async fn compare(&self, etcd: &mut Etcd, (flags, endpoints): (&EtcdFlags, &[String])) -> Result<Comparison> {
+        let (by, why, own) = match self.find_in(etcd).await? {
+            Has::Same(_) => return Ok(Comparison::Same),
+            Has::Nothing { compacted } => return Ok(Comparison::Impossible { compacted }),
+            Has::Other { by, why, own } => (by, why, own),
+        };
+        let ours = etcd.status().await?.member_id;
+        let mut others = Vec::new();
+        for other in etcd.members().await?.into_iter().filter(|other| other.id != ours && !other.is_learner) {
+            let found = async { self.find_in(&mut reach(flags, &other, endpoints).await?).await };
+            let votes = match found.await {
+                Ok(Has::Same(found_by)) if found_by == by => Vote::AsBackedUp,
+                Ok(Has::Other { by: found_by, own: theirs, .. }) if found_by == by && theirs == own => Vote::AsOurs,
+                Ok(_) => Vote::Neither,
+                Err(error) => {
+                    tracing::warn!(%error, name = other.name, "a member is not compared with the backups");
+                    Vote::Neither
+                }
+            };
+            others.push((other.id, votes));
+        }
+        let settled = settle(&others).ok_or_else(|| Error::Unanswered {
+            what: format!(
+                "{why}, and the other members do not settle whether it is this one that is wrong: see that they run and can be reached at their client URLs"
+            ),
+        })?;
+        Ok(match settled {
+            Settled::Damaged { intact } => Comparison::Damaged { why, intact },
+            Settled::Restored => Comparison::Differs(format!("{why}: this etcd was restored")),
+            Settled::OthersDamaged(ids) => Comparison::Differs(format!(
+                "{why}, as it still is on member {ids}, and most members have something else: the data of that member is damaged, and so are the backups of it"
+            )),
+        })
+    }
+
+    /// The same, of one member.
+    async fn find_in(&self, etcd: &mut Etcd) -> Result<Has> {
+        let Self { store, timeline, history, chain, full } = *self;
+        // A full that was made of the deltas before it has what they end with.
+        let ends_with = || history.deltas.iter().rev().find(|delta| delta.last == chain.last);
+        let last = chain.deltas.last().or_else(ends_with);
+        let name = last.map(|delta| delta.name(timeline));
+        let recorded = match (name, last) {
+            (Some(name), Some(delta)) => store.meta(&name, delta.size).await?.and_then(|meta| meta.hash_kv),
+            _ => full.and_then(|full| full.hash_kv),
+        };
+        if let Some(recorded) = recorded.filter(|recorded| recorded.revision == chain.last) {
+            match etcd.hash_kv(recorded.revision).await {
+                Ok(live) if live.compact_revision == recorded.compact_revision.max(0) => {
+                    if live.hash == recorded.hash {
+                        return Ok(Has::Same(By::Hash));
+                    }
+                    let (revision, own, theirs) = (chain.last, live.hash, recorded.hash);
+                    let why = format!("HashKV at revision {revision} is {own}, it was {theirs} when it was backed up");
+                    return Ok(Has::Other { by: By::Hash, why, own: own.into() });
+                }
+                Err(error) if error.class() == Class::Transient => return Err(error),
+                Ok(_) => {}
+                Err(error) => tracing::debug!(%error, "no hash to compare with"),
             }
-            Err(error) if error.class() == Class::Transient => return Err(error),
-            Ok(_) => {}
-            Err(error) => tracing::debug!(%error, "no hash to compare with"),
+        }
+        // Releases that drop a tombstone at the compaction revision no longer have all of that revision.
+        let compacted = etcd.compact_revision(0).await?;
+        let nothing = Has::Nothing { compacted };
+        let (Some(name), Some(delta)) = (name, last) else { return Ok(nothing) };
+        if compacted >= chain.last {
+            return Ok(nothing);
+        }
+        let mut expected = revisions(store, &name, delta, COMPARED).await?;
+        expected.retain(|revision, _| *revision > compacted);
+        let Some(first) = expected.keys().next().copied() else { return Ok(nothing) };
+        let found = match live_revisions(etcd, first, chain.last).await {
+            Ok(found) => found,
+            Err(Error::Compacted { compacted, .. }) => return Ok(Has::Nothing { compacted }),
+            Err(error) => return Err(error),
+        };
+        let differs = expected.iter().find(|(revision, digest)| found.get(revision) != Some(digest));
+        Ok(differs.map_or(Has::Same(By::Events), |(revision, _)| {
+            let why = format!("revision {revision} of this etcd is not the one that was backed up");
+            let mut hasher = DefaultHasher::new();
+            found.hash(&mut hasher);
+            Has::Other { by: By::Events, why, own: hasher.finish() }
+        }))
+    }
+}
+
+/// That member: at the client URLs that it is listed with, or at one of these endpoints. A URL may lead to another.
+async fn reach(flags: &EtcdFlags, member: &Listed, endpoints: &[String]) -> Result<Etcd> {
+    let mut last = Error::precondition("it has no client URL");
+    for endpoint in member.client_urls.iter().chain(endpoints) {
+        let flags = EtcdFlags { endpoints: vec![endpoint.clone()], ..flags.clone() };
+        match Etcd::connect(&flags).await {
+            Ok((etcd, status)) if status.member_id == member.id => return Ok(etcd),
+            Ok((_, status)) => {
+                last = Error::precondition(format!("{endpoint} leads to member {:x}", status.member_id));
+            }
+            Err(error) => last = error,
         }
     }
-    // Releases that drop a tombstone at the compaction revision no longer have all of that revision.
-    let compacted = etcd.compact_revision(0).await?;
-    let impossible = Comparison::Impossible { compacted };
-    let (Some(name), Some(delta)) = (name, last) else { return Ok(impossible) };
-    if compacted >= chain.last {
-        return Ok(impossible);
+    Err(last)
+}
+
+/// What another member has, beside one that has not what was backed up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Vote {
+    AsBackedUp,
+    AsOurs,
+    /// Something else, or it cannot be told.
+    Neither,
+}
+
+/// Who is wrong.
+#[derive(Debug, PartialEq, Eq)]
+enum Settled {
+    /// We are; this one is not.
+    Damaged { intact: u64 },
+    /// Nobody: all have another history now than was backed up.
+    Restored,
+    /// These are, and with them what was backed up.
+    OthersDamaged(String),
+}
+
+/// A cluster that was restored differs from its backups as a whole; where members differ from each other, most of them are right.
+fn settle(others: &[(u64, Vote)]) -> Option<Settled> {
+    let quorum = others.len().div_ceil(2) + 1;
+    let of = |wanted| others.iter().filter(move |(_, vote)| *vote == wanted).map(|(id, _)| *id);
+    let as_backed_up: Vec<_> = of(Vote::AsBackedUp).collect();
+    if of(Vote::AsOurs).count() + 1 >= quorum {
+        let ids: Vec<_> = as_backed_up.iter().map(|id| format!("{id:x}")).collect();
+        return Some(if ids.is_empty() { Settled::Restored } else { Settled::OthersDamaged(ids.join(", ")) });
     }
-    let mut expected = revisions(store, &name, delta, COMPARED).await?;
-    expected.retain(|revision, _| *revision > compacted);
-    let Some(first) = expected.keys().next().copied() else { return Ok(impossible) };
-    let found = match live_revisions(etcd, first, chain.last).await {
-        Ok(found) => found,
-        Err(Error::Compacted { compacted, .. }) => return Ok(Comparison::Impossible { compacted }),
-        Err(error) => return Err(error),
-    };
-    let differs = expected.iter().find(|(revision, digest)| found.get(revision) != Some(digest));
-    Ok(differs.map_or(Comparison::Same, |(revision, _)| {
-        Comparison::Differs(format!("revision {revision} of this etcd is not the one that was backed up"))
-    }))
+    let intact = as_backed_up.first().copied()?;
+    (as_backed_up.len() >= quorum).then_some(Settled::Damaged { intact })
 }
 
 /// Revisions that are compared.
@@ -411,6 +494,31 @@ mod tests {
         let astray = Seen { begun_with: Some(8), ..seen(100, 150) };
         assert!(begins(&astray, &live(7, 100, 150)));
         assert!(!begins(&Seen { begun_with: Some(7), ..astray }, &live(7, 100, 150)));
+    }
+
+    #[test]
+    fn most_members_decide_who_is_wrong() {
+        use Vote::{AsBackedUp, AsOurs, Neither};
+        let settle = |votes: &[Vote]| settle(&(1..).zip(votes.iter().copied()).collect::<Vec<_>>());
+        assert_eq!(settle(&[]), Some(Settled::Restored));
+        assert_eq!(settle(&[AsOurs, AsOurs]), Some(Settled::Restored));
+        assert_eq!(settle(&[AsOurs, Neither]), Some(Settled::Restored));
+        assert_eq!(settle(&[AsBackedUp, AsBackedUp]), Some(Settled::Damaged { intact: 1 }));
+        assert_eq!(settle(&[Neither, AsBackedUp, AsBackedUp, AsBackedUp]), Some(Settled::Damaged { intact: 2 }));
+        // Whom the backups are of may be the one that is damaged.
+        assert_eq!(settle(&[AsBackedUp, AsOurs]), Some(Settled::OthersDamaged("1".into())));
+        for undecided in [
+            &[AsBackedUp] as &[_],
+            &[AsOurs],
+            &[Neither],
+            &[AsBackedUp, Neither],
+            &[Neither, Neither],
+            &[AsBackedUp, AsBackedUp, AsOurs, Neither],
+        ] {
+            let is_decided = settle(undecided);
+            // Two members that are alike are a quorum of two.
+            assert_eq!(is_decided.is_some(), undecided == [AsOurs], "{undecided:?}: {is_decided:?}");
+        }
     }
 
     #[test]

@@ -42,6 +42,11 @@ impl Listing {
         state.last.as_ref().map_or_else(none, |(_, listed)| listed.clone())
     }
 
+    /// The next who looks gets a new one.
+    pub(super) fn outdated(&self) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).last = None;
+    }
+
     fn last_or_begin(self: &Arc<Self>, store: &Store) -> Option<Listed> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let is_fresh = state.last.as_ref().is_some_and(|(at, _)| at.elapsed() < FRESH);

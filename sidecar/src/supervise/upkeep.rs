@@ -225,25 +225,28 @@ impl Supervisor {
         self.observed.borrow().role == Some(Role::Leader)
     }
 
-    /// Whether the newest timeline is of our cluster, or does not say: another's backups are not ours to delete or merge.
+    /// Whether the newest timeline says that it is of our cluster: another's backups are not ours to delete or merge.
     async fn is_newest_ours(&self, store: &Store) -> Result<bool> {
         let Some(ours) = self.observed.borrow().status.as_ref().map(|status| status.cluster_id) else {
             return Ok(false);
         };
         let catalog = store.catalog().await?;
         let Some((newest, _)) = catalog.newest() else { return Ok(true) };
-        let theirs = begun_with(store, newest).await?.filter(|theirs| *theirs != ours);
-        if let Some(theirs) = theirs {
-            tracing::warn!(newest, "the newest backups are of cluster {theirs:x}: they are left as they are");
+        let is_ours = begun_with(store, newest).await? == Some(ours);
+        if !is_ours {
+            tracing::warn!(
+                newest,
+                "nothing says that the newest backups are of this cluster: they are left as they are"
+            );
         }
-        Ok(theirs.is_none())
+        Ok(is_ours)
     }
 
     async fn collect(&self, store: &Store, retention: Retention) -> Result<()> {
+        let _one = self.heavy.lock().await;
         if !self.is_newest_ours(store).await? {
             return Ok(());
         }
-        let _one = self.heavy.lock().await;
         let store = &self.in_the_background(store);
         let collected = collect(store, retention, false, &self.stop.child_token()).await?;
         for damaged in &collected.damaged {

@@ -118,7 +118,7 @@ impl<W: Write> Builder<W> {
             root.push(&mut self.pages, 1, name, value)?;
         }
         let root = root.finish(&mut self.pages)?;
-        self.pages.out.flush().map_err(Error::io("write the database", ""))?;
+        self.pages.out.flush().map_err(Error::io("write", WHAT))?;
         let meta = Meta {
             page_size: self.pages.page_size,
             root,
@@ -130,8 +130,11 @@ impl<W: Write> Builder<W> {
     }
 }
 
+/// Whoever writes knows no path; who reads of a full disk must not look for it elsewhere.
+const WHAT: &str = "the database in the data directory";
+
 fn write(out: &mut impl Write, bytes: &[u8]) -> Result<()> {
-    out.write_all(bytes).map_err(Error::io("write the database", ""))
+    out.write_all(bytes).map_err(Error::io("write", WHAT))
 }
 
 /// Pages handed out and written in ascending order.

@@ -424,6 +424,8 @@ pub fn origin(data_dir: &Path) -> Option<Vec<u8>> {
 
 fn read_note(path: &Path) -> Option<Vec<u8>> {
     let mut bytes = Vec::new();
+    // Of a pipe that somebody put there nothing would ever come.
+    std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
     // It is a line or two, whoever wrote it.
     File::open(path).ok()?.take(64 << 10).read_to_end(&mut bytes).ok().map(|_| bytes)
 }

@@ -10,7 +10,7 @@ use super::super::closing::{Known, Position};
 use super::super::own::Own;
 use super::super::pending::Pending;
 use super::super::requests::Asked;
-use super::super::timeline::{self, Comparison, Decision, Seen};
+use super::super::timeline::{self, ChainEnd, Comparison, Decision, Seen};
 use super::super::{Settings, now_ms};
 use super::{Due, Session, Tip, warn_of_hole};
 use crate::catalog::{Catalog, Description, History, Layout, ObjectName, PREDECESSOR, Timeline};
@@ -18,6 +18,7 @@ use crate::container::LAYOUT;
 use crate::etcd::{Etcd, Status};
 use crate::kinship;
 use crate::retention::ABANDONED_AFTER;
+use crate::store::Store;
 use crate::{Class, Error, Result};
 
 /// Clocks that differ by less are taken to agree.
@@ -34,16 +35,6 @@ impl<'s> Session<'s> {
     ) -> Result<Self> {
         let store = &settings.store;
         let catalog = store.catalog().await?;
-        let abandoned_ms = now_ms() - i64::try_from(ABANDONED_AFTER.as_millis()).unwrap_or(i64::MAX);
-        for (name, _) in &catalog.uploading {
-            if matches!(name, ObjectName::Uploading { unix_ms, .. } if *unix_ms < abandoned_ms) {
-                match store.delete(name).await {
-                    Ok(()) => tracing::info!(object = %name, "remove an upload that was never finished"),
-                    Err(error) => tracing::warn!(%error, "an upload that was never finished stays"),
-                }
-            }
-        }
-        store.remove_abandoned_files(ABANDONED_AFTER).await;
         let newest_ms = catalog.newest().and_then(|(_, history)| history.times().max()).unwrap_or_default();
         if newest_ms > now_ms().saturating_add(MOST_AHEAD_MS) {
             let newest = DateTime::from_timestamp_millis(newest_ms).unwrap_or_default();
@@ -68,6 +59,7 @@ impl<'s> Session<'s> {
             base: None,
             newest: None,
             lost: false,
+            asked_to_end: None,
             unsaved: None,
             is_described: false,
             is_anothers: false,
@@ -76,6 +68,7 @@ impl<'s> Session<'s> {
             Layout::Steward => session.find_timeline(&catalog, before).await?,
             Layout::GardenerV2 => session.find_predecessor(&catalog).await?,
         }
+        remove_abandoned(store, &catalog).await;
         let backed_up_to = if let Tip::At(tip) = session.tip { Some(tip) } else { None };
         if let Some(tip) = backed_up_to {
             session.pending = Pending::after(tip, settings.delta_max_bytes)?;
@@ -120,24 +113,42 @@ impl<'s> Session<'s> {
                 }
             }
             Decision::Begin { timeline, parent, ref reason } => {
-                let theirs = seen.as_ref().and_then(|seen| seen.foreign_cluster(self.status.cluster_id));
-                self.check_kinship(catalog, parent, theirs).await?;
+                self.check_kinship(catalog, seen.as_ref()).await?;
                 self.begin_timeline(timeline, parent, catalog.timelines.get(&parent), reason).await
             }
         }
     }
 
     /// Fails where a timeline would be begun in a store that nothing says is for this cluster's backups.
-    async fn check_kinship(&self, catalog: &Catalog, newest: Timeline, theirs: Option<u64>) -> Result<()> {
+    async fn check_kinship(&self, catalog: &Catalog, seen: Option<&Seen>) -> Result<()> {
         let (store, ours) = (&self.settings.store, self.status.cluster_id);
-        let (Some(theirs), Some(data_dir)) = (theirs, &self.settings.data_dir) else { return Ok(()) };
+        let Some(data_dir) = &self.settings.data_dir else { return Ok(()) };
+        let whose = match seen {
+            Some(seen) => match seen.foreign_cluster(ours) {
+                Some(theirs @ 1..) => format!("timeline {} is of cluster {theirs:x}", seen.timeline),
+                // It is ours, or nothing says of which cluster it is.
+                _ => return Ok(()),
+            },
+            None => match self.beyond_us(catalog) {
+                Some(last) => {
+                    format!("backups reach revision {last}, which etcd, at {}, does not have", self.status.revision)
+                }
+                None => return Ok(()),
+            },
+        };
         if kinship::is_kin(store, catalog, ours, data_dir).await? {
             return Ok(());
         }
         Err(Error::precondition(format!(
-            "{}: its timeline {newest} is of cluster {theirs:x}, and nothing shows that cluster {ours:x} was restored from there: nothing is backed up into it. Give a prefix of its own; or, if its backups are to follow those, take the first with `sidecar snapshot --once full`",
+            "{}: its {whose}, and nothing shows that cluster {ours:x} was restored from there: nothing is backed up into it. Give a prefix of its own; or, if its backups are to follow those, take the first with `sidecar snapshot --once full`",
             store.url()
         )))
+    }
+
+    /// Where the predecessor's backups end, when that is more than etcd has.
+    fn beyond_us(&self, catalog: &Catalog) -> Option<i64> {
+        let last = catalog.timelines.get(&PREDECESSOR).and_then(History::last_revision)?;
+        (last > self.status.revision).then_some(last)
     }
 
     /// A timeline whose description is gone, and whose newest object is of this cluster, gets one again: by it another's data is
@@ -170,8 +181,7 @@ impl<'s> Session<'s> {
     async fn find_predecessor(&mut self, catalog: &Catalog) -> Result<()> {
         self.timeline = PREDECESSOR;
         let Some(history) = catalog.timelines.get(&PREDECESSOR) else { return Ok(()) };
-        let last = history.fulls.iter().map(|full| full.revision).chain(history.deltas.iter().map(|delta| delta.last));
-        if let Some(last) = last.max().filter(|last| *last > self.status.revision) {
+        if let Some(last) = self.beyond_us(catalog) {
             let live = self.status.revision;
             return Err(self.no_timelines(&format!("etcd is at revision {live}, the backup at {last}")));
         }
@@ -239,14 +249,8 @@ impl<'s> Session<'s> {
             if newer_is_damaged {
                 return Ok::<_, Error>((full, None));
             }
-            let compared = timeline::compare(
-                store,
-                (&mut self.etcd, &self.settings.etcd),
-                self.timeline,
-                (history, &chain),
-                full.as_ref(),
-            )
-            .await?;
+            let end = ChainEnd { store, timeline: self.timeline, history, chain: &chain, full: full.as_ref() };
+            let compared = end.compare(&mut self.etcd, (&self.settings.etcd, &self.settings.others)).await?;
             Ok((full, Some(compared)))
         };
         let (full, compared) = match compared.await {
@@ -288,6 +292,20 @@ impl<'s> Session<'s> {
         };
         Ok(())
     }
+}
+
+/// Removes what uploads left behind that were never finished, once it is known that the store is ours.
+async fn remove_abandoned(store: &Store, catalog: &Catalog) {
+    let abandoned_ms = now_ms() - i64::try_from(ABANDONED_AFTER.as_millis()).unwrap_or(i64::MAX);
+    for (name, _) in &catalog.uploading {
+        if matches!(name, ObjectName::Uploading { unix_ms, .. } if *unix_ms < abandoned_ms) {
+            match store.delete(name).await {
+                Ok(()) => tracing::info!(object = %name, "remove an upload that was never finished"),
+                Err(error) => tracing::warn!(%error, "an upload that was never finished stays"),
+            }
+        }
+    }
+    store.remove_abandoned_files(ABANDONED_AFTER).await;
 }
 
 /// Says that etcd has compacted what would prove that it continues the chain that ends at `have`.
