@@ -117,9 +117,9 @@ async fn certificates_that_do_not_fit_are_found() -> Result<()> {
     let (ca, (cert, key)) = (strange.ca(), strange.client());
     let set = |field: &str, path: &std::path::Path| format!("{field}={}", path.display());
     let cases: [(&[String], &str, &str); 4] = [
-        (&[set("etcd.cacert", &ca)], "etcd's certificate, to the sidecar", "UnknownIssuer"),
-        (&[set("etcd.cert", &cert), set("etcd.key", &key)], "etcd.cert, to etcd", "UnknownIssuer"),
-        (&[set("server.tls.clientCa", &ca)], "the certificate shown to other sidecars", "UnknownIssuer"),
+        (&[set("etcd.cacert", &ca)], "etcd's certificate, to the sidecar", "would be refused"),
+        (&[set("etcd.cert", &cert), set("etcd.key", &key)], "etcd.cert, to etcd", "would be refused"),
+        (&[set("server.tls.clientCa", &ca)], "the certificate shown to other sidecars", "would be refused"),
         (
             &[format!("server.listen=127.0.0.1:{}", pods[0].member.client_port)],
             "server.listen",
