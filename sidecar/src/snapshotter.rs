@@ -14,6 +14,7 @@
 
 mod auth;
 mod closing;
+mod comparison;
 mod full;
 mod own;
 mod pending;

@@ -7,10 +7,11 @@ use tokio::time::Instant;
 
 use super::super::auth::AuthWatch;
 use super::super::closing::{Known, Position};
+use super::super::comparison::{ChainEnd, Comparison};
 use super::super::own::Own;
 use super::super::pending::Pending;
 use super::super::requests::Asked;
-use super::super::timeline::{self, ChainEnd, Comparison, Decision, Seen};
+use super::super::timeline::{self, Decision, Seen};
 use super::super::{Settings, now_ms};
 use super::{Due, Session, Tip, warn_of_hole};
 use crate::catalog::{Catalog, Description, History, Layout, ObjectName, PREDECESSOR, Timeline};
