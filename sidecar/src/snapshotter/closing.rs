@@ -47,7 +47,7 @@ pub struct TakenDelta {
     pub is_too_large_to_replay: bool,
 }
 
-/// Where a cluster stands in its raft log; see [`decide`].
+/// Where a cluster stands in its raft log; see [`super::timeline::decide`].
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Position {
     pub term: u64,
