@@ -293,7 +293,7 @@ impl Newest {
         Ok(Self {
             unix_ms: history.times().max(),
             bytes: meta.map_or(chain.full.size, |meta| meta.content_bytes),
-            cluster_id: kinship::whose(store, timeline, history).await?,
+            cluster_id: store.whose(timeline, history).await?,
         })
     }
 

@@ -9,13 +9,17 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
+use chrono::Utc;
 use etcd_format::datadir::Note;
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::{Catalog, History, PREDECESSOR, Timeline};
 use crate::restore::Origin;
 use crate::store::Store;
-use crate::{Class, Error, Result};
+use crate::{Error, Result};
+
+/// A timeline that has begun and got nothing for so long has been given up.
+const BEGINS_WITHIN_MS: i64 = 3_600_000;
 
 /// Lies in the data directory of a member that has joined a cluster, for the time until that has backups of its own.
 #[derive(Debug, Serialize, Deserialize)]
@@ -36,7 +40,7 @@ impl Joined {
         let mut timelines = BTreeMap::new();
         let told = async {
             for (timeline, history) in store.catalog().await?.timelines.iter().filter(|(of, _)| **of != PREDECESSOR) {
-                if let Some(theirs) = whose(store, *timeline, history).await? {
+                if let Some(theirs) = store.whose(*timeline, history).await? {
                     timelines.insert(*timeline, format!("{theirs:x}"));
                 }
             }
@@ -89,7 +93,7 @@ fn follows(data_dir: &Path, ours: u64, timeline: Timeline, theirs: Option<u64>, 
 /// last must be its own, or what it comes from. Newer timelines that were only begun stand in nobody's way.
 pub(crate) async fn is_kin(store: &Store, catalog: &Catalog, ours: u64, data_dir: &Path) -> Result<bool> {
     for (timeline, history) in catalog.timelines.iter().rev() {
-        let theirs = whose(store, *timeline, history).await?;
+        let theirs = store.whose(*timeline, history).await?;
         if theirs == Some(ours) {
             return Ok(true);
         }
@@ -98,28 +102,11 @@ pub(crate) async fn is_kin(store: &Store, catalog: &Catalog, ours: u64, data_dir
             return Ok(follows(data_dir, ours, *timeline, theirs, has));
         }
     }
-    Ok(true)
-}
-
-/// The cluster that a timeline is of: that it was begun with, or else that of its newest full snapshot, as far as they tell.
-pub(crate) async fn whose(store: &Store, timeline: Timeline, history: &History) -> Result<Option<u64>> {
-    let described = begun_with(store, timeline).await?;
-    if described.is_some() {
-        return Ok(described);
-    }
-    let Some(full) = history.fulls.last() else { return Ok(None) };
-    match store.meta(&full.name(timeline), full.size).await {
-        Err(error) if error.class() == Class::Corrupt => Ok(None),
-        meta => Ok(meta?.map(|meta| meta.cluster_id).filter(|id| *id != 0)),
-    }
-}
-
-/// The cluster that a timeline was begun with, where its description can be read.
-pub(crate) async fn begun_with(store: &Store, timeline: Timeline) -> Result<Option<u64>> {
-    match store.cluster_of(timeline).await {
-        Err(error) if error.class() == Class::Corrupt => Ok(None),
-        cluster_id => cluster_id,
-    }
+    // Nothing can be restored: another cluster's first full snapshot may be on its way.
+    let uploads = catalog.uploading.iter().map(|(name, _)| name.unix_ms());
+    let newest_ms = catalog.timelines.values().flat_map(History::times).chain(uploads).max();
+    let since_ms = newest_ms.map(|newest_ms| Utc::now().timestamp_millis().saturating_sub(newest_ms));
+    Ok(since_ms.is_none_or(|since_ms| since_ms > BEGINS_WITHIN_MS))
 }
 
 #[cfg(test)]

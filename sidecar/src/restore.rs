@@ -56,8 +56,8 @@ pub enum Source {
         upto: Option<i64>,
         /// How that revision was found, when a time was asked for.
         at_time: Option<AtTime>,
-        /// The newest timeline that could be restored.
-        newest: Timeline,
+        /// See [`Origin::passed_over`].
+        passed_over: Option<(Timeline, String)>,
     },
     /// A file as `etcdctl snapshot save` writes it, or one of our full snapshots.
     File {
@@ -288,13 +288,10 @@ pub async fn execute(
     progress: impl Fn(Progress) + Send + Sync + 'static,
     admit: impl FnOnce() -> Result<()> + Send + 'static,
 ) -> Result<Outcome> {
-    let (mut full, mut passed_over) = (ObjectMeta::default(), None);
+    let mut full = ObjectMeta::default();
     let (objects, feeder) = match (&plan.source, store) {
-        (Source::Chain { timeline, chain, newest, .. }, Some(store)) => {
+        (Source::Chain { timeline, chain, .. }, Some(store)) => {
             let objects = chain.objects(*timeline);
-            if newest > timeline {
-                passed_over = store.cluster_of(*newest).await?.map(|of| (*newest, format!("{of:x}")));
-            }
             if let Some((name, _)) = objects.iter().find(|(_, size)| *size == 0) {
                 return Err(Error::corrupt(format!("{}: object is empty", store.location(name))));
             }
@@ -311,7 +308,7 @@ pub async fn execute(
         (Source::Chain { .. }, None) => return Err(Error::Bug { what: "a chain without its store".into() }),
     };
     progress(Progress::Snapshot(Some(full.content_bytes).filter(|bytes| *bytes > 0)));
-    let assemble = move || assemble(&plan, objects, (&full, passed_over), &stop, &progress, admit);
+    let assemble = move || assemble(&plan, objects, &full, &stop, &progress, admit);
     let assembled = tokio::task::spawn_blocking(assemble).await;
     if let Some(feeder) = feeder {
         feeder.abort();
@@ -369,7 +366,7 @@ pub(crate) struct Aside {
 fn assemble(
     plan: &Plan,
     objects: Objects,
-    (full, passed_over): (&ObjectMeta, Option<(Timeline, String)>),
+    full: &ObjectMeta,
     stop: &CancellationToken,
     progress: &dyn Fn(Progress),
     admit: impl FnOnce() -> Result<()>,
@@ -416,7 +413,7 @@ fn assemble(
         members.push(other);
     }
     members.push(staged);
-    let origin = origin(plan, aside.cluster_id, restored.revision, passed_over);
+    let origin = origin(plan, aside.cluster_id, restored.revision);
     members.iter().try_for_each(|member| origin.write(member))?;
     // The last moment: from here on it is done, and said to be.
     if stop.is_cancelled() {
@@ -444,24 +441,23 @@ fn assemble(
     })
 }
 
-fn origin(plan: &Plan, cluster_id: u64, revision: i64, passed_over: Option<(Timeline, String)>) -> Origin {
-    let of = |timeline, cluster_id: u64, object| Origin {
-        timeline,
-        cluster_id: format!("{cluster_id:x}"),
-        revision,
-        object,
-        passed_over,
-    };
+fn origin(plan: &Plan, cluster_id: u64, revision: i64) -> Origin {
+    let of = |cluster_id: u64| format!("{cluster_id:x}");
     match &plan.source {
-        Source::Chain { timeline, chain, .. } => {
-            of(Some(*timeline), cluster_id, Some(chain.full.name(*timeline).to_string()))
-        }
+        Source::Chain { timeline, chain, passed_over, .. } => Origin {
+            timeline: Some(*timeline),
+            cluster_id: of(cluster_id),
+            revision,
+            object: Some(chain.full.name(*timeline).to_string()),
+            passed_over: passed_over.clone(),
+        },
         // A file does not say; the log beside it does, or that of the member in whose place it is put.
         Source::File { path, .. } => {
             let beside = path.parent().and_then(Path::parent).map(|member| member.join("wal"));
             let replaced = plan.targets.iter().map(|target| target.data_dir.join("member/wal"));
             let logs = beside.into_iter().chain(replaced).filter_map(|dir| wal::read(&dir).ok());
-            of(None, logs.map(|log| log.metadata.cluster_id()).next().unwrap_or(0), None)
+            let cluster_id = of(logs.map(|log| log.metadata.cluster_id()).next().unwrap_or(0));
+            Origin { timeline: None, cluster_id, revision, object: None, passed_over: None }
         }
     }
 }
@@ -503,7 +499,7 @@ pub(crate) async fn replay(
             _ => {}
         }
     };
-    let source = Source::Chain { timeline, chain, upto: None, at_time: None, newest: timeline };
+    let source = Source::Chain { timeline, chain, upto: None, at_time: None, passed_over: None };
     let plan = Plan { source, targets, cluster, minor: None, bump_revision: 0, replace: false };
     let outcome = execute(plan, Some(store.clone()), stop.clone(), keep_pace, || Ok(())).await?;
     let compared = tokio::task::spawn_blocking(move || compare_hashes(&data_dir, &recorded));

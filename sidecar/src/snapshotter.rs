@@ -170,7 +170,7 @@ pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut R
             Err(error) => Ended::Interrupted(error),
         };
         let error = match ended {
-            Ended::Clean => return Ok(()),
+            Ended::Clean => return all_saved(unsaved),
             Ended::Interrupted(_) if stop.is_cancelled() => return all_saved(unsaved),
             Ended::Unsaved(error) if stop.is_cancelled() => return Err(error),
             Ended::Interrupted(error) | Ended::Unsaved(error) => error,

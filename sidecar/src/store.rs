@@ -28,7 +28,7 @@ pub use gate::{Operation, Operations};
 use marks::Marks;
 pub use upload::{Staged, Upload};
 
-use crate::catalog::{Catalog, Description, ObjectName, PREDECESSOR, Timeline};
+use crate::catalog::{Catalog, Description, History, ObjectName, PREDECESSOR, Timeline};
 use crate::container::{self, FromTail};
 use crate::pace::Pace;
 use crate::{Class, Error, Result};
@@ -368,6 +368,27 @@ impl Store {
         }
         let described = self.description(timeline).await?;
         Ok(described.and_then(|described| u64::from_str_radix(&described.cluster_id, 16).ok()))
+    }
+
+    /// The same, as far as a description can be read.
+    pub(crate) async fn begun_with(&self, timeline: Timeline) -> Result<Option<u64>> {
+        match self.cluster_of(timeline).await {
+            Err(error) if error.class() == Class::Corrupt => Ok(None),
+            cluster_id => cluster_id,
+        }
+    }
+
+    /// The same, or else the cluster of the timeline's newest full snapshot, as far as that tells.
+    pub(crate) async fn whose(&self, timeline: Timeline, history: &History) -> Result<Option<u64>> {
+        let described = self.begun_with(timeline).await?;
+        if described.is_some() {
+            return Ok(described);
+        }
+        let Some(full) = history.fulls.last() else { return Ok(None) };
+        match self.meta(&full.name(timeline), full.size).await {
+            Err(error) if error.class() == Class::Corrupt => Ok(None),
+            meta => Ok(meta?.map(|meta| meta.cluster_id).filter(|id| *id != 0)),
+        }
     }
 
     /// Reads the metadata of a full or a delta without the rest of it; the predecessor's have none.

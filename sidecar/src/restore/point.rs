@@ -109,8 +109,17 @@ pub async fn choose(store: &Store, catalog: &Catalog, choice: &Choice) -> Result
             chain.last
         )));
     }
-    let newest = catalog.newest_restorable().map_or(timeline, |(newest, _)| newest);
-    Ok(Source::Chain { timeline, chain, upto, at_time, newest })
+    let passed_over = passed_over(store, catalog, timeline).await;
+    Ok(Source::Chain { timeline, chain, upto, at_time, passed_over })
+}
+
+/// The newest timeline, when that is another than the chosen one; what it does not tell is no reason not to restore.
+async fn passed_over(store: &Store, catalog: &Catalog, chosen: Timeline) -> Option<(Timeline, String)> {
+    let (newest, history) = catalog.newest_restorable().filter(|(newest, _)| *newest > chosen)?;
+    let whose = store.whose(newest, history).await;
+    let whose =
+        whose.inspect_err(|error| tracing::warn!(%error, newest, "it is not known whose the newest timeline is"));
+    Some((newest, format!("{:x}", whose.ok()??)))
 }
 
 fn warn_of_lookalikes(catalog: &Catalog) {

@@ -27,8 +27,10 @@ const LEASES_AGAIN: usize = 512;
 const LEASES_PERIOD: Duration = Duration::from_secs(10);
 /// Leases listed in each delta; with more, only those that its puts refer to are.
 const MOST_LEASES: usize = 20_000;
-/// How long, at the end of a run, each question to etcd may take that the delta can do without.
-const LAST_QUESTION: Duration = Duration::from_secs(4);
+/// How long a question to etcd may take that a delta can do without,
+const QUESTION: Duration = Duration::from_secs(120);
+/// and how long all of them, at the end of a run.
+const LAST_QUESTIONS: Duration = Duration::from_secs(5);
 /// HashKV makes etcd walk its database. A database up to this size is walked in a moment, so each delta gets a hash;
 const SMALL_DB_BYTES: i64 = 64 << 20;
 /// a larger one is walked not more often than this, and at the end of a run.
@@ -107,8 +109,8 @@ pub(super) struct CloseJob {
 }
 
 /// A question that the delta can do without.
-async fn ask<T>(limit: Duration, what: &str, question: impl Future<Output = Result<T>>) -> Option<T> {
-    match tokio::time::timeout(limit, question).await {
+async fn ask<T>(until: Instant, what: &str, question: impl Future<Output = Result<T>>) -> Option<T> {
+    match tokio::time::timeout_at(until, question).await {
         Ok(Ok(answer)) => Some(answer),
         Ok(Err(error)) => {
             tracing::debug!(%error, "{what} is not known");
@@ -133,10 +135,12 @@ pub(super) async fn close_delta(
     let mut end = DeltaEnd { compact_revision: known.compact_revision, ..DeltaEnd::default() };
     let mut leases = None;
     if job.ask != Ask::Nothing {
-        let limit = if job.ask == Ask::Last { LAST_QUESTION } else { Duration::from_secs(120) };
+        let (asks, limit) = (job.ask, Instant::now() + LAST_QUESTIONS);
+        let until = || if asks == Ask::Last { limit } else { Instant::now() + QUESTION };
         let etcd = &mut job.etcd;
-        leases = ask(limit, "leases", async { Ok(leases_of(etcd, &job.builder, &mut known).await) }).await;
-        if let Some(revision) = ask(limit, "compaction revision", etcd.compact_revision(known.compact_revision)).await {
+        leases = ask(until(), "leases", async { Ok(leases_of(etcd, &job.builder, &mut known).await) }).await;
+        if let Some(revision) = ask(until(), "compaction revision", etcd.compact_revision(known.compact_revision)).await
+        {
             known.compact_revision = revision;
             end.compact_revision = revision;
         }
@@ -144,12 +148,12 @@ pub(super) async fn close_delta(
             let earlier = etcd.status().await?;
             Ok((earlier, etcd.status().await?))
         };
-        if let Some((earlier, later)) = ask(limit, "raft index", position).await {
+        if let Some((earlier, later)) = ask(until(), "raft index", position).await {
             known.position = Position::between(&earlier, &later);
             known.db_size = later.db_size;
         }
         if known.hash_is_due(job.ask)
-            && let Some(live) = ask(limit, "hash", etcd.hash_kv(last)).await
+            && let Some(live) = ask(until(), "hash", etcd.hash_kv(last)).await
         {
             known.last_hash = Some(Instant::now());
             job.meta.hash_kv =

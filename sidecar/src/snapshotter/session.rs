@@ -84,6 +84,27 @@ pub(super) struct End {
     pub saved: i64,
 }
 
+/// Notes when something was asked to end, whatever is waited for then.
+struct Noted(JoinSet<Instant>);
+
+impl Noted {
+    fn begin(stop: &CancellationToken) -> Self {
+        let (mut noting, stop) = (JoinSet::new(), stop.clone());
+        noting.spawn(async move {
+            stop.cancelled().await;
+            Instant::now()
+        });
+        Self(noting)
+    }
+
+    async fn wait(mut self) -> Instant {
+        match self.0.join_next().await {
+            Some(Ok(at)) => at,
+            _ => std::future::pending().await,
+        }
+    }
+}
+
 /// Why a full snapshot is due.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Due {
@@ -168,8 +189,8 @@ pub(super) struct Session<'s> {
     newest: Option<ObjectName>,
     /// A delta was lost: those after it would follow nothing.
     lost: bool,
-    /// When the run was asked to end.
-    asked_to_end: Option<Instant>,
+    /// Whether etcd does not answer any more.
+    is_silent: bool,
     /// Why changes that etcd had then were not received.
     unsaved: Option<Error>,
     /// Whether the timeline has a description.
@@ -218,7 +239,8 @@ impl Session<'_> {
             store: self.settings.store.clone(),
             layout: self.settings.layout,
             own: self.own(),
-            follows: self.newest,
+            // Behind a hole that a full snapshot is to span, nothing is followed.
+            follows: self.newest.filter(|newest| newest.revisions().is_some_and(|(_, last)| last >= self.home)),
             meta: self.meta(),
             builder: self.pending.close()?,
             ask,
@@ -285,16 +307,16 @@ impl Session<'_> {
     /// Backs up until `stop` is cancelled or trouble comes. Then what is pending is brought home, also when etcd is gone: it
     /// may be all that is left of the last seconds. Only a run that is to end gives that up.
     pub async fn run(mut self, stop: &CancellationToken, requests: &mut Requests) -> End {
+        let noted = Noted::begin(stop);
         let mut tasks = Tasks::new();
         let _stops = (tasks.stop_full.clone().drop_guard(), tasks.stop_delta.clone().drop_guard());
         let result = self.follow(stop, requests, &mut tasks).await;
         tasks.stop_full.cancel();
-        let asked_to_end = self.asked_to_end;
         let given_up = async {
-            stop.cancelled().await;
-            tokio::time::sleep_until(asked_to_end.unwrap_or_else(Instant::now) + FLUSH_DEADLINE).await;
+            let asked_to_end = noted.wait().await;
+            tokio::time::sleep_until(asked_to_end + FLUSH_DEADLINE).await;
         };
-        let ask = if result.is_ok() { Ask::Last } else { Ask::Nothing };
+        let ask = if result.is_ok() && !self.is_silent { Ask::Last } else { Ask::Nothing };
         let home = tokio::select! {
             home = self.bring_home(ask, &mut tasks) => home,
             () = given_up => {
@@ -312,7 +334,9 @@ impl Session<'_> {
         if result.is_ok() && home.is_ok() && self.unsaved.is_none() {
             tracing::info!(backed_up_to = self.pending.last(), "stopped; everything that was received is in the store");
         }
-        let (received, saved) = (self.pending.last(), self.home);
+        // Where no full snapshot has come of it, what is there cannot be restored.
+        let saved = if matches!(self.tip, Tip::At(_)) { self.home } else { 0 };
+        let received = self.pending.last();
         let ended = match (result, home, self.unsaved) {
             (_, Err(error), _) | (Ok(()), Ok(()), Some(error)) => Ended::Unsaved(error),
             (Err(error), Ok(()), _) if self.lost => Ended::Unsaved(error),
@@ -373,7 +397,11 @@ impl Session<'_> {
                     }
                 }
                 _ = auth_tick.tick(), if !tasks.full && self.due.is_none() => {
-                    self.check_chain().await?;
+                    tokio::select! {
+                        checked = self.check_chain() => checked?,
+                        // A store that is away answers late.
+                        () = stop.cancelled() => continue,
+                    }
                     if self.auth.changed(&mut self.etcd).await? {
                         self.due = Some((Due::AuthChanged, Instant::now()));
                     }
@@ -382,7 +410,6 @@ impl Session<'_> {
                 Some(request) = requests.recv() => self.ask(request).await?,
                 _ = ttl_tick.tick(), if !tasks.ttls => self.start_ttls(tasks),
                 () = stop.cancelled() => {
-                    self.asked_to_end = Some(Instant::now());
                     self.unsaved = self.catch_up(&mut watch, tasks).await.err();
                     return Ok(());
                 }
@@ -493,10 +520,12 @@ impl Session<'_> {
             // It ends together with us; what it had last cannot be known.
             Ok(Err(error)) => {
                 tracing::warn!(%error, "etcd does not tell its last revision; what was received is backed up");
+                self.is_silent = true;
                 return Ok(());
             }
             Err(_) => {
                 tracing::warn!("etcd does not tell its last revision in time; what was received is backed up");
+                self.is_silent = true;
                 return Ok(());
             }
         };
@@ -594,7 +623,9 @@ impl Session<'_> {
                 self.auth.taken(taken.auth_revision);
                 self.schedule_after(taken.unix_ms);
                 self.tip = Tip::At(taken.revision);
-                (self.base, self.newest) = (Some(taken.name), Some(taken.name));
+                self.base = Some(taken.name);
+                // Deltas may have gone further meanwhile.
+                self.newest = self.newest.filter(|_| self.home > taken.revision).or(self.base);
                 log_full(&taken);
             }
             Done::Full(why, Err(error), _) => {

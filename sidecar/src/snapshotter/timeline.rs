@@ -5,7 +5,6 @@ use proto::backup::ObjectMeta;
 use super::comparison::{live_revisions, revisions};
 use crate::catalog::{Catalog, Delta, History, PREDECESSOR, Timeline};
 use crate::etcd::{Etcd, Status};
-use crate::kinship::begun_with;
 use crate::store::Store;
 use crate::{Class, Result};
 
@@ -98,7 +97,7 @@ pub async fn look(store: &Store, catalog: &Catalog) -> Result<Option<Seen>> {
     let mut objects: Vec<_> = fulls.chain(deltas).collect();
     objects.sort_unstable_by_key(|(last, unix_ms, ..)| std::cmp::Reverse((*last, *unix_ms)));
     let mut seen = Seen { timeline, newest: None, begun_with: None, newer_is_damaged: false };
-    seen.begun_with = begun_with(store, timeline).await?;
+    seen.begun_with = store.begun_with(timeline).await?;
     for (_, _, name, size) in objects.into_iter().take(MOST_LOOKS) {
         match store.meta(&name, size).await {
             Ok(meta) => {
@@ -125,7 +124,7 @@ pub async fn fork_revision(
     live: i64,
 ) -> Result<i64> {
     let compacted = etcd.compact_revision(0).await?;
-    let whose = begun_with(store, timeline).await?;
+    let whose = store.begun_with(timeline).await?;
     let comparable = |delta: &&Delta| delta.first > compacted && delta.first <= live;
     let deltas: Vec<Delta> = history.deltas.iter().filter(comparable).copied().collect();
     // Two histories agree up to where they part and never after.

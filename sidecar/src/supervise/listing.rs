@@ -25,8 +25,18 @@ pub(super) struct Listing {
 
 #[derive(Debug, Default)]
 struct State {
-    last: Option<(Instant, Listed)>,
+    last: Option<Last>,
     is_running: bool,
+    /// Counts what has made earlier listings old.
+    generation: u64,
+}
+
+#[derive(Debug)]
+struct Last {
+    at: Instant,
+    /// When it was begun.
+    generation: u64,
+    listed: Listed,
 }
 
 impl Listing {
@@ -39,29 +49,32 @@ impl Listing {
         let _ = tokio::time::timeout(PATIENCE, made).await;
         let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let none = || Err("the store has not answered yet".to_owned());
-        state.last.as_ref().map_or_else(none, |(_, listed)| listed.clone())
+        state.last.as_ref().map_or_else(none, |last| last.listed.clone())
     }
 
-    /// The next who looks gets a new one.
+    /// The next who looks gets a new one, if that does not take too long.
     pub(super) fn outdated(&self) {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).last = None;
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).generation += 1;
     }
 
     fn last_or_begin(self: &Arc<Self>, store: &Store) -> Option<Listed> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_fresh = state.last.as_ref().is_some_and(|(at, _)| at.elapsed() < FRESH);
-        if !is_fresh && !state.is_running {
+        let generation = state.generation;
+        let is_fresh = |last: &Last| last.at.elapsed() < FRESH && last.generation == generation;
+        let fresh = state.last.as_ref().filter(|last| is_fresh(last)).map(|last| last.listed.clone());
+        if fresh.is_none() && !state.is_running {
             state.is_running = true;
             let (this, store) = (self.clone(), store.clone());
             tokio::spawn(async move {
                 let listed = store.catalog().await.map(Arc::new).map_err(|error| error.to_string());
                 let mut state = this.state.lock().unwrap_or_else(PoisonError::into_inner);
-                *state = State { last: Some((Instant::now(), listed)), is_running: false };
+                state.last = Some(Last { at: Instant::now(), generation, listed });
+                state.is_running = false;
                 drop(state);
                 this.made.notify_waiters();
             });
         }
-        state.last.as_ref().filter(|_| is_fresh).map(|(_, listed)| listed.clone())
+        fresh
     }
 }
 
@@ -77,8 +90,11 @@ mod tests {
         let listing = Arc::new(Listing::default());
         let (first, second) = tokio::join!(listing.newest(&store), listing.newest(&store));
         let third = listing.newest(&store).await;
-        for listed in [second, third] {
-            assert!(matches!((&first, &listed), (Ok(first), Ok(listed)) if Arc::ptr_eq(first, listed)));
-        }
+        let is_same =
+            |listed: &Listed| matches!((&first, listed), (Ok(first), Ok(listed)) if Arc::ptr_eq(first, listed));
+        assert!(is_same(&second) && is_same(&third));
+        listing.outdated();
+        let fourth = listing.newest(&store).await;
+        assert!(fourth.is_ok() && !is_same(&fourth));
     }
 }

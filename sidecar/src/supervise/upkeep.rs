@@ -14,7 +14,6 @@ use super::{Supervisor, defragment};
 use crate::compact;
 use crate::etcd::{Alarm, Etcd, EtcdFlags, Role, Status};
 use crate::gc::collect;
-use crate::kinship::begun_with;
 use crate::metrics;
 use crate::restore;
 use crate::retention::Retention;
@@ -231,8 +230,8 @@ impl Supervisor {
             return Ok(false);
         };
         let catalog = store.catalog().await?;
-        let Some((newest, _)) = catalog.newest() else { return Ok(true) };
-        let is_ours = begun_with(store, newest).await? == Some(ours);
+        let Some((newest, history)) = catalog.newest() else { return Ok(true) };
+        let is_ours = store.whose(newest, history).await? == Some(ours);
         if !is_ours {
             tracing::warn!(
                 newest,

@@ -60,7 +60,7 @@ impl<'s> Session<'s> {
             base: None,
             newest: None,
             lost: false,
-            asked_to_end: None,
+            is_silent: false,
             unsaved: None,
             is_described: false,
             is_anothers: false,
@@ -124,18 +124,19 @@ impl<'s> Session<'s> {
     async fn check_kinship(&self, catalog: &Catalog, seen: Option<&Seen>) -> Result<()> {
         let (store, ours) = (&self.settings.store, self.status.cluster_id);
         let Some(data_dir) = &self.settings.data_dir else { return Ok(()) };
-        let whose = match seen {
+        let (theirs, timeline) = match seen {
             Some(seen) => match seen.foreign_cluster(ours) {
-                Some(theirs @ 1..) => format!("timeline {} is of cluster {theirs:x}", seen.timeline),
-                // It is ours, or nothing says of which cluster it is.
-                _ => return Ok(()),
-            },
-            None => match self.beyond_us(catalog) {
-                Some(last) => {
-                    format!("backups reach revision {last}, which etcd, at {}, does not have", self.status.revision)
-                }
+                Some(theirs) => (theirs, seen.timeline),
                 None => return Ok(()),
             },
+            None => (0, PREDECESSOR),
+        };
+        let live = self.status.revision;
+        let whose = match (theirs, self.beyond_us(catalog, timeline)) {
+            (1.., _) => format!("timeline {timeline} is of cluster {theirs:x}"),
+            // Nothing says of which cluster it is: it may well be ours, where that has all of it.
+            (0, Some(last)) => format!("backups reach revision {last}, which etcd, at {live}, does not have"),
+            (0, None) => return Ok(()),
         };
         if kinship::is_kin(store, catalog, ours, data_dir).await? {
             return Ok(());
@@ -146,9 +147,9 @@ impl<'s> Session<'s> {
         )))
     }
 
-    /// Where the predecessor's backups end, when that is more than etcd has.
-    fn beyond_us(&self, catalog: &Catalog) -> Option<i64> {
-        let last = catalog.timelines.get(&PREDECESSOR).and_then(History::last_revision)?;
+    /// Where a timeline ends, when that is more than etcd has.
+    fn beyond_us(&self, catalog: &Catalog, timeline: Timeline) -> Option<i64> {
+        let last = catalog.timelines.get(&timeline).and_then(History::last_revision)?;
         (last > self.status.revision).then_some(last)
     }
 
@@ -182,7 +183,7 @@ impl<'s> Session<'s> {
     async fn find_predecessor(&mut self, catalog: &Catalog) -> Result<()> {
         self.timeline = PREDECESSOR;
         let Some(history) = catalog.timelines.get(&PREDECESSOR) else { return Ok(()) };
-        if let Some(last) = self.beyond_us(catalog) {
+        if let Some(last) = self.beyond_us(catalog, PREDECESSOR) {
             let live = self.status.revision;
             return Err(self.no_timelines(&format!("etcd is at revision {live}, the backup at {last}")));
         }
