@@ -921,14 +921,19 @@ async fn the_predecessors_backups_are_followed() -> Result<()> {
         ensure!(listed["timelines"].as_array().is_some_and(|listed| listed.len() == timelines), "{listed}");
     }
     etcd.stop()?;
-    let mut other = Pod::new(&dir.path().join("other"), "3.6", Some(Store::directory(&dir.path().join("again"))))?;
-    std::fs::create_dir_all(dir.path().join("again"))?;
-    tests::copy(&before.join("v2"), &dir.path().join("again/v2")).await?;
-    let etcd = other.member.start().await?;
-    other.more = "snapshots: {deltaPeriod: 1s}\n".into();
-    let mut serving = other.start_serve().await?;
-    serving.logs("backups reach revision 10, which etcd, at 1, does not have", LONG).await?;
-    serving.terminate().await?.expect(0)?;
-    drop(etcd);
+    let (again, copied_again) = (dir.path().join("again"), Store::directory(&dir.path().join("copied again")));
+    std::fs::create_dir_all(&again)?;
+    tests::copy(&before.join("v2"), &again.join("v2")).await?;
+    let again = Store::directory(&again);
+    again.command("copy").args(["--to", &copied_again.url, "--layout", "steward"]).run().await?.expect(0)?;
+    let mut other = Pod::new(&dir.path().join("other"), "3.6", None)?;
+    let mut etcd = other.member.start().await?;
+    for store in [again, copied_again] {
+        other.store = Some(store);
+        let mut serving = other.start_serve().await?;
+        serving.logs("backups reach revision 10, which etcd, at 1, does not have", LONG).await?;
+        serving.terminate().await?.expect(0)?;
+    }
+    etcd.stop()?;
     Ok(())
 }
