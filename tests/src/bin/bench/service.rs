@@ -38,8 +38,16 @@ fn pod(dir: &Path, store: Store, more: &str) -> Result<Pod> {
     Ok(pod)
 }
 
-/// Resident memory now and at most in MiB, and seconds of CPU, of a process.
-fn usage(running: &Running) -> Result<(f64, f64, f64)> {
+/// What a process takes; memory in MiB.
+struct Usage {
+    resident: f64,
+    /// Of that, what is not a part of its file that the kernel has read.
+    anonymous: f64,
+    peak: f64,
+    cpu_seconds: f64,
+}
+
+fn usage(running: &Running) -> Result<Usage> {
     let pid = running.pid().context("it has ended")?;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let mib = |field| record(&status, field).map(|kib| kib / 1024.0).with_context(|| format!("no {field}"));
@@ -47,7 +55,12 @@ fn usage(running: &Running) -> Result<(f64, f64, f64)> {
     let ticks =
         stat.rsplit(')').next().map(|rest| rest.split_whitespace().skip(11).take(2).flat_map(str::parse::<f64>));
     // The kernel counts in hundredths of a second for programs, whatever its own clock does.
-    Ok((mib("VmRSS:")?, mib("VmHWM:")?, ticks.context("no times")?.sum::<f64>() / 100.0))
+    Ok(Usage {
+        resident: mib("VmRSS:")?,
+        anonymous: mib("RssAnon:")?,
+        peak: mib("VmHWM:")?,
+        cpu_seconds: ticks.context("no times")?.sum::<f64>() / 100.0,
+    })
 }
 
 async fn take(pod: &Pod, kind: api::Kind) -> Result<()> {
@@ -90,8 +103,11 @@ pub async fn idle(dir: &Path) -> Result<()> {
         client.put("idle", n.to_string(), None).await?;
         tokio::time::sleep(Duration::from_millis(500)).await;
     }
-    let (rss, peak, cpu) = usage(&serving)?;
-    println!("service: idle for 30 s: RSS {rss:.1} MiB, peak {peak:.1} MiB, {:.2} % of a CPU", cpu / 30.0 * 100.0);
+    let Usage { resident, anonymous, peak, cpu_seconds } = usage(&serving)?;
+    println!(
+        "service: idle for 30 s: RSS {resident:.1} MiB, of which {anonymous:.1} anonymous, peak {peak:.1} MiB, {:.2} % of a CPU",
+        cpu_seconds / 30.0 * 100.0
+    );
     launched.terminate().await?;
     serving.terminate().await?.expect(0)?;
     fresh(&dir)
@@ -155,7 +171,7 @@ pub async fn tail(dir: &Path, every: Duration, period: u64) -> Result<()> {
     let serving = pod.start_serve().await?;
     let (launched, mut client) = pod.start_etcd().await?;
     eventually(LONG, || take(&pod, api::Kind::Full)).await?;
-    let (.., before) = usage(&serving)?;
+    let before = usage(&serving)?.cpu_seconds;
     let (stop, written) = (Arc::default(), Arc::default());
     let writers = write_on(clients(&pod, WRITERS).await?, every, &stop, &written);
     let started = Instant::now();
@@ -175,7 +191,7 @@ pub async fn tail(dir: &Path, every: Duration, period: u64) -> Result<()> {
     stop.store(true, Ordering::Relaxed);
     writers.join_all().await.into_iter().try_for_each(|times| times.map(drop))?;
     let seconds = started.elapsed().as_secs_f64();
-    let (_, peak, cpu) = usage(&serving)?;
+    let Usage { peak, cpu_seconds: cpu, .. } = usage(&serving)?;
     launched.terminate().await?;
     serving.terminate().await?.expect(0)?;
     let megabytes = (written.load(Ordering::Relaxed) * VALUE as u64) as f64 / 1e6;
@@ -325,7 +341,7 @@ pub async fn outage(dir: &Path, seconds: u64) -> Result<()> {
     let mut most = 0.0f64;
     for _ in 0..seconds {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        most = most.max(usage(&serving)?.0);
+        most = most.max(usage(&serving)?.resident);
     }
     let minio = Minio::start_on(&place, "backups", port, None).await?;
     let back = Instant::now();
@@ -334,7 +350,7 @@ pub async fn outage(dir: &Path, seconds: u64) -> Result<()> {
     eventually(LONG, || take(&pod, api::Kind::Delta)).await?;
     let caught_up = back.elapsed().as_secs_f64();
     let before = tests::state::read(&mut client).await?;
-    let (_, peak, _) = usage(&serving)?;
+    let peak = usage(&serving)?.peak;
     launched.terminate().await?;
     serving.terminate().await?.expect(0)?;
     let member = tests::etcd::Member::single("3.6", &dir.join("restored"))?;
