@@ -14,7 +14,7 @@
 //! - Memory is bounded by configuration, not by the size of the database or the rate of events.
 //! - Library code returns errors; only `main` ends the process. An error's [`error::Class`] decides the exit code.
 
-mod allocator;
+pub mod allocator;
 pub mod catalog;
 pub mod cli;
 pub mod client;

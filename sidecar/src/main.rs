@@ -6,6 +6,7 @@ use clap::Parser;
 use sidecar::cli::Cli;
 
 fn main() -> ExitCode {
+    sidecar::allocator::share_arenas();
     let cli = Cli::parse();
     // Everything that tells the time counts from then.
     if std::time::SystemTime::now() < std::time::UNIX_EPOCH {
