@@ -48,9 +48,6 @@ const RECORDED_DEADLINE: Duration = Duration::from_secs(5);
 /// When that differs, how long it is compared with the backups in detail.
 const COMPARE_DEADLINE: Duration = Duration::from_secs(30);
 
-/// What follows the check.
-const ASKING: &str = "the data is checked; the other members and the store are asked";
-
 /// While others are waited for, the store is listed so often.
 const LISTING_PERIOD: Duration = Duration::from_secs(30);
 
@@ -112,6 +109,8 @@ impl Outcome {
 pub enum Step {
     /// The data is being checked.
     Check,
+    /// It is, and the other members and the store are asked.
+    Ask,
     /// Why it is, and what is done.
     Decided(Decision, String),
     /// What is waited for.
@@ -125,6 +124,7 @@ impl Step {
     pub fn phase(&self) -> &'static str {
         match self {
             Self::Check => "check",
+            Self::Ask => "ask",
             Self::Decided(..) => "decided",
             Self::Wait(_) => "wait",
             Self::Restore(far) => far.phase,
@@ -136,6 +136,7 @@ impl std::fmt::Display for Step {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Check => f.write_str("the data is being checked"),
+            Self::Ask => f.write_str("the data is checked; the other members and the store are asked"),
             Self::Decided(decision, why) => write!(f, "{}: {why}", decision.name()),
             Self::Wait(why) => f.write_str(why),
             Self::Restore(far) => far.fmt(f),
@@ -189,7 +190,7 @@ async fn until_decided(
             checked = Some(Checked { there, held, verdict, answers, listed: None });
             if waits_for.is_empty() {
                 // Members without a quorum, or a store that is slow, take their time to say so.
-                see(Step::Wait(ASKING.to_owned()));
+                see(Step::Ask);
             }
         }
         let Some(now) = &mut checked else { return Err(Error::Bug { what: "nothing was checked".into() }) };
