@@ -1,6 +1,7 @@
 //! One connection's worth of backing up.
 
 mod begin;
+mod tasks;
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -8,10 +9,10 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use etcd_client::WatchStream;
 use proto::backup::ObjectMeta;
-use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::tasks::{Done, Due, Noted, Tasks};
 use super::auth::AuthWatch;
 use super::closing::{Ask, CloseJob, Known, TakenDelta, close_delta, log_delta, ttls_of};
 use super::full::{self, TakenFull, log_full};
@@ -82,86 +83,6 @@ pub(super) struct End {
     pub received: i64,
     /// The last that is in the store.
     pub saved: i64,
-}
-
-/// Notes when something was asked to end, whatever is waited for then.
-struct Noted(JoinSet<Instant>);
-
-impl Noted {
-    fn begin(stop: &CancellationToken) -> Self {
-        let (mut noting, stop) = (JoinSet::new(), stop.clone());
-        noting.spawn(async move {
-            stop.cancelled().await;
-            Instant::now()
-        });
-        Self(noting)
-    }
-
-    async fn wait(mut self) -> Instant {
-        match self.0.join_next().await {
-            Some(Ok(at)) => at,
-            _ => std::future::pending().await,
-        }
-    }
-}
-
-/// Why a full snapshot is due.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Due {
-    NoChain,
-    Schedule,
-    AuthChanged,
-    Compacted,
-    TooLargeToReplay,
-    Asked,
-}
-
-impl Due {
-    fn because(self) -> &'static str {
-        match self {
-            Self::NoChain => "there is none that deltas could follow",
-            Self::Schedule => "it is scheduled",
-            Self::AuthChanged => "users, roles or auth have changed",
-            Self::Compacted => "etcd compacted what was not backed up",
-            Self::TooLargeToReplay => "a delta has a revision too large for the predecessor's restore to replay",
-            Self::Asked => "somebody asked for it",
-        }
-    }
-}
-
-enum Done {
-    Delta(Result<TakenDelta>, Box<Known>, Duration),
-    Full(Due, Result<TakenFull>, Duration),
-    Ttls(Vec<(i64, i64)>),
-}
-
-/// What runs beside the watch, at most one of each kind.
-struct Tasks {
-    running: JoinSet<Done>,
-    full: bool,
-    delta: bool,
-    ttls: bool,
-    stop_full: CancellationToken,
-    stop_delta: CancellationToken,
-}
-
-impl Tasks {
-    fn new() -> Self {
-        let (stop_full, stop_delta) = (CancellationToken::new(), CancellationToken::new());
-        Self { running: JoinSet::new(), full: false, delta: false, ttls: false, stop_full, stop_delta }
-    }
-
-    /// The next one that ends; never, when none runs.
-    async fn next(&mut self) -> Result<Done> {
-        let Some(done) = self.running.join_next().await else { return std::future::pending().await };
-        let done = done.map_err(|error| Error::task(&error))?;
-        match done {
-            Done::Delta(..) => self.delta = false,
-            Done::Full(..) => self.full = false,
-            Done::Ttls(_) => self.ttls = false,
-        }
-        Ok(done)
-    }
 }
 
 /// A connection to etcd that is being backed up through.
