@@ -329,11 +329,13 @@ pub(crate) fn is_refused(error: &Error) -> bool {
     transport_kinds(error).any(|kind| kind == io::ErrorKind::ConnectionRefused)
 }
 
-/// Whether somebody is there who does not speak to us, such as one with another CA.
+/// Whether somebody may be there who does not speak to us, such as one with another CA, or that does not accept yet: then it is
+/// not the operating system that says that nobody is.
 pub(crate) fn is_estranged(error: &Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, InvalidData, UnexpectedEof};
     let broken = [InvalidData, UnexpectedEof, ConnectionReset, ConnectionAborted, BrokenPipe];
-    transport_kinds(error).any(|kind| broken.contains(&kind))
+    let mut kinds = transport_kinds(error).peekable();
+    kinds.peek().is_none() || kinds.any(|kind| broken.contains(&kind))
 }
 
 /// What the operating system or TLS said when etcd was connected to.

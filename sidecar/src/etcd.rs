@@ -141,7 +141,8 @@ impl EtcdFlags {
             return Ok(endpoint);
         }
         let read = |path: &PathBuf| small_file::read(path).map_err(Error::io("read", path.display()));
-        let mut tls = ClientTlsConfig::new();
+        // An etcd that starts listens before it accepts, which it does only with a quorum.
+        let mut tls = ClientTlsConfig::new().timeout(self.timeout());
         tls = match &self.cacert {
             // Nothing is verified, so there is nothing to verify with; tonic refuses both together.
             _ if self.insecure_skip_tls_verify => tls,
@@ -316,7 +317,9 @@ impl Etcd {
         let fail = |op: &'static str| {
             move |source: etcd_client::Error| Error::Etcd { op, endpoint: text.to_owned(), source: Box::new(source) }
         };
-        let channel = endpoint.connect().await.map_err(|error| fail(CONNECT)(error.into()))?;
+        // Longer than both parts that have limits of their own: a name may take for ever to be resolved.
+        let connecting = async { Ok(endpoint.connect().await?) };
+        let channel = deadline(3 * flags.timeout(), connecting).await.map_err(fail(CONNECT))?;
         let anonymous = || ConnectOptions::new().with_require_leader(require_leader);
         let mut options = anonymous();
         if let Some((name, password)) = &credentials {

@@ -327,7 +327,12 @@ async fn act(
                 }
             }
         }
-        (Decision::Bootstrap, _) => Outcome { moved_to: aside()?, ..outcome },
+        (Decision::Bootstrap, _) => {
+            if let (Backups::Begun, Live::Nobody, Some(store)) = (&facts.backups, facts.live, &settings.store) {
+                recovery.let_begin(store).await?;
+            }
+            Outcome { moved_to: aside()?, ..outcome }
+        }
         (Decision::Keep | Decision::Refuse { .. }, _) => outcome,
         (Decision::Wait, _) => return Ok(Acted::Wait(outcome.reason)),
     };
@@ -467,10 +472,17 @@ async fn observe(
     if differs && matches!(data, Data::Sound(_)) {
         tracing::warn!("the data is of another history than the backups: its last revisions are not theirs");
     }
-    let is_lost = data.is_lost() && live == Live::Nobody && replicas > 1;
+    let is_lost = data.is_lost() && replicas > 1;
     let mut lost = 0;
     if let (Some(store), true, Backups::Upto { .. } | Backups::Begun) = (&settings.store, is_lost, &backups) {
-        match recovery.report(store).await {
+        let counted = async {
+            // One that has begun by then listens already.
+            if backups == Backups::Begun && recovery.may_begin(store).await? {
+                return Ok(replicas);
+            }
+            if live == Live::Nobody { recovery.report(store).await } else { Ok(0) }
+        };
+        match counted.await {
             Ok(members) => lost = members,
             Err(error) => backups = Backups::Unknown { why: error.to_string() },
         }

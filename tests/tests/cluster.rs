@@ -546,7 +546,75 @@ async fn a_volume_that_is_anothers_is_refused() -> Result<()> {
     serving.terminate().await?.expect(0)?;
     cluster.start_one(1)?;
     cluster.settled().await?;
+    // The member lost its disk meanwhile and came back under another id; then the old volume is found.
+    let before = state::read(&mut cluster.client(0).await?).await?;
+    cluster.stop(2).await?;
+    cluster.wipe(2)?;
+    cluster.start_one(2)?;
+    cluster.settled().await?;
+    cluster.stop(2).await?;
+    let data = &cluster.pods[2].member.data_dir;
+    std::fs::remove_dir_all(data)?;
+    tests::succeed(tokio::process::Command::new("cp").arg("-r").arg(&saved).arg(data)).await?;
+    cluster.start_one(2)?;
+    cluster.settled().await?;
+    ensure!(cluster.log(2).contains("action=Join"), "{}", cluster.log(2));
+    state::same(&before, &state::read(&mut cluster.client(2).await?).await?)?;
     cluster.stop_all().await
+}
+
+/// A person restores all members, and the volume of one of them is not where it should be: it gets what the others have.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_without_data_among_restored_ones_joins_them() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut cluster = Cluster::start(dir.path(), "3.6", None).await?;
+    write(&mut cluster.client(0).await?, 1).await?;
+    let before = state::read(&mut cluster.client(0).await?).await?;
+    store.once("full", &cluster.pods[0].member).run().await?.expect(0)?;
+    cluster.stop_all().await?;
+    let restored = dir.path().join("restored");
+    let initial = &cluster.pods[0].member.initial_cluster;
+    let restore = store.command("restore").arg("--all-members").arg(&restored).args(["--initial-cluster", initial]);
+    restore.run().await?.expect(0)?;
+    (0..3).try_for_each(|member| cluster.wipe(member))?;
+    for (at, name) in [(0, "a"), (1, "b")] {
+        let data = &cluster.pods[at].member.data_dir;
+        std::fs::remove_dir_all(data)?;
+        std::fs::rename(restored.join(name), data)?;
+        cluster.start_one(at)?;
+    }
+    let serves = || async { state::read(&mut cluster.client(0).await?).await };
+    state::same(&before, &eventually(LONG, serves).await?)?;
+    cluster.start_one(2)?;
+    cluster.settled().await?;
+    ensure!(cluster.log(2).contains("action=Join"), "{}", cluster.log(2));
+    state::same(&before, &state::read(&mut cluster.client(2).await?).await?)?;
+    cluster.stop_all().await
+}
+
+/// An etcd that waits for a quorum listens, and answers no TLS handshake: the others start all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn members_with_certificates_start_one_after_the_other() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut pods = Pod::cluster(dir.path(), "3.6", &["a", "b", "c"], None)?;
+    Pod::secure(&mut pods, &dir.path().join("certificates"), &["127.0.0.1"])?;
+    let serving = try_join_all(pods.iter().map(Pod::start_serve)).await?;
+    let mut cluster = Cluster { pods, serving, launched: vec![None, None, None] };
+    for _ in 0..2 {
+        for member in 0..3 {
+            cluster.start_one(member)?;
+            let listens = || async {
+                Ok(tokio::net::TcpStream::connect(("127.0.0.1", cluster.pods[member].member.client_port))
+                    .await
+                    .map(drop)?)
+            };
+            eventually(LONG, listens).await.with_context(|| cluster.log(member))?;
+        }
+        cluster.settled().await?;
+        cluster.stop_all().await?;
+    }
+    Ok(())
 }
 
 /// Until a restored cluster has backups of its own, its members tell by themselves that they are of it.

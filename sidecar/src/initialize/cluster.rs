@@ -18,6 +18,9 @@ use crate::{Error, Result};
 /// Whether somebody runs as our member is asked for so long.
 const IS_ALIVE_DEADLINE: Duration = Duration::from_secs(3);
 
+/// The revision of a cluster in which nothing was written.
+const BLANK: i64 = 1;
+
 /// A cluster that serves.
 #[derive(Debug)]
 pub(super) struct Serving {
@@ -46,22 +49,31 @@ pub(super) async fn look(others: &EtcdFlags, member: &Member, data_id: Option<u6
         };
         // Only who reads through a quorum knows who is a member, and only after that.
         let has_quorum = async {
-            etcd.current_status().await?;
-            etcd.members().await
+            let revision = etcd.current_status().await?.revision;
+            Ok::<_, Error>((revision, etcd.members().await?))
         };
-        let is_current = has_quorum.await.map(|current| listed = current).is_ok();
+        let current = has_quorum.await.map(|(revision, current)| {
+            listed = current;
+            revision
+        });
         let ours = place(&listed, member, data_id);
-        if !is_current {
+        let Ok(revision) = current else {
             let knows_us = ours.as_ref().is_some_and(|(_, place)| matches!(place, Place::Started | Place::Alive));
             live = Live::NoQuorum { knows_us: knows_us || matches!(live, Live::NoQuorum { knows_us: true }) };
             continue;
-        }
+        };
         let ours = match ours {
             // Our own etcd does not run: its data would be in use.
             Some((ours, Place::Started)) if is_alive(others, &ours).await => Some((ours, Place::Alive)),
+            // Another took its place, which lost its data since or does not run: ours is not listed under its id.
+            Some((ours, Place::Started)) if data_id.is_some_and(|id| id != ours.id) => Some((ours, Place::NotListed)),
             ours => ours,
         };
-        let us = ours.as_ref().map_or(Place::NotListed, |(_, place)| *place);
+        let us = match ours.as_ref().map_or(Place::NotListed, |(_, place)| *place) {
+            // What it would begin with is not what the others have.
+            Place::New if revision > BLANK => Place::Added,
+            us => us,
+        };
         return (Live::Serves { cluster_id: status.cluster_id, us }, Some(Serving { etcd, ours }));
     }
     (live, None)
@@ -154,6 +166,35 @@ mod tests {
     fn listed(id: u64, name: &str, peer: &str, client: &str) -> Listed {
         let urls = |url: &str| if url.is_empty() { Vec::new() } else { vec![url.to_owned()] };
         Listed { id, name: name.into(), peer_urls: urls(peer), client_urls: urls(client), is_learner: false }
+    }
+
+    #[tokio::test]
+    async fn who_listens_and_does_not_accept_yet_is_there() -> std::io::Result<()> {
+        // As an etcd does that waits for a quorum.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+        let member =
+            Member::parse("name: b\ndata-dir: /d\ninitial-cluster: a=http://a:2380,b=http://b:2380\n", None).unwrap();
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        for (scheme, port, expected) in [
+            ("https", listener.local_addr()?.port(), Live::NoQuorum { knows_us: false }),
+            ("http", listener.local_addr()?.port(), Live::NoQuorum { knows_us: false }),
+            ("https", 1, Live::Nobody),
+        ] {
+            let endpoints = vec![format!("{scheme}://127.0.0.1:{port}")];
+            let others = EtcdFlags {
+                endpoints,
+                cacert: None,
+                cert: None,
+                key: None,
+                insecure_skip_tls_verify: true,
+                user: None,
+                password: None,
+                command_timeout: 1,
+            };
+            let looked = tokio::time::timeout(Duration::from_secs(10), look(&others, &member, None)).await;
+            assert_eq!(looked.map(|(live, _)| live).ok(), Some(expected), "{scheme} {port}");
+        }
+        Ok(())
     }
 
     #[test]

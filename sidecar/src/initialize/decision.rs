@@ -266,9 +266,9 @@ pub enum Live {
 pub enum Place {
     /// Not in its list.
     NotListed,
-    /// It was added and has never started.
+    /// It has never started: it was added, or the cluster began with it and has data by now.
     Added,
-    /// One of those that the cluster began with, which has not come up yet.
+    /// One of those that the cluster began with, which has not come up yet; and the cluster is as empty as it is.
     New,
     /// It has run.
     Started,
@@ -469,7 +469,8 @@ fn is_alive(what: &str) -> (Decision, String) {
 fn one_of_several(what: &str, facts: &Facts, is_absent: bool) -> (Decision, String) {
     let wait = |why: &str| (Decision::Wait, format!("{what}, and {why}"));
     match (&facts.live, &facts.backups) {
-        (Live::Serves { us: Place::New, .. }, _) if is_absent => {
+        // Where the cluster was restored, what it would begin with is not what the others have, and nobody would notice.
+        (Live::Serves { us: Place::New, .. }, backups) if is_absent && !matches!(backups, Backups::Upto { .. }) => {
             (Decision::Bootstrap, format!("{what}; the cluster has just begun and waits for this member"))
         }
         (Live::Serves { us: Place::Alive, .. }, _) => is_alive(what),
@@ -644,10 +645,15 @@ mod tests {
             (sound(5, 0), upto(8), serves(Place::Alive), 0, LATER),
             (sound(5, 0), upto(8), serves(Place::Another), 0, NEVER),
             (sound(5, 0), Backups::Begun, Live::Nobody, 0, KEEP),
-            (Data::Absent, upto(8), serves(Place::New), 0, bootstrap),
+            (Data::Absent, Backups::Empty, serves(Place::New), 0, bootstrap),
+            (Data::Absent, Backups::NotConfigured, serves(Place::New), 0, bootstrap),
+            (Data::Absent, unknown(), serves(Place::New), 0, bootstrap),
+            (Data::Absent, upto(8), serves(Place::New), 0, join),
             (damaged(), upto(8), serves(Place::New), 0, join),
             (Data::Absent, Backups::Begun, Live::Nobody, 2, wait),
             (Data::Absent, Backups::Begun, Live::Nobody, 3, bootstrap),
+            (Data::Absent, Backups::Begun, strangers, 3, bootstrap),
+            (Data::Absent, Backups::Begun, strangers, 0, wait),
             (damaged(), Backups::Begun, Live::Nobody, 3, wait),
             (Data::Absent, Backups::Empty, Live::Nobody, 0, bootstrap),
             (Data::Absent, Backups::NotConfigured, strangers, 0, bootstrap),

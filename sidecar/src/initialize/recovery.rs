@@ -9,7 +9,11 @@
 //! ```text
 //! <prefix>/recovery/lost/<member>/<run>-<beat>     while that member has no data and nobody serves
 //! <prefix>/recovery/t<timeline:08>.json            created once: who restores that timeline
+//! <prefix>/recovery/begins/<member>/<run>          where nothing is to be restored: that run of that member begins anew
 //! ```
+//!
+//! Where there is nothing to restore yet, all begin anew. Who sees first that all lost their data tells the others before it
+//! does so, for then it is no longer one of those who say that they did.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -31,6 +35,8 @@ const SELDOM: Duration = Duration::from_secs(10);
 
 /// What is in each report; that it is there is what counts.
 const REPORT: &str = "this member has no data that etcd can start on, and no other member serves\n";
+/// The same of what lets a member begin anew.
+const BEGINS: &str = "every member was seen to have lost its data, and nothing is there to restore\n";
 
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -88,6 +94,22 @@ impl Recovery {
         Ok(1 + self.fresh(Instant::now()))
     }
 
+    /// Lets the others, all of whom were seen to have lost their data, begin anew.
+    pub(super) async fn let_begin(&self, store: &Store) -> Result<()> {
+        for (other, (said, _)) in &self.seen {
+            let runs: BTreeSet<_> = said.iter().filter_map(|report| run_of(report)).collect();
+            for run in runs {
+                store.create_note(&begins(other, run), Bytes::from_static(BEGINS.as_bytes())).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether another member saw that all, ours in this run among them, had lost their data.
+    pub(super) async fn may_begin(&self, store: &Store) -> Result<bool> {
+        Ok(self.beats > 0 && store.note(&begins(&self.member, &self.run)).await?.is_some())
+    }
+
     /// The name of the last report.
     fn beat(&self) -> String {
         format!("{}/{}-{:08}", lost(&self.member), self.run, self.beats)
@@ -126,10 +148,13 @@ impl Recovery {
 
     /// Takes back what ours said.
     pub(super) async fn end(self, store: &Store) {
-        if self.beats > 0
-            && let Err(error) = store.remove_note(&self.beat()).await
-        {
-            tracing::debug!(%error, "what was said of lost data is not taken back");
+        if self.beats == 0 {
+            return;
+        }
+        for note in [self.beat(), begins(&self.member, &self.run)] {
+            if let Err(error) = store.remove_note(&note).await {
+                tracing::debug!(%error, note, "what was said of lost data is not taken back");
+            }
         }
     }
 }
@@ -139,9 +164,21 @@ fn claim(timeline: Timeline) -> String {
 }
 
 fn lost(member: &str) -> String {
-    // Whatever a member is called, it is one name.
-    let member: String = url::form_urlencoded::byte_serialize(member.as_bytes()).collect();
-    format!("recovery/lost/{member}")
+    format!("recovery/lost/{}", one_name(member))
+}
+
+fn begins(member: &str, run: &str) -> String {
+    format!("recovery/begins/{}/{run}", one_name(member))
+}
+
+/// Whatever a member is called.
+fn one_name(member: &str) -> String {
+    url::form_urlencoded::byte_serialize(member.as_bytes()).collect()
+}
+
+/// The run that a report is of.
+fn run_of(report: &str) -> Option<&str> {
+    Some(report.rsplit('/').next()?.rsplit_once('-')?.0)
 }
 
 fn observe(
@@ -216,8 +253,14 @@ mod tests {
         assert_eq!((a.report(&store).await?, b.report(&store).await?), (1, 2));
         tokio::time::advance(PERIOD).await;
         assert_eq!(a.report(&store).await?, 2);
+        assert!(!b.may_begin(&store).await?);
+        a.let_begin(&store).await?;
+        assert!(b.may_begin(&store).await? && !a.may_begin(&store).await? && !of("b").may_begin(&store).await?);
         a.end(&store).await;
         assert_eq!(b.report(&store).await?, 1);
+        assert!(b.may_begin(&store).await?, "also when who said so has begun");
+        b.end(&store).await;
+        assert_eq!(store.notes("recovery/begins/b").await?.len(), 0);
         Ok(())
     }
 }
