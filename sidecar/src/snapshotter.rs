@@ -77,7 +77,7 @@ pub struct Settings {
     pub metrics: Arc<Metrics>,
 }
 
-/// What `--once` takes.
+/// What is to be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// A full snapshot.
@@ -86,7 +86,7 @@ pub enum Kind {
     Delta,
 }
 
-/// What `--once` took.
+/// What was taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Taken {
     /// A full snapshot; also when deltas were asked for and auth has changed.

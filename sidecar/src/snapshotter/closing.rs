@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::now_ms;
-use super::own::Own;
+use super::own::{Own, Whose};
 use crate::catalog::{History, Layout, ObjectName};
 use crate::delta::{self, Builder};
 use crate::etcd::{Etcd, Status};
@@ -189,20 +189,23 @@ async fn upload_delta(job: CloseJob, end: DeltaEnd, stop: &CancellationToken) ->
     let size = content.iter().map(Bytes::len).sum::<usize>() as u64;
     loop {
         let name = layout.delta(own.timeline, first, last, unix_ms);
+        // Or says why not, when it must not be put there at all.
         let put = || async {
-            own.check(&store).await?;
-            if !leads_to(&store, own, follows, first).await? {
-                return Ok(false);
+            match own.look(&store).await? {
+                Whose::Ours => {}
+                Whose::Anothers(what) => return Err(Error::missing(what)),
+                Whose::OursElsewhere(what) => return Ok(Some(what)),
             }
-            store.put_new(&name, &content).await.map(|()| true)
+            if !leads_to(&store, own, follows, first).await? {
+                let url = store.url();
+                return Ok(Some(format!("{url}: what came before revision {first} is there no longer")));
+            }
+            store.put_new(&name, &content).await.map(|()| None)
         };
         match store.persist("upload of a delta", stop, |error| metrics.interrupted(error), put).await {
-            Ok(true) => return Ok(TakenDelta { name, events, size, is_too_large_to_replay }),
-            Ok(false) => {
-                let url = store.url();
-                return Err(Error::missing(format!(
-                    "{url}: what came before revision {first} is there no longer; it is taken again from etcd"
-                )));
+            Ok(None) => return Ok(TakenDelta { name, events, size, is_too_large_to_replay }),
+            Ok(Some(why)) => {
+                return Err(Error::missing(format!("{why}; revisions from {first} on are taken again from etcd")));
             }
             // Another writer closed the same revisions in the same moment, which is legal.
             Err(error) if error.class() == Class::Precondition && unix_ms < now_ms() + 1000 * layout.tick_ms() => {

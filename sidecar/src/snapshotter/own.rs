@@ -5,9 +5,14 @@ use crate::store::Store;
 use crate::{Class, Error, Result};
 
 /// Whose store it is now.
-pub(super) fn anothers(store: &Store, timeline: Timeline, theirs: u64) -> String {
-    let url = store.url();
-    format!("{url}: another store was put in its place, whose timeline {timeline} is of cluster {theirs:x}")
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Whose {
+    /// That of our backups, or nothing says otherwise.
+    Ours,
+    /// Another cluster's: ours may come back. Says what shows that.
+    Anothers(String),
+    /// That of our backups, in which our timeline is another cluster's. Says which.
+    OursElsewhere(String),
 }
 
 /// A timeline, and of which cluster it is.
@@ -22,14 +27,15 @@ pub(super) struct Own {
 impl Own {
     /// Somebody may have put another cluster's store in the place of ours since the last look: fails where that is so.
     pub(super) async fn check(self, store: &Store) -> Result<()> {
-        match self.others(store).await? {
-            Some((timeline, theirs)) => Err(Error::missing(anothers(store, timeline, theirs))),
-            None => Ok(()),
+        match self.look(store).await? {
+            Whose::Ours => Ok(()),
+            Whose::Anothers(what) => Err(Error::missing(what)),
+            Whose::OursElsewhere(what) => Err(Error::precondition(what)),
         }
     }
 
-    /// A timeline of another cluster's that shows that the store is that one's, if there is one.
-    pub(super) async fn others(self, store: &Store) -> Result<Option<(Timeline, u64)>> {
+    /// Looks which clusters' timelines there are.
+    pub(super) async fn look(self, store: &Store) -> Result<Whose> {
         let cluster_of = async |timeline| match store.cluster_of(timeline).await {
             // It says nothing, then.
             Err(error) if error.class() == Class::Corrupt => Ok((timeline, Some(self.cluster_id))),
@@ -42,7 +48,51 @@ impl Own {
                 there = cluster_of(newest).await?;
             }
         }
-        let (timeline, cluster_id) = there;
-        Ok(cluster_id.filter(|theirs| *theirs != self.cluster_id).map(|theirs| (timeline, theirs)))
+        let (timeline, Some(theirs)) = there else { return Ok(Whose::Ours) };
+        if theirs == self.cluster_id {
+            return Ok(Whose::Ours);
+        }
+        let url = store.url();
+        // Begun in what lay below a mount that has come back, ours has a number that another's has there.
+        for ours in store.catalog().await?.timelines.into_keys().rev().filter(|other| *other != timeline) {
+            if store.cluster_of(ours).await? == Some(self.cluster_id) {
+                return Ok(Whose::OursElsewhere(format!(
+                    "{url}: timeline {timeline} is of cluster {theirs:x} there, and ours is {ours}; it goes on in that"
+                )));
+            }
+        }
+        Ok(Whose::Anothers(format!(
+            "{url}: another store was put in its place, whose timeline {timeline} is of cluster {theirs:x}"
+        )))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::Description;
+
+    #[tokio::test]
+    async fn whose_a_store_is_its_timelines_tell() -> Result<()> {
+        let store = Store::from_parts(std::sync::Arc::new(object_store::memory::InMemory::new()), "p");
+        let own = Own { timeline: 1, cluster_id: 7, is_described: true };
+        assert_eq!(own.look(&store).await?, Whose::Ours);
+        let describe = |timeline, cluster_id: &str| Description {
+            layout: 1,
+            timeline,
+            parent: timeline - 1,
+            fork_revision: 0,
+            reason: String::new(),
+            cluster_id: cluster_id.into(),
+            created: "2026-11-30T00:00:00Z".into(),
+        };
+        store.put_description(&describe(1, "8")).await?;
+        assert!(matches!(own.look(&store).await?, Whose::Anothers(what) if what.contains("of cluster 8")));
+        assert_eq!(own.check(&store).await.map_err(|error| error.class()), Err(Class::Missing));
+        // A mount has come back, with what was begun below it beside.
+        store.put_description(&describe(2, "7")).await?;
+        assert!(matches!(own.look(&store).await?, Whose::OursElsewhere(what) if what.contains("ours is 2")));
+        assert_eq!(Own { timeline: 2, ..own }.look(&store).await?, Whose::Ours);
+        Ok(())
     }
 }

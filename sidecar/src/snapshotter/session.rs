@@ -16,7 +16,7 @@ use self::tasks::{Done, Due, Noted, Tasks};
 use super::auth::AuthWatch;
 use super::closing::{Ask, CloseJob, Known, TakenDelta, close_delta, log_delta, ttls_of};
 use super::full::{self, TakenFull, log_full};
-use super::own::{Own, anothers};
+use super::own::{Own, Whose};
 use super::pending::Pending;
 use super::requests::{Asked, Request, Requests};
 use super::{Kind, Settings, now_ms};
@@ -110,6 +110,10 @@ pub(super) struct Session<'s> {
     newest: Option<ObjectName>,
     /// A delta was lost: those after it would follow nothing.
     lost: bool,
+    /// What was received last before this session: what follows needs a backup to stand on.
+    began_after: i64,
+    /// The end of a hole in what was received, which only a full snapshot of that revision or a later one spans; 0 for none.
+    hole_upto: i64,
     /// Whether etcd does not answer any more.
     is_silent: bool,
     /// Why changes that etcd had then were not received.
@@ -252,6 +256,10 @@ impl Session<'_> {
         if tokio::time::timeout(DRAIN_DEADLINE, drain).await.is_err() {
             tracing::warn!("an upload did not end in time");
         }
+        if result.is_ok() && self.stands_on_nothing() {
+            let what = "no full snapshot was done that the last changes could follow: they are no backup; the next run takes one";
+            self.unsaved.get_or_insert(Error::Unanswered { what: what.into() });
+        }
         if result.is_ok() && home.is_ok() && self.unsaved.is_none() {
             tracing::info!(backed_up_to = self.pending.last(), "stopped; everything that was received is in the store");
         }
@@ -265,6 +273,11 @@ impl Session<'_> {
             (Ok(()), Ok(()), None) => Ended::Clean,
         };
         End { ended, received, saved }
+    }
+
+    /// Whether changes were received, or missed, that no backup reaches.
+    fn stands_on_nothing(&self) -> bool {
+        !matches!(self.tip, Tip::At(_)) && (self.hole_upto > 0 || self.pending.last() > self.began_after)
     }
 
     async fn follow(&mut self, stop: &CancellationToken, requests: &mut Requests, tasks: &mut Tasks) -> Result<()> {
@@ -395,7 +408,7 @@ impl Session<'_> {
                 self.follow_chain(&chain);
                 Ok(())
             }
-            Ok(Some(Found::Gone(what))) => Err(Error::missing(format!("{}: {what}", store.url()))),
+            Ok(Some(Found::Gone(what))) => Err(Error::missing(what)),
             Ok(Some(Found::Anothers(what))) => {
                 // What is pending waits for ours to come back: nothing is put into another's.
                 let error = Error::missing(format!("{what}: nothing is backed up into it; put ours back"));
@@ -414,14 +427,17 @@ impl Session<'_> {
     async fn find_chain(&self) -> Result<Found> {
         let (store, timeline, home) = (&self.settings.store, self.timeline, self.home);
         let catalog = store.catalog().await?;
-        if let Some((timeline, theirs)) = self.own().others(store).await? {
-            return Ok(Found::Anothers(anothers(store, timeline, theirs)));
+        match self.own().look(store).await? {
+            Whose::Ours => {}
+            Whose::Anothers(what) => return Ok(Found::Anothers(what)),
+            Whose::OursElsewhere(what) => return Ok(Found::Gone(what)),
         }
         let chain = catalog.timelines.get(&timeline).and_then(History::newest_chain);
         Ok(match chain {
-            None => Found::Gone("the full snapshot that deltas follow is gone from the store".into()),
+            None => Found::Gone(format!("{}: the full snapshot that deltas follow is gone", store.url())),
             Some(chain) if chain.last < home => {
-                let what = format!("revisions up to {home} were in the store, which ends at {} now", chain.last);
+                let (url, last) = (store.url(), chain.last);
+                let what = format!("{url}: revisions up to {home} were in the store, which ends at {last} now");
                 Found::Gone(what)
             }
             Some(chain) => Found::Chain(chain),
@@ -543,11 +559,16 @@ impl Session<'_> {
             Done::Full(_, Ok(taken), _) => {
                 self.auth.taken(taken.auth_revision);
                 self.schedule_after(taken.unix_ms);
+                log_full(&taken);
+                if taken.revision < self.hole_upto {
+                    // Begun before: the one that is due spans it.
+                    return Ok(());
+                }
+                self.hole_upto = 0;
                 self.tip = Tip::At(taken.revision);
                 self.base = Some(taken.name);
                 // Deltas may have gone further meanwhile.
                 self.newest = self.newest.filter(|_| self.home > taken.revision).or(self.base);
-                log_full(&taken);
             }
             Done::Full(why, Err(error), _) => {
                 // Refused because auth was turned on since we connected: connect again, as the user that we were given.
@@ -576,6 +597,9 @@ impl Session<'_> {
             Done::Full(_, Ok(taken), took) => {
                 let (revision, unix_ms) = (taken.revision, taken.unix_ms);
                 metrics.put(metrics::Kind::Full, taken.size, *took);
+                if revision < self.hole_upto {
+                    return;
+                }
                 metrics.saved(metrics::Kind::Full, (revision, revision), revision.max(self.home), unix_ms);
             }
             Done::Delta(Err(_), _, took) => metrics.not_saved(metrics::Kind::Incr, *took),
@@ -629,7 +653,7 @@ impl Session<'_> {
             () = stop.cancelled() => return Ok(None),
         }
         self.status = self.etcd.current_status().await?;
-        self.home = self.status.revision;
+        (self.home, self.hole_upto) = (self.status.revision, self.status.revision);
         self.tip = Tip::None;
         self.due = Some((Due::Compacted, Instant::now()));
         self.pending = Pending::after(self.status.revision, self.settings.delta_max_bytes)?;

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::super::auth::AuthWatch;
 use super::super::closing::{Known, Position};
 use super::super::comparison::{ChainEnd, Comparison};
-use super::super::own::Own;
+use super::super::own::{Own, Whose};
 use super::super::pending::Pending;
 use super::super::requests::Asked;
 use super::super::timeline::{self, Decision, Seen};
@@ -44,6 +44,7 @@ impl<'s> Session<'s> {
         }
         let later = etcd.status().await?;
         let known = Known { position: Position::between(&status, &later), db_size: status.db_size, ..Known::default() };
+        let status_revision = status.revision;
         let mut session = Self {
             settings,
             pending: Pending::after(status.revision, settings.delta_max_bytes)?,
@@ -61,6 +62,8 @@ impl<'s> Session<'s> {
             base: None,
             newest: None,
             lost: false,
+            began_after: status_revision,
+            hole_upto: 0,
             is_silent: false,
             unsaved: None,
             is_described: false,
@@ -100,7 +103,11 @@ impl<'s> Session<'s> {
         let seen = timeline::look(store, catalog).await?;
         if let Some((cluster_id, timeline)) = before.filter(|(before, _)| *before == self.status.cluster_id) {
             // It is the same cluster still. Where the store is not, whoever owns that would find ours to be the newest there.
-            Own { timeline, cluster_id, is_described: true }.check(store).await?;
+            match (Own { timeline, cluster_id, is_described: true }).look(store).await? {
+                Whose::Ours => {}
+                Whose::Anothers(what) => return Err(Error::missing(what)),
+                Whose::OursElsewhere(what) => tracing::warn!("{what}"),
+            }
         }
         match timeline::decide(seen.as_ref(), &self.status) {
             Decision::Continue { timeline } => {
