@@ -124,6 +124,36 @@ async fn a_time_is_restored() -> Result<()> {
     Ok(())
 }
 
+/// What changed between two full snapshots is not in the store where no delta has it: neither of the two is what there was.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_time_between_two_fulls_is_refused() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    let pause = || tokio::time::sleep(Duration::from_millis(50));
+    client.put("x", "0", None).await?;
+    store.once("full", &member).run().await?.expect(0)?;
+    pause().await;
+    let between = now();
+    pause().await;
+    client.put("x", "1", None).await?;
+    store.once("full", &member).run().await?.expect(0)?;
+    pause().await;
+    let after = now();
+    let target = dir.path().join("restored");
+    let at = |time: &str| store.restore(&target).args(["-o", "json", "--time", time]);
+    at(&between).run().await?.expect(11)?.says("the time lies between revisions 2 and 3")?;
+    ensure!(!target.exists());
+    client.put("x", "2", None).await?;
+    store.once("delta", &member).run().await?.expect(0)?;
+    at(&between).run().await?.expect(11)?.says("the time lies between revisions 2 and 4")?;
+    let restored = at(&after).run().await?.expect(0)?.json()?;
+    ensure!(restored["revision"] == 3, "{restored}");
+    Ok(())
+}
+
 /// Restored to the middle and written to, the new history is a timeline of its own, and neither mixes with the other.
 #[tokio::test(flavor = "multi_thread")]
 async fn histories_that_part_do_not_mix() -> Result<()> {

@@ -214,6 +214,9 @@ async fn at_time(store: &Store, timeline: Timeline, history: &History, unix_ms: 
         // Every delta was closed by then.
         let fulls = history.fulls.iter().filter(|full| full.unix_ms <= unix_ms).map(|full| full.revision);
         let last = history.deltas.iter().map(|delta| delta.last).chain(fulls).max().unwrap_or_default();
+        if let Some(later) = history.fulls.iter().find(|full| full.unix_ms > unix_ms && full.revision > last) {
+            return Err(not_in_between(store, last, later.revision));
+        }
         return Ok(AtTime { revision: last, received_unix_ms: None, next_unix_ms: None });
     };
     let mut times = revision_times(store, timeline, delta).await?;
@@ -231,7 +234,25 @@ async fn at_time(store: &Store, timeline: Timeline, history: &History, unix_ms: 
     }
     let last = times.last().copied();
     let revision = last.map_or(delta.first - 1, |(revision, _)| revision);
+    // Where no delta leads there, only a full snapshot that was taken by then shows that nothing came after it.
+    let mut by_then = history.fulls.iter().filter(|full| full.unix_ms <= unix_ms).map(|full| full.revision);
+    if last.is_none() && !by_then.clone().any(|full| full == revision) {
+        return Err(match by_then.by_ref().max() {
+            Some(full) => not_in_between(store, full, delta.first),
+            None => Error::missing(format!(
+                "nothing was backed up by that time: the oldest full snapshot in store {} is of a later one",
+                store.url()
+            )),
+        });
+    }
     Ok(AtTime { revision, received_unix_ms: last.map(|(_, received)| received), next_unix_ms })
+}
+
+fn not_in_between(store: &Store, before: i64, after: i64) -> Error {
+    Error::missing(format!(
+        "the time lies between revisions {before} and {after}, and what changed between the two is not in store {}: restore one of them with --revision, or give another time",
+        store.url()
+    ))
 }
 
 /// The revisions of a delta and when each was received. A clock that was set back in between does not make times go back.
