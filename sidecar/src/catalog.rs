@@ -249,6 +249,13 @@ pub struct Description {
     pub created: String,
 }
 
+impl Description {
+    /// When it was begun, in Unix milliseconds; `None` where it does not say so.
+    pub fn created_unix_ms(&self) -> Option<i64> {
+        chrono::DateTime::parse_from_rfc3339(&self.created).ok().map(|created| created.timestamp_millis())
+    }
+}
+
 /// Revisions that no object has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gap {

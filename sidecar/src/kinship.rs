@@ -103,8 +103,14 @@ pub(crate) async fn is_kin(store: &Store, catalog: &Catalog, ours: u64, data_dir
         }
     }
     // Nothing can be restored: another cluster's first full snapshot may be on its way.
-    let uploads = catalog.uploading.iter().map(|(name, _)| name.unix_ms());
-    let newest_ms = catalog.timelines.values().flat_map(History::times).chain(uploads).max();
+    let mut times: Vec<_> = catalog.uploading.iter().map(|(name, _)| name.unix_ms()).collect();
+    times.extend(catalog.timelines.values().flat_map(History::times));
+    for timeline in catalog.timelines.keys() {
+        // No store lists what is still on its way.
+        let created = store.description(*timeline).await?.and_then(|described| described.created_unix_ms());
+        times.extend(created);
+    }
+    let newest_ms = times.into_iter().max();
     let since_ms = newest_ms.map(|newest_ms| Utc::now().timestamp_millis().saturating_sub(newest_ms));
     Ok(since_ms.is_none_or(|since_ms| since_ms > BEGINS_WITHIN_MS))
 }
@@ -112,6 +118,7 @@ pub(crate) async fn is_kin(store: &Store, catalog: &Catalog, ours: u64, data_dir
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::catalog::Description;
 
     const OURS: u64 = 7;
     const THEIRS: u64 = 8;
@@ -119,6 +126,29 @@ mod tests {
     fn note(dir: &Path, origin: &Origin) -> Result<()> {
         let json = serde_json::to_vec(origin).unwrap_or_default();
         std::fs::write(dir.join("member/origin.json"), json).map_err(Error::io("write", dir.display()))
+    }
+
+    #[tokio::test]
+    async fn what_another_has_just_begun_is_not_ours_to_follow() -> Result<()> {
+        let dir = tempfile::tempdir().map_err(Error::io("make", "a directory"))?;
+        let store = Store::from_parts(std::sync::Arc::new(object_store::memory::InMemory::new()), "p");
+        for (timeline, created, is_kin_then) in
+            [(1, Utc::now() - chrono::TimeDelta::hours(2), true), (2, Utc::now(), false)]
+        {
+            store
+                .put_description(&Description {
+                    layout: 1,
+                    timeline,
+                    parent: 0,
+                    fork_revision: 0,
+                    reason: String::new(),
+                    cluster_id: format!("{THEIRS:x}"),
+                    created: created.to_rfc3339(),
+                })
+                .await?;
+            assert_eq!(is_kin(&store, &store.catalog().await?, OURS, dir.path()).await?, is_kin_then, "{created}");
+        }
+        Ok(())
     }
 
     #[test]
