@@ -1,11 +1,11 @@
 //! What a serving sidecar tells Prometheus. `sidecar_…` are ours; `etcdbr_…` have the names and meaning of the predecessor's,
-//! so that dashboards and alerts made for it keep working.
+//! so that dashboards and alerts made for it keep working, as have the two `process_…` that those look at.
 //!
 //! Labels take few values. Histograms reach half an hour: those of the predecessor end at ten seconds.
 
 use std::collections::VecDeque;
 use std::sync::Mutex;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
@@ -18,8 +18,12 @@ use prometheus_client::registry::Registry;
 use crate::store::Store;
 use crate::{Error, Result};
 
-/// Where the kernel counts what goes over the network.
+/// Where the kernel counts what goes over the network,
 const NETSTAT: &str = "/proc/self/net/netstat";
+/// the pages of this process,
+const STATM: &str = "/proc/self/statm";
+/// and its time.
+const STAT: &str = "/proc/self/stat";
 
 /// So many are remembered; beyond that the oldest still is, which is what counts.
 const MOST_WAITING: usize = 4096;
@@ -112,6 +116,29 @@ fn octets(netstat: &str) -> Option<(i64, i64)> {
     Some((value("InOctets")?, value("OutOctets")?))
 }
 
+/// Bytes in memory: the second number is pages.
+fn resident(statm: &str, page_size: usize) -> Option<i64> {
+    let pages: i64 = statm.split_whitespace().nth(1)?.parse().ok()?;
+    pages.checked_mul(i64::try_from(page_size).ok()?)
+}
+
+/// Seconds of CPU, of the program and of the kernel for it. Its name, in brackets, may have anything in it.
+#[expect(clippy::cast_precision_loss, reason = "seconds, not a count")]
+fn cpu_seconds(stat: &str, ticks_per_second: u64) -> Option<f64> {
+    let mut after_name = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut ticks = || after_name.next()?.parse::<u64>().ok();
+    Some(ticks()?.checked_add(ticks()?)? as f64 / ticks_per_second.max(1) as f64)
+}
+
+/// Who brings data back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum From {
+    /// The backups do.
+    Store,
+    /// The other members, which one that lost its data joins.
+    Members,
+}
+
 /// What the member says of itself, as of now.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Member {
@@ -152,6 +179,8 @@ pub struct Metrics {
     members_promoted: Family<Ended, Histogram, fn() -> Histogram>,
     transmitted: Gauge,
     received: Gauge,
+    resident: Gauge,
+    cpu: Counter<f64, AtomicU64>,
     drills: Family<Ended, Counter>,
     is_learner: Gauge,
     cluster_size: Gauge,
@@ -258,17 +287,19 @@ impl Default for Metrics {
         };
         let (failures, validations, restorations, initializations, defragmentations, collected) = registered! {
             "sidecar_backup_failures", "Interruptions of the backup, by class of error" => Family::<Failed, Counter>::default();
-            "etcdbr_validation_duration_seconds", "How long an initialization took that restored nothing" => Family::new_with_constructor(long as fn() -> Histogram);
-            "etcdbr_restoration_duration_seconds", "How long an initialization took that restored" => Family::new_with_constructor(long as fn() -> Histogram);
+            "etcdbr_validation_duration_seconds", "How long it took to decide what becomes of the data" => Family::new_with_constructor(long as fn() -> Histogram);
+            "etcdbr_restoration_duration_seconds", "How long it took to bring data back: from the store (single_node), or to join the others without any (single_member)" => Family::new_with_constructor(long as fn() -> Histogram);
             "sidecar_initializations", "What initializations did" => Family::<Initialized, Counter>::default();
             "etcdbr_defragmentation_duration_seconds", "How long defragmentations took" => Family::new_with_constructor(long as fn() -> Histogram);
             "etcdbr_snapshot_gc", "Backups deleted because newer ones replace them" => Family::<KindEnded, Counter>::default();
         };
-        // The predecessor counts these three up without `_total` in their names, which this library gives every counter.
-        let (snapshotter_failures, transmitted, received) = registered! {
+        // The predecessor counts the first three up without `_total` in their names, which this library gives every counter.
+        let (snapshotter_failures, transmitted, received, resident, cpu) = registered! {
             "etcdbr_snapshotter_failure", "Interruptions of the backup, by class of error" => Family::<FailedWith, Gauge>::default();
             "etcdbr_network_transmitted_bytes", "Bytes that this host has sent" => Gauge::<i64>::default();
             "etcdbr_network_received_bytes", "Bytes that this host has received" => Gauge::<i64>::default();
+            "process_resident_memory_bytes", "Memory of this process" => Gauge::<i64>::default();
+            "process_cpu_seconds", "CPU time that this process has used" => Counter::<f64, AtomicU64>::default();
         };
         let (learners, learners_added, members_removed, members_promoted, drills) = registered! {
             "etcdbr_is_learner_count", "How often this member was to become a learner" => Family::<Ended, Counter>::default();
@@ -340,6 +371,8 @@ impl Default for Metrics {
             members_promoted,
             transmitted,
             received,
+            resident,
+            cpu,
             drills,
             is_learner,
             cluster_size,
@@ -427,8 +460,9 @@ impl Metrics {
         let beyond = full.map_or(0, |(full, _)| revision.saturating_sub(full).max(0));
         self.latest_deltas_revisions.set(beyond);
         for (kind, newest) in [(Kind::Full, full), (Kind::Incr, delta)] {
-            let (revision, unix_ms) = newest.unwrap_or_default();
-            self.latest_revision.get_or_create(&OfKind { kind }).set(revision);
+            self.latest_revision.get_or_create(&OfKind { kind }).set(newest.unwrap_or_default().0);
+            // Without a delta nothing has been waiting for one since the full: alerts take 0 for decades of it.
+            let (_, unix_ms) = newest.or(full).unwrap_or_default();
             self.latest_timestamp.get_or_create(&OfKind { kind }).set(unix_ms / 1000);
         }
         // Not the higher of the two: what is backed up now may have been restored to an older revision.
@@ -496,16 +530,24 @@ impl Metrics {
         self.failures.get_or_create(&Failed { class }).inc();
     }
 
-    /// An initialization has ended; `restored` when it did.
-    pub fn initialized(&self, action: &'static str, members: usize, restored: bool, succeeded: bool, took: Duration) {
-        let (succeeded, took) = (yes(succeeded), took.as_secs_f64());
+    /// An initialization has ended.
+    pub fn initialized(&self, action: &'static str) {
         self.initializations.get_or_create(&Initialized { action }).inc();
-        if restored {
-            let restore = if members > 1 { "single_member" } else { "single_node" };
-            self.restorations.get_or_create(&Restore { restore, succeeded }).observe(took);
-        } else {
-            self.validations.get_or_create(&Ended { succeeded }).observe(took);
-        }
+    }
+
+    /// It was decided what becomes of the data, or was to be.
+    pub fn validated(&self, succeeded: bool, took: Duration) {
+        self.validations.get_or_create(&Ended { succeeded: yes(succeeded) }).observe(took.as_secs_f64());
+    }
+
+    /// Data was brought back, or was to be.
+    pub fn restored(&self, from: From, succeeded: bool, took: Duration) {
+        let restore = match from {
+            From::Members => "single_member",
+            From::Store => "single_node",
+        };
+        let ended = Restore { restore, succeeded: yes(succeeded) };
+        self.restorations.get_or_create(&ended).observe(took.as_secs_f64());
     }
 
     /// A defragmentation has ended.
@@ -578,6 +620,13 @@ impl Metrics {
             self.received.set(received);
             self.transmitted.set(transmitted);
         }
+        let of_process = |path| std::fs::read_to_string(path).unwrap_or_default();
+        if let Some(bytes) = resident(&of_process(STATM), rustix::param::page_size()) {
+            self.resident.set(bytes);
+        }
+        if let Some(seconds) = cpu_seconds(&of_process(STAT), rustix::param::clock_ticks_per_second()) {
+            self.cpu.inner().store(seconds.to_bits(), Ordering::Relaxed);
+        }
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry)
             .map_err(|error| Error::Bug { what: format!("encode the metrics: {error}") })?;
@@ -626,6 +675,7 @@ mod tests {
         assert!(metrics.unsaved_seconds() == 0.0);
         // Restored to an older revision, what it writes from there on is in no backup.
         metrics.found(Some((3, 9_000)), None, 0, 3);
+        assert!(metrics.text()?.contains("etcdbr_snapshot_latest_timestamp{kind=\"Incr\"} 9\n"));
         metrics.observe(&of(4));
         assert!(metrics.text()?.contains("sidecar_backup_lag_revisions 1\n"));
         assert!(text.contains("sidecar_snapshot_bytes_total{kind=\"Incr\"} 10\n"), "{text}");
@@ -660,12 +710,18 @@ mod tests {
             "etcdbr_member_promote_duration_seconds_count{succeeded=\"true\"} 0",
             "etcdbr_network_transmitted_bytes ",
             "etcdbr_network_received_bytes ",
+            "process_resident_memory_bytes ",
+            "process_cpu_seconds_total ",
         ] {
             assert!(text.lines().any(|line| line.starts_with(series)), "{series} is not in {text}");
         }
         let netstat = "TcpExt: A\nTcpExt: 1\nIpExt: InNoRoutes InOctets OutOctets\nIpExt: 0 12 34\n";
         assert_eq!(octets(netstat), Some((12, 34)));
         assert_eq!(octets("IpExt: InOctets\nIpExt: x\n"), None);
+        assert_eq!(resident("100 3 2 1 0 9 0\n", 4096), Some(3 * 4096));
+        let stat = "7 (a) b) S 1 7 7 0 -1 4194304 1 2 3 4 150 50 6 7 20 0 1 0 9 9 9";
+        assert!(cpu_seconds(stat, 100).is_some_and(|seconds| (seconds - 2.0).abs() < 1e-9));
+        assert_eq!((resident("", 4096), cpu_seconds("7 (a", 100)), (None, None));
         Ok(())
     }
 }

@@ -295,18 +295,20 @@ impl Supervisor {
         let ticking = clock.clone();
         let see = Arc::new(move |step: Step| {
             ticking.enter(step.phase());
+            if let Step::Decided(decision, _) = &step {
+                ticking.decide(*decision);
+            }
             drop(phase.send_replace(Phase::Running(step)));
         });
         if let Some(exit) = self.observed.borrow().last_exit {
             tracing::info!(code = exit.code, ran_ms = exit.ran_ms, unix_ms = exit.unix_ms, "how the last etcd ended");
         }
-        let started = Instant::now();
         let initialized = initialize(&self.settings.initialize, &self.stop, see).await;
         clock.enter("end");
         if matches!(&initialized, Ok(Outcome { done: Decision::Restore | Decision::Join | Decision::Bootstrap, .. })) {
             self.settings.metrics.data_replaced();
         }
-        self.count(&initialized, started.elapsed());
+        clock.count(&initialized);
         let ended = match initialized {
             Ok(outcome) if matches!(outcome.done, Decision::Refuse { .. }) => Phase::Refused(outcome),
             Ok(outcome) => Phase::Ready(outcome),
@@ -348,14 +350,6 @@ impl Supervisor {
                 Err(Error::Unanswered { what: format!("it is not in the store after {MOST_TAKING:?}; it goes on") })
             }
         }
-    }
-
-    fn count(&self, initialized: &Result<Outcome>, took: Duration) {
-        let members = self.settings.initialize.member.cluster.members().len();
-        let action = initialized.as_ref().map_or("fail", |outcome| outcome.done.name());
-        let restored = matches!(initialized, Ok(Outcome { done: Decision::Restore | Decision::Append, .. }));
-        let succeeded = matches!(initialized, Ok(outcome) if !matches!(outcome.done, Decision::Refuse { .. }));
-        self.settings.metrics.initialized(action, members, restored, succeeded, took);
     }
 
     /// What is counted, as Prometheus reads it.
@@ -681,12 +675,23 @@ impl Drop for BackingUp {
 /// Measures what an initialization spends its time with.
 struct PhaseClock {
     metrics: Arc<Metrics>,
+    started: Instant,
     current: Mutex<(&'static str, Instant)>,
+    decided: Mutex<Option<Decided>>,
+}
+
+/// What an initialization decided.
+#[derive(Debug, Clone, Copy)]
+struct Decided {
+    first: Instant,
+    last: Decision,
+    at: Instant,
 }
 
 impl PhaseClock {
     fn start(metrics: Arc<Metrics>) -> Self {
-        Self { metrics, current: Mutex::new(("check", Instant::now())) }
+        let started = Instant::now();
+        Self { metrics, started, current: Mutex::new(("check", started)), decided: Mutex::default() }
     }
 
     fn enter(&self, phase: &'static str) {
@@ -695,5 +700,69 @@ impl PhaseClock {
             self.metrics.phase_ended(current.0, current.1.elapsed());
             *current = (phase, Instant::now());
         }
+    }
+
+    fn decide(&self, decision: Decision) {
+        let (mut decided, at) = (self.decided.lock().unwrap_or_else(PoisonError::into_inner), Instant::now());
+        let first = decided.map_or(at, |decided| decided.first);
+        *decided = Some(Decided { first, last: decision, at });
+    }
+
+    /// Counts an initialization that has ended.
+    fn count(&self, ended: &Result<Outcome>) {
+        self.metrics.initialized(ended.as_ref().map_or("fail", |outcome| outcome.done.name()));
+        let decided = *self.decided.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(Decided { first, last, at }) = decided else {
+            return self.metrics.validated(false, self.started.elapsed());
+        };
+        self.metrics.validated(!matches!(last, Decision::Refuse { .. }), first.duration_since(self.started));
+        let from = match last {
+            Decision::Restore | Decision::Append => metrics::From::Store,
+            Decision::Join => metrics::From::Members,
+            Decision::Keep | Decision::Bootstrap | Decision::Wait | Decision::Refuse { .. } => return,
+        };
+        let is_back = matches!(ended, Ok(outcome) if !matches!(outcome.done, Decision::Refuse { .. }));
+        self.metrics.restored(from, is_back, at.elapsed());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_brought_back_and_what_fails_to_be_is_counted() -> Result<()> {
+        let failed = || Err(Error::invalid("x"));
+        let done = |done| Ok(Outcome { done, in_use: false, ..Outcome::in_use(&"x") });
+        let refuse = Decision::Refuse { may_pass: false };
+        for (decided, ended, validated, restored) in [
+            (&[][..], failed(), "false", None),
+            (&[refuse], done(refuse), "false", None),
+            (&[Decision::Keep], done(Decision::Keep), "true", None),
+            (&[Decision::Wait, Decision::Restore], done(Decision::Restore), "true", Some(("single_node", "true"))),
+            (&[Decision::Restore], failed(), "true", Some(("single_node", "false"))),
+            (&[Decision::Append], done(refuse), "true", Some(("single_node", "false"))),
+            (&[Decision::Join], done(Decision::Join), "true", Some(("single_member", "true"))),
+        ] {
+            let metrics = Arc::new(Metrics::default());
+            let clock = PhaseClock::start(metrics.clone());
+            for decision in decided {
+                clock.decide(*decision);
+            }
+            clock.count(&ended);
+            let text = metrics.text()?;
+            let of = |name: &str| {
+                let counted = |line: &&str| line.starts_with(name) && line.contains("_count{") && line.ends_with(" 1");
+                text.lines().filter(counted).map(str::to_owned).collect::<Vec<_>>()
+            };
+            let validations = of("etcdbr_validation_duration_seconds");
+            assert!(validations.len() == 1 && validations[0].contains(validated), "{decided:?}: {validations:?}");
+            let restorations = of("etcdbr_restoration_duration_seconds");
+            let expected = restored.map(|(kind, succeeded)| {
+                format!("etcdbr_restoration_duration_seconds_count{{restore=\"{kind}\",succeeded=\"{succeeded}\"}} 1")
+            });
+            assert_eq!(restorations, expected.into_iter().collect::<Vec<_>>(), "{decided:?}");
+        }
+        Ok(())
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 
 use crate::etcd::{Alarm, Etcd, EtcdFlags, Role, Status};
+use crate::metrics::Metrics;
 use crate::{Error, Result};
 
 /// Sizes of a database before and after, in bytes.
@@ -116,7 +117,12 @@ pub(super) async fn own(flags: &EtcdFlags, quiet: &Mutex<()>) -> Result<Sizes> {
 
 /// Defragments every member whose file is free to at least that share. `flags` lead to the leader, and with other endpoints to
 /// the others. Before each one all must be well, and the leader the same.
-pub(super) async fn cluster(flags: &EtcdFlags, least_free_share: f64, quiet: &Mutex<()>) -> Result<Vec<Sizes>> {
+pub(super) async fn cluster(
+    flags: &EtcdFlags,
+    least_free_share: f64,
+    quiet: &Mutex<()>,
+    metrics: &Metrics,
+) -> Result<Vec<Sizes>> {
     let (mut leader, ours) = Etcd::connect(flags).await?;
     let mut done = Vec::new();
     let mut seen = Vec::new();
@@ -136,8 +142,10 @@ pub(super) async fn cluster(flags: &EtcdFlags, least_free_share: f64, quiet: &Mu
             continue;
         }
         let is_last = status.role == Role::Leader;
-        let others = Mutex::default();
-        done.push(this_member(&mut etcd, &status, if is_last { quiet } else { &others }).await?);
+        let (others, started) = (Mutex::default(), Instant::now());
+        let defragmented = this_member(&mut etcd, &status, if is_last { quiet } else { &others }).await;
+        metrics.defragmented(defragmented.is_ok(), started.elapsed());
+        done.push(defragmented?);
         if is_last {
             return Ok(done);
         }

@@ -105,8 +105,7 @@ async fn follow_backups(supervisor: &Supervisor, leases: &Leases) {
             && delta_told.is_none_or(|told| confirmed > told)
             && delta_retry <= Instant::now()
         {
-            let revision = standing.delta.map_or(0, |(last, _)| last);
-            let written = delta_writer.write(name, &held(&revision.to_string(), Utc::now())).await;
+            let written = delta_writer.follow(name, standing.delta).await;
             match &written {
                 Ok(()) => delta_told = Some(Instant::now()),
                 Err(_) => delta_retry = Instant::now() + RETRY_PERIOD.min(leases.delta_period),
@@ -116,8 +115,14 @@ async fn follow_backups(supervisor: &Supervisor, leases: &Leases) {
     }
 }
 
+fn renewed(at: DateTime<Utc>) -> Value {
+    json!({"spec": {"renewTime": at.to_rfc3339_opts(SecondsFormat::Micros, true)}})
+}
+
 fn held(holder: &str, at: DateTime<Utc>) -> Value {
-    json!({"spec": {"holderIdentity": holder, "renewTime": at.to_rfc3339_opts(SecondsFormat::Micros, true)}})
+    let mut patch = renewed(at);
+    patch["spec"]["holderIdentity"] = holder.into();
+    patch
 }
 
 fn heartbeat(role: Role, status: &Status, is_tls: bool, at: DateTime<Utc>) -> Value {
@@ -133,6 +138,16 @@ fn is_newer(spec: &LeaseSpec, revision: i64, taken: DateTime<Utc>) -> bool {
     let held = spec.holder_identity.as_ref().and_then(|held| held.parse::<i64>().ok());
     let renewed_ms = spec.renew_time.as_ref().map(|time| time.0.as_millisecond());
     held.is_some_and(|held| held > revision) && renewed_ms.is_some_and(|renewed| renewed >= taken.timestamp_millis())
+}
+
+/// What a delta's lease is to have: the last revision, and when it was seen that the store has all.
+fn of_delta(spec: &LeaseSpec, delta: Option<(i64, i64)>, at: DateTime<Utc>) -> Value {
+    let taken = |unix_ms| DateTime::from_timestamp_millis(unix_ms).unwrap_or_default();
+    match delta {
+        Some((last, unix_ms)) if !is_newer(spec, last, taken(unix_ms)) => held(&last.to_string(), at),
+        None if spec.holder_identity.is_none() => held("0", at),
+        Some(_) | None => renewed(at),
+    }
 }
 
 /// Writes leases.
@@ -186,6 +201,14 @@ impl<'l> Writer<'l> {
         }
     }
 
+    /// Writes a delta's. Where there is none since the full snapshot, it keeps the revision that it has.
+    async fn follow(&mut self, name: &str, delta: Option<(i64, i64)>) -> Result<()> {
+        let api = self.api().await?;
+        let lease = call("read the lease", name, api.get(name)).await?;
+        let patch = of_delta(&lease.spec.unwrap_or_default(), delta, Utc::now());
+        self.write(name, &patch).await
+    }
+
     fn tell(&mut self, name: &str, written: &Result<()>) {
         match written {
             Ok(()) if self.fails => tracing::info!(lease = name, "the lease is renewed again"),
@@ -226,6 +249,20 @@ mod tests {
         assert!(!is_newer(&spec("9", 100), 5, at(200)), "a restored cluster begins below what was before");
         assert!(!is_newer(&spec("5", 100), 5, at(50)) && !is_newer(&LeaseSpec::default(), 5, at(1)));
         assert!(!is_newer(&spec("etcd-main-0", 100), 5, at(50)));
+    }
+
+    #[test]
+    fn the_lease_of_deltas_keeps_its_revision() {
+        let at = |seconds| DateTime::from_timestamp(seconds, 0).unwrap_or_default();
+        let spec = |holder: &str| -> LeaseSpec {
+            serde_json::from_value(held(holder, at(100))["spec"].clone()).unwrap_or_default()
+        };
+        let now = at(200);
+        assert_eq!(of_delta(&LeaseSpec::default(), None, now), held("0", now));
+        assert_eq!(of_delta(&spec("9"), None, now), renewed(now), "none since the full snapshot");
+        assert_eq!(of_delta(&spec("9"), Some((12, 150_000)), now), held("12", now));
+        assert_eq!(of_delta(&spec("9"), Some((5, 50_000)), now), renewed(now));
+        assert_eq!(of_delta(&spec("9"), Some((5, 150_000)), now), held("5", now), "restored meanwhile");
     }
 
     #[test]

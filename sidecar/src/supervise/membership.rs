@@ -101,11 +101,11 @@ async fn promote(settings: &Settings, id: u64) -> Result<()> {
         let promoted = async { Etcd::reach(others, endpoint.trim()).await?.0.promote(id).await };
         last = promoted.await;
         if last.is_ok() {
-            settings.metrics.member_promoted(true, started.elapsed());
             tracing::info!("the member has caught up and votes from now on");
             break;
         }
     }
+    settings.metrics.member_promoted(last.is_ok(), started.elapsed());
     last
 }
 

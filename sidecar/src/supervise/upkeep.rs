@@ -310,10 +310,8 @@ impl Supervisor {
 
     async fn defragment_all(&self, least_free_share: f64) -> Result<()> {
         let (_heavy, _one) = (self.heavy.lock().await, self.defragmenting.lock().await);
-        let started = Instant::now();
-        let done = defragment::cluster(&self.settings.etcd, least_free_share, &self.settings.quiet).await;
-        self.settings.metrics.defragmented(done.is_ok(), started.elapsed());
-        done.map(drop)
+        let settings = &self.settings;
+        defragment::cluster(&settings.etcd, least_free_share, &settings.quiet, &settings.metrics).await.map(drop)
     }
 
     async fn defragment_urgently(&self, least_free_share: f64, urgent_free_share: f64) -> Result<()> {
