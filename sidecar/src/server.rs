@@ -1,5 +1,5 @@
-//! The sidecar's API: gRPC, and over plain HTTP `/healthz` and `/readyz` for probes, a page for a person, and what etcd-wrapper
-//! asks, on one port.
+//! The sidecar's API on one port: gRPC, and over HTTP `/healthz` and `/readyz` for probes, `/metrics`, a page for a person, and
+//! what the predecessor answers.
 
 mod connection;
 mod gardener;

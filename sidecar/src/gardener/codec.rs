@@ -29,7 +29,8 @@ impl Codec {
         [Self::Gzip, Self::Zlib, Self::Lzw].into_iter().find(|codec| codec.suffix().strip_prefix('.') == Some(suffix))
     }
 
-    pub(super) fn suffix(self) -> &'static str {
+    /// What names of objects end with.
+    pub fn suffix(self) -> &'static str {
         match self {
             Self::None => "",
             Self::Gzip => ".gz",

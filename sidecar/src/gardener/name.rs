@@ -71,6 +71,11 @@ impl Name {
         self.codec
     }
 
+    /// Whether it was marked as the last of its cluster's.
+    pub fn is_final(&self) -> bool {
+        self.marked_final != Final::No
+    }
+
     /// `None` when the name, relative to the store's prefix, is not one of these. Parts of objects (`<name>/0000000001`) are
     /// none.
     pub fn parse(name: &str) -> Option<Self> {

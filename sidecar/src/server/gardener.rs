@@ -30,25 +30,25 @@ use crate::snapshotter::{Kind, Taken};
 use crate::supervise::{Phase, Supervisor};
 use crate::{Class, Error};
 
-/// One that asks.
-struct Wrapper {
+/// How far etcd-wrapper is with an initialization.
+struct Handshake {
     supervisor: Arc<Supervisor>,
     /// Whether the end of the last initialization was told, and its success made use of.
-    told: AtomicBool,
+    end_was_told: AtomicBool,
     /// Whether it has yet to be told that nothing was begun, for an etcd has the data.
-    refused: AtomicBool,
+    in_use_untold: AtomicBool,
 }
 
-impl Wrapper {
+impl Handshake {
     fn status(&self) -> &'static str {
-        if self.refused.swap(false, Ordering::SeqCst) {
+        if self.in_use_untold.swap(false, Ordering::SeqCst) {
             return "Failed";
         }
         match &*self.supervisor.phase().borrow() {
             Phase::Running(_) => "Progress",
             // Whoever else looks must not take it from who waits for it.
-            Phase::Ready(_) if !self.told.load(Ordering::SeqCst) => "Successful",
-            Phase::Refused(_) | Phase::Failed(_) if !self.told.swap(true, Ordering::SeqCst) => "Failed",
+            Phase::Ready(_) if !self.end_was_told.load(Ordering::SeqCst) => "Successful",
+            Phase::Refused(_) | Phase::Failed(_) if !self.end_was_told.swap(true, Ordering::SeqCst) => "Failed",
             Phase::New | Phase::Ready(_) | Phase::Refused(_) | Phase::Failed(_) => "New",
         }
     }
@@ -58,12 +58,12 @@ impl Wrapper {
         let is_new = match &*self.supervisor.phase().borrow() {
             Phase::New => true,
             Phase::Running(_) => false,
-            Phase::Ready(_) | Phase::Refused(_) | Phase::Failed(_) => self.told.load(Ordering::SeqCst),
+            Phase::Ready(_) | Phase::Refused(_) | Phase::Failed(_) => self.end_was_told.load(Ordering::SeqCst),
         };
         if is_new {
             match &*self.supervisor.initialize().borrow() {
-                Phase::Refused(refused) if refused.in_use => self.refused.store(true, Ordering::SeqCst),
-                _ => self.told.store(false, Ordering::SeqCst),
+                Phase::Refused(refused) if refused.in_use => self.in_use_untold.store(true, Ordering::SeqCst),
+                _ => self.end_was_told.store(false, Ordering::SeqCst),
             }
         }
     }
@@ -71,7 +71,7 @@ impl Wrapper {
     fn config(&self) -> (StatusCode, String) {
         match self.supervisor.etcd_config() {
             Some(config) => {
-                self.told.store(true, Ordering::SeqCst);
+                self.end_was_told.store(true, Ordering::SeqCst);
                 (StatusCode::OK, config)
             }
             None => (StatusCode::INTERNAL_SERVER_ERROR, "no initialization has succeeded\n".to_owned()),
@@ -82,14 +82,14 @@ impl Wrapper {
 /// A backup, as the predecessor tells it; its fields in its order, with its spelling.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Told {
+struct Snapshot {
     created_on: String,
     #[serde(rename = "immutabilityExpriyTime")]
     immutability_expiry_time: &'static str,
     #[serde(rename = "versionID")]
     version_id: Option<String>,
     kind: &'static str,
-    snap_dir: &'static str,
+    snap_dir: String,
     snap_name: String,
     prefix: String,
     compression_suffix: &'static str,
@@ -99,19 +99,32 @@ struct Told {
     is_final: bool,
 }
 
-fn told(name: &ObjectName, prefix: &str, is_final: bool) -> Told {
+fn snapshot(name: &ObjectName, prefix: &str, is_final: bool) -> Snapshot {
     let (first, last_revision) = name.revisions().unwrap_or_default();
     let created = DateTime::from_timestamp_millis(name.unix_ms()).unwrap_or_default();
     let is_full = name.is_full();
-    Told {
+    let text = name.to_string();
+    // Of the predecessor's own the tree is told with the prefix, and a directory by itself.
+    let (prefix, snap_dir, snap_name) = match (name, text.split('/').collect::<Vec<_>>().as_slice()) {
+        (ObjectName::Gardener(_), [tree, dirs @ .., last]) => {
+            let prefix = [prefix, tree].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("/");
+            (prefix, dirs.join("/"), (*last).to_owned())
+        }
+        _ => (prefix.to_owned(), String::new(), text),
+    };
+    let (compression_suffix, is_final) = match name {
+        ObjectName::Gardener(name) => (name.codec().suffix(), name.is_final()),
+        _ => (".zst", is_final),
+    };
+    Snapshot {
         created_on: created.to_rfc3339_opts(SecondsFormat::AutoSi, true),
         immutability_expiry_time: "0001-01-01T00:00:00Z",
         version_id: None,
         kind: if is_full { "Full" } else { "Incr" },
-        snap_dir: "",
-        snap_name: name.to_string(),
-        prefix: prefix.to_owned(),
-        compression_suffix: ".zst",
+        snap_dir,
+        snap_name,
+        prefix,
+        compression_suffix,
         start_revision: if is_full { 0 } else { first },
         last_revision,
         is_chunk: false,
@@ -122,10 +135,11 @@ fn told(name: &ObjectName, prefix: &str, is_final: bool) -> Told {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Latest {
-    full_snapshot: Option<Told>,
-    delta_snapshots: Option<Vec<Told>>,
+    full_snapshot: Option<Snapshot>,
+    delta_snapshots: Option<Vec<Snapshot>>,
 }
 
+/// What is told, with its status.
 type Answer = (StatusCode, String);
 
 fn json(value: &impl Serialize) -> Answer {
@@ -144,6 +158,10 @@ fn refused(error: &Error) -> Answer {
     (code, format!("{error}\n"))
 }
 
+fn not_allowed(error: &Error) -> Answer {
+    (StatusCode::METHOD_NOT_ALLOWED, format!("{error}\n"))
+}
+
 /// How the sidecars of the other members are called.
 #[derive(Debug, Clone)]
 pub(super) struct Peers {
@@ -154,8 +172,30 @@ pub(super) struct Peers {
 }
 
 impl Peers {
-    /// Has the leader's sidecar take a snapshot; its name, when anything had changed.
-    async fn take(&self, supervisor: &Supervisor, kind: Kind) -> Result<Option<ObjectName>, Error> {
+    /// Has the leader's sidecar take a snapshot; its name, when anything had changed. 405 where it cannot be asked; what it
+    /// fails with is told as if it were asked itself.
+    async fn take(&self, supervisor: &Supervisor, kind: Kind) -> Result<Option<ObjectName>, Answer> {
+        let sidecar = self.leader(supervisor).await.map_err(|error| not_allowed(&error))?;
+        let answers = |(code, text): Answer| (code, format!("the leader's sidecar, at {sidecar}: {text}"));
+        let api = ApiFlags { sidecar: sidecar.clone(), ..self.api.clone() };
+        let kind = if kind == Kind::Full { api::Kind::Full } else { api::Kind::Delta };
+        let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: String::new() };
+        let mut client = api.connect().await.map_err(|error| answers(not_allowed(&error)))?;
+        let taken = client.take_snapshot(request).await.map_err(|status| {
+            // What it did not say itself is of the connection.
+            let is_unreached = std::error::Error::source(&status).is_some();
+            let error = failed("take a snapshot")(status);
+            answers(if is_unreached { not_allowed(&error) } else { refused(&error) })
+        })?;
+        let Some(taken) = taken.into_inner().snapshots.pop() else { return Ok(None) };
+        let name = ObjectName::parse(&taken.name);
+        let unknown =
+            || Error::Unanswered { what: format!("it has taken {:?}, which is no name known here", taken.name) };
+        name.map(Some).ok_or_else(|| answers(refused(&unknown())))
+    }
+
+    /// Where the leader's sidecar is.
+    async fn leader(&self, supervisor: &Supervisor) -> Result<String, Error> {
         let (mut etcd, status) = Etcd::connect(&supervisor.settings().etcd).await?;
         let members = etcd.members().await?;
         let leader = members.iter().find(|member| member.id == status.leader_id);
@@ -165,25 +205,18 @@ impl Peers {
             Error::precondition("no member leads that clients could reach: see to advertise-client-urls of etcd")
         })?;
         let scheme = if self.is_tls { "https" } else { "http" };
-        let sidecar = format!("{scheme}://{host}:{}", self.port);
-        let leaders = |error: Error| Error::Unanswered { what: format!("the leader's sidecar, at {sidecar}: {error}") };
-        let api = ApiFlags { sidecar: sidecar.clone(), ..self.api.clone() };
-        let kind = if kind == Kind::Full { api::Kind::Full } else { api::Kind::Delta };
-        let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: String::new() };
-        let taken = api.connect().await.map_err(leaders)?.take_snapshot(request).await;
-        let taken = taken.map_err(failed("take a snapshot")).map_err(leaders)?.into_inner();
-        Ok(taken.snapshots.last().and_then(|snapshot| ObjectName::parse(&snapshot.name)))
+        Ok(format!("{scheme}://{host}:{}", self.port))
     }
 }
 
 async fn take(supervisor: &Supervisor, peers: &Peers, kind: Kind, is_final: bool) -> Answer {
     match supervisor.take(kind).await {
-        Ok(Taken::Full(full)) => json(&told(&full.name, "", is_final)),
-        Ok(Taken::Deltas(deltas)) => json(&deltas.last().map(|delta| told(&delta.name, "", false))),
-        Ok(Taken::Nothing(_)) => json(&None::<Told>),
+        Ok(Taken::Full(full)) => json(&snapshot(&full.name, "", is_final)),
+        Ok(Taken::Deltas(deltas)) => json(&deltas.last().map(|delta| snapshot(&delta.name, "", false))),
+        Ok(Taken::Nothing(_)) => json(&None::<Snapshot>),
         Err(_) if supervisor.follows() => match peers.take(supervisor, kind).await {
-            Ok(name) => json(&name.map(|name| told(&name, "", is_final && name.is_full()))),
-            Err(error) => (StatusCode::METHOD_NOT_ALLOWED, format!("{error}\n")),
+            Ok(name) => json(&name.map(|name| snapshot(&name, "", is_final && name.is_full()))),
+            Err(answer) => answer,
         },
         Err(error) => refused(&error),
     }
@@ -196,8 +229,8 @@ async fn latest(supervisor: &Supervisor) -> Answer {
         let chain = catalog.newest_chain();
         let prefix = store.url().splitn(4, '/').nth(3).unwrap_or_default().to_owned();
         Ok::<_, Error>(chain.map(|(timeline, chain)| {
-            let deltas = chain.deltas.iter().map(|delta| told(&delta.name(timeline), &prefix, false)).collect();
-            (told(&chain.full.name(timeline), &prefix, false), deltas)
+            let deltas = chain.deltas.iter().map(|delta| snapshot(&delta.name(timeline), &prefix, false)).collect();
+            (snapshot(&chain.full.name(timeline), &prefix, false), deltas)
         }))
     };
     match looked.await {
@@ -230,7 +263,9 @@ pub(super) fn snapshots(supervisor: Arc<Supervisor>, peers: Peers) -> Router {
             return denied;
         }
         let pairs = url::form_urlencoded::parse(request.uri().query().unwrap_or_default().as_bytes());
-        let asked = pairs.filter(|(name, _)| name == "final").map(|(_, value)| parse_bool(&value)).next();
+        // The first counts, and an empty one as none.
+        let asked = pairs.filter(|(name, _)| name == "final").map(|(_, value)| value).next();
+        let asked = asked.filter(|value| !value.is_empty()).map(|value| parse_bool(&value));
         match asked {
             Some(None) => (StatusCode::BAD_REQUEST, "final is neither true nor false\n".to_owned()),
             asked => take(&of_full, &leader_for_full, Kind::Full, asked.flatten().unwrap_or(false)).await,
@@ -255,8 +290,9 @@ pub(super) fn snapshots(supervisor: Arc<Supervisor>, peers: Peers) -> Router {
 }
 
 pub(super) fn routes(supervisor: Arc<Supervisor>) -> Router {
-    let wrapper = Arc::new(Wrapper { supervisor, told: AtomicBool::new(false), refused: AtomicBool::new(false) });
-    let (status, start, config) = (wrapper.clone(), wrapper.clone(), wrapper);
+    let handshake =
+        Arc::new(Handshake { supervisor, end_was_told: AtomicBool::new(false), in_use_untold: AtomicBool::new(false) });
+    let (status, start, config) = (handshake.clone(), handshake.clone(), handshake);
     let start = move || {
         start.start();
         std::future::ready(())
