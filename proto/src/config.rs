@@ -465,7 +465,7 @@ pub struct Server {
     pub peers: Option<ServerPeers>,
     /// Serve without TLS and let everybody call everything. For trying things, and where only loopback reaches it.
     pub insecure: bool,
-    /// Answer gardener/etcd-wrapper over plain HTTP, without a client's certificate, which it has not.
+    /// Answer gardener/etcd-wrapper over HTTP, without a client's certificate, which it has not.
     pub etcd_wrapper: bool,
 }
 
@@ -534,6 +534,28 @@ impl Default for Kubernetes {
     }
 }
 
+/// No duration is longer.
+const LONGEST: Duration = Duration::from_secs(3650 * 86_400);
+
+/// Reads a number and a unit, up to ten years: what counts in it must not run over.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let millis = match unit {
+        "ms" => Some(1),
+        "s" => Some(1000),
+        "m" => Some(60_000),
+        "h" => Some(3_600_000),
+        "d" => Some(86_400_000),
+        _ => None,
+    };
+    let Some((number, millis)) = number.parse::<u64>().ok().zip(millis) else {
+        return Err(format!("{text:?} is not a duration such as 500ms, 20s, 5m, 1h or 7d"));
+    };
+    let duration = number.checked_mul(millis).map(Duration::from_millis).filter(|duration| *duration <= LONGEST);
+    duration.ok_or_else(|| format!("{text:?} is longer than 3650d"))
+}
+
 /// Durations such as `20s`.
 mod duration {
     use std::time::Duration;
@@ -556,22 +578,11 @@ mod duration {
 
         /// What is said of a number without a unit, too.
         fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            f.write_str("a duration such as 500ms, 20s, 5m or 1h")
+            f.write_str("a duration such as 500ms, 20s, 5m, 1h or 7d")
         }
 
         fn visit_str<E: Error>(self, text: &str) -> Result<Duration, E> {
-            let digits = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
-            let (number, unit) = text.split_at(digits);
-            let number: Option<u64> = number.parse().ok();
-            let seconds = |each: u64| number?.checked_mul(each).map(Duration::from_secs);
-            let parsed = match unit {
-                "ms" => number.map(Duration::from_millis),
-                "s" => seconds(1),
-                "m" => seconds(60),
-                "h" => seconds(3600),
-                _ => None,
-            };
-            parsed.ok_or_else(|| E::custom(format!("{text:?} is not a duration such as 500ms, 20s, 5m or 1h")))
+            super::parse_duration(text).map_err(E::custom)
         }
     }
 }
@@ -760,6 +771,7 @@ mod tests {
         for (set, said) in [
             ("a.b=c", "there is no field"),
             ("store.url", "field=value"),
+            ("kubernetes.heartbeatPeriod=9223372036854775807s", "is longer than 3650d"),
             ("retention.deltas=5 weeks", "\"5 weeks\" is not a duration such as 500ms"),
             ("snapshots.deltaPeriod=20", "a duration such as 500ms"),
             ("server.insecure=maybe", "server.insecure"),

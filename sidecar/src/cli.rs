@@ -17,7 +17,6 @@ mod telemetry;
 mod verify;
 
 use std::io::Write;
-use std::time::Duration;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -215,28 +214,6 @@ fn columns(rows: &[Vec<String>]) -> String {
         text.push('\n');
     }
     text
-}
-
-/// A number and a unit, as milliseconds.
-fn parse_millis(text: &str) -> Result<u64, String> {
-    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let number: u64 = number.parse().map_err(|_| "it must be a number and a unit, such as 20s".to_owned())?;
-    let millis = match unit {
-        "ms" => 1,
-        "s" => 1000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        "d" => 86_400_000,
-        _ => return Err("its unit must be ms, s, m, h or d".into()),
-    };
-    number.checked_mul(millis).ok_or_else(|| "it is too long".to_owned())
-}
-
-/// Any time up to ten years.
-fn parse_period(text: &str) -> Result<Duration, String> {
-    let duration = Duration::from_millis(parse_millis(text)?);
-    if duration > Duration::from_secs(10 * 365 * 86_400) { Err("it must be up to 3650d".into()) } else { Ok(duration) }
 }
 
 fn parse_time(text: &str) -> Result<i64, String> {

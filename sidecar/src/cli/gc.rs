@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use tokio_util::sync::CancellationToken;
 
-use super::{Output, StoreFlag, columns, parse_period, print};
+use super::{Output, StoreFlag, columns, print};
 use crate::gc::{Collected, collect};
 use crate::human::bytes;
 use crate::retention::{Policy, Retention};
@@ -30,7 +30,7 @@ pub struct Args {
     max_backups: Option<u32>,
     /// Deltas younger than this stay, with what they build upon, so that any point in time since can be restored; such as 0s,
     /// 12h, 7d. Those after the newest full snapshot always stay.
-    #[arg(long, default_value = "0s", value_parser = parse_period, value_name = "DURATION")]
+    #[arg(long, default_value = "0s", value_parser = proto::config::parse_duration, value_name = "DURATION")]
     delta_retention: Duration,
     /// Print what would become of each object and delete nothing.
     #[arg(long)]

@@ -9,7 +9,7 @@ use croner::Cron;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use super::{Output, StoreFlag, parse_millis, print};
+use super::{Output, StoreFlag, print};
 use crate::catalog::Layout;
 use crate::etcd::EtcdFlags;
 use crate::human::bytes;
@@ -38,7 +38,7 @@ pub struct Args {
     #[arg(long, value_enum, default_value_t)]
     layout: Layout,
     /// How often a delta is uploaded, when anything changed; such as 20s, 5m, 500ms.
-    #[arg(long, default_value = "20s", value_parser = parse_duration, value_name = "DURATION")]
+    #[arg(long, default_value = "20s", value_parser = parse_period, value_name = "DURATION")]
     delta_period: Duration,
     /// Upload a delta early when it reaches so many bytes before compression; such as 10485760, 512KiB, 10MiB.
     #[arg(long, default_value = "10MiB", value_parser = parse_bytes, value_name = "BYTES")]
@@ -53,8 +53,8 @@ enum Once {
     Delta,
 }
 
-fn parse_duration(text: &str) -> Result<Duration, String> {
-    let duration = Duration::from_millis(parse_millis(text)?);
+fn parse_period(text: &str) -> Result<Duration, String> {
+    let duration = proto::config::parse_duration(text)?;
     if !DELTA_PERIODS.contains(&duration) {
         return Err("it must be from 100ms to 24h".into());
     }
@@ -171,12 +171,12 @@ mod tests {
 
     #[test]
     fn durations_and_sizes_are_parsed() {
-        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
-        assert_eq!(parse_duration("5m"), Ok(Duration::from_secs(300)));
+        assert_eq!(parse_period("500ms"), Ok(Duration::from_millis(500)));
+        assert_eq!(parse_period("5m"), Ok(Duration::from_secs(300)));
         assert!(
             ["", "5", "s", "5d", "5w", "99999999999999999999s", "1ms", "48h", "1.5s"]
                 .iter()
-                .all(|text| parse_duration(text).is_err())
+                .all(|text| parse_period(text).is_err())
         );
         assert_eq!(parse_bytes("10MiB"), Ok(10 << 20));
         assert_eq!(parse_bytes("4096"), Ok(4096));
