@@ -119,7 +119,8 @@ impl SnapshotScan {
         if id == meta.root || is_bucket {
             let want = (header.overflow as usize + 1).saturating_mul(page.len());
             self.root_bytes = self.root_bytes.saturating_add(want);
-            if self.root_bytes <= MOST_ROOT_BYTES || id == meta.root {
+            // The root in force counts however many old ones there are; one that is so large is none of etcd's.
+            if self.root_bytes <= MOST_ROOT_BYTES || (id == meta.root && want <= MOST_ROOT_BYTES) {
                 self.root_pages.insert(id, (want, page.to_vec()));
             }
         }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::page::{Header, Kind, Page, Row};
-use super::{BUCKET_HEADER_SIZE, MAX_PAGE_SIZE, MIN_PAGE_SIZE, Meta, PAGE_HEADER_SIZE};
+use super::{BUCKET_HEADER_SIZE, ELEMENT_SIZE, MAX_PAGE_SIZE, MIN_PAGE_SIZE, Meta, PAGE_HEADER_SIZE};
 use crate::cursor::u64_le;
 use crate::{Error, ReadAt, Result};
 
@@ -11,6 +11,8 @@ use crate::{Error, ReadAt, Result};
 const MAX_DEPTH: usize = 48;
 /// Neighbouring pages are read together up to this many bytes.
 const WINDOW_BYTES: u64 = 256 << 10;
+/// A page has been written for its content, with at most one more: this is far from that.
+const MOST_EMPTY_PAGES: u64 = 64;
 /// A gap of so many pages between two wanted ones is read rather than skipped.
 const WINDOW_GAP: u64 = 4;
 
@@ -123,6 +125,28 @@ impl<R: ReadAt> Db<R> {
         Ok(span)
     }
 
+    /// Refuses a page that says to span far more than its last element needs: no more memory is taken than there is content.
+    fn is_filled(&self, header: Header, id: u64, span: u64) -> Result<()> {
+        let mut end = PAGE_HEADER_SIZE as u64;
+        if header.count > 0 {
+            let place = end + (u64::from(header.count) - 1) * ELEMENT_SIZE as u64;
+            let (mut element, at) = ([0; ELEMENT_SIZE], self.offset(id).saturating_add(place));
+            self.source.read_exact_at(&mut element, at).map_err(Error::io("read the database", PathBuf::new()))?;
+            // Without what says which bucket or child it is: position, and the sizes of key and value.
+            let fields = if header.kind == Kind::Leaf { 4..16 } else { 0..8 };
+            let (sizes, _) = element.get(fields).unwrap_or_default().as_chunks();
+            end = place + sizes.iter().map(|size| u64::from(u32::from_le_bytes(*size))).sum::<u64>();
+        }
+        let needed = end.div_ceil(u64::from(self.meta.page_size));
+        if span > needed.saturating_add(MOST_EMPTY_PAGES) {
+            let overflow = header.overflow;
+            let what =
+                format!("page {id} says that it has {overflow} overflow pages; its content needs {needed} pages");
+            return Err(Error::corrupt(self.offset(id), what));
+        }
+        Ok(())
+    }
+
     fn page(&self, id: u64, window: &mut Window, wanted_to: u64, mut buffer: Vec<u8>) -> Result<Page> {
         if id < 2 || id >= self.meta.high_water {
             return Err(Error::corrupt(
@@ -141,6 +165,7 @@ impl<R: ReadAt> Db<R> {
         if let Some(bytes) = window.get(id, span, page_size) {
             buffer.extend_from_slice(bytes);
         } else {
+            self.is_filled(header, id, span)?;
             buffer.resize((span as usize).saturating_mul(page_size), 0);
             self.read(&mut buffer, id)?;
         }

@@ -126,6 +126,19 @@ fn damage_is_noticed_or_harmless() {
     }
 }
 
+/// No memory is taken for pages that a header claims and nothing fills.
+#[test]
+fn a_page_that_says_to_be_large_is_refused() {
+    let rows = (0..9000u32).map(|n| (n.to_be_bytes().to_vec(), vec![b'x'; 60])).collect::<BTreeMap<_, _>>();
+    let large: Buckets = [(b"a".to_vec(), [(b"k".to_vec(), vec![b'v'; 600_000])].into())].into();
+    assert_eq!(read(&build(&large, 1024)).unwrap(), large, "one that is large is read");
+    let mut file = build(&[(b"a".to_vec(), rows)].into(), 1024);
+    let leaf = (2..100).find(|page| file[page * 1024 + 8] == 2).unwrap();
+    file[leaf * 1024 + 12..][..4].copy_from_slice(&400u32.to_le_bytes());
+    let refused = read(&file).unwrap_err();
+    assert!(refused.is_corruption() && refused.to_string().contains("its content needs"), "{refused}");
+}
+
 #[test]
 fn rows_that_do_not_ascend_are_refused() {
     let mut builder = Builder::create(Vec::new(), 4096).unwrap();
