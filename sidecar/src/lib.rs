@@ -10,7 +10,7 @@
 //! What is not urgent keeps to a [`pace`]. [`doctor`] says whether a configuration fits the world; [`cli`] is what a person types.
 //!
 //! # Invariants
-//! - An object is put once and never overwritten; its name says which revisions it holds. Only [`gc`] deletes.
+//! - An object is put once and never overwritten; its name says which revisions it holds. Only [`gc`] deletes backups.
 //! - Memory is bounded by configuration, not by the size of the database or the rate of events.
 //! - Library code returns errors; only `main` ends the process. An error's [`error::Class`] decides the exit code.
 
