@@ -235,9 +235,10 @@ async fn at_time(store: &Store, timeline: Timeline, history: &History, unix_ms: 
     let last = times.last().copied();
     let revision = last.map_or(delta.first - 1, |(revision, _)| revision);
     // Where no delta leads there, only a full snapshot that was taken by then shows that nothing came after it.
-    let mut by_then = history.fulls.iter().filter(|full| full.unix_ms <= unix_ms).map(|full| full.revision);
-    if last.is_none() && !by_then.clone().any(|full| full == revision) {
-        return Err(match by_then.by_ref().max() {
+    let by_then = history.fulls.iter().filter(|full| full.unix_ms <= unix_ms && full.revision <= revision);
+    let by_then = by_then.map(|full| full.revision).max();
+    if last.is_none() && by_then != Some(revision) {
+        return Err(match by_then {
             Some(full) => not_in_between(store, full, delta.first),
             None => Error::missing(format!(
                 "nothing was backed up by that time: the oldest full snapshot in store {} is of a later one",
