@@ -212,12 +212,9 @@ fn nothing_to_restore(catalog: &Catalog, url: &str) -> Error {
 async fn at_time(store: &Store, timeline: Timeline, history: &History, unix_ms: i64) -> Result<AtTime> {
     let Some(delta) = history.deltas.iter().find(|delta| delta.unix_ms >= unix_ms) else {
         // Every delta was closed by then.
-        let fulls = history.fulls.iter().filter(|full| full.unix_ms <= unix_ms).map(|full| full.revision);
-        let last = history.deltas.iter().map(|delta| delta.last).chain(fulls).max().unwrap_or_default();
-        if let Some(later) = history.fulls.iter().find(|full| full.unix_ms > unix_ms && full.revision > last) {
-            return Err(not_in_between(store, last, later.revision));
-        }
-        return Ok(AtTime { revision: last, received_unix_ms: None, next_unix_ms: None });
+        let last = history.deltas.iter().map(|delta| delta.last).max();
+        let revision = known_between(store, history, unix_ms, last, None)?;
+        return Ok(AtTime { revision, received_unix_ms: None, next_unix_ms: None });
     };
     let mut times = revision_times(store, timeline, delta).await?;
     let mut next_unix_ms = times.iter().map(|(_, received)| *received).find(|received| *received > unix_ms);
@@ -233,27 +230,37 @@ async fn at_time(store: &Store, timeline: Timeline, history: &History, unix_ms: 
         times = revision_times(store, timeline, before).await?;
     }
     let last = times.last().copied();
-    let revision = last.map_or(delta.first - 1, |(revision, _)| revision);
-    // Where no delta leads there, only a full snapshot that was taken by then shows that nothing came after it.
-    let by_then = history.fulls.iter().filter(|full| full.unix_ms <= unix_ms && full.revision <= revision);
-    let by_then = by_then.map(|full| full.revision).max();
-    if last.is_none() && by_then != Some(revision) {
-        return Err(match by_then {
-            Some(full) => not_in_between(store, full, delta.first),
-            None => Error::missing(format!(
-                "nothing was backed up by that time: the oldest full snapshot in store {} is of a later one",
-                store.url()
-            )),
-        });
-    }
+    let revision = match last {
+        Some((revision, _)) => revision,
+        None => known_between(store, history, unix_ms, None, Some(delta.first - 1))?,
+    };
     Ok(AtTime { revision, received_unix_ms: last.map(|(_, received)| received), next_unix_ms })
 }
 
-fn not_in_between(store: &Store, before: i64, after: i64) -> Error {
-    Error::missing(format!(
-        "the time lies between revisions {before} and {after}, and what changed between the two is not in store {}: restore one of them with --revision, or give another time",
-        store.url()
-    ))
+/// The revision at a time that no delta covers: that of what was taken last by then (`before`, or a full snapshot), when what
+/// was taken next (`after`, or a full snapshot) has the same. What changed between two that differ nobody knows.
+fn known_between(
+    store: &Store,
+    history: &History,
+    unix_ms: i64,
+    before: Option<i64>,
+    after: Option<i64>,
+) -> Result<i64> {
+    let url = store.url();
+    let upto = after.unwrap_or(i64::MAX);
+    let fulls = || history.fulls.iter().map(|full| (full.revision, full.unix_ms <= unix_ms));
+    let by_then = fulls().filter(|(full, is_by_then)| *is_by_then && *full <= upto).map(|(full, _)| full);
+    let later = fulls().filter(|(_, is_by_then)| !is_by_then).map(|(full, _)| full);
+    let (by_then, later) = (by_then.chain(before).max(), later.chain(after).min());
+    match (by_then, later) {
+        (Some(before), Some(after)) if before < after => Err(Error::missing(format!(
+            "the time lies between revisions {before} and {after}, and what changed between the two is not in store {url}: restore one of them with --revision, or give another time"
+        ))),
+        (Some(revision), _) => Ok(revision),
+        (None, _) => Err(Error::missing(format!(
+            "nothing was backed up by that time: the oldest full snapshot in store {url} is of a later one"
+        ))),
+    }
 }
 
 /// The revisions of a delta and when each was received. A clock that was set back in between does not make times go back.
