@@ -130,6 +130,10 @@ impl<R: ReadAt> Db<R> {
         let mut end = PAGE_HEADER_SIZE as u64;
         if header.count > 0 {
             let place = end + (u64::from(header.count) - 1) * ELEMENT_SIZE as u64;
+            if place + ELEMENT_SIZE as u64 > span.saturating_mul(u64::from(self.meta.page_size)) {
+                let what = format!("page {id} has {} elements, more than fit into it", header.count);
+                return Err(Error::corrupt(self.offset(id), what));
+            }
             let (mut element, at) = ([0; ELEMENT_SIZE], self.offset(id).saturating_add(place));
             self.source.read_exact_at(&mut element, at).map_err(Error::io("read the database", PathBuf::new()))?;
             // Without what says which bucket or child it is: position, and the sizes of key and value.

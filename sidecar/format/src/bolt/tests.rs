@@ -133,6 +133,10 @@ fn a_page_that_says_to_be_large_is_refused() {
     let large: Buckets = [(b"a".to_vec(), [(b"k".to_vec(), vec![b'v'; 600_000])].into())].into();
     assert_eq!(read(&build(&large, 1024)).unwrap(), large, "one that is large is read");
     let mut file = build(&[(b"a".to_vec(), rows)].into(), 1024);
+    let mut damaged = build(&large, 1024);
+    let leaf = (2..700).find(|page| damaged[page * 1024 + 12..][..2] != [0, 0]).unwrap();
+    damaged[leaf * 1024 + 11] = 0xff;
+    assert!(read(&damaged).unwrap_err().is_corruption());
     let leaf = (2..100).find(|page| file[page * 1024 + 8] == 2).unwrap();
     file[leaf * 1024 + 12..][..4].copy_from_slice(&400u32.to_le_bytes());
     let refused = read(&file).unwrap_err();
