@@ -617,6 +617,26 @@ async fn members_with_certificates_start_one_after_the_other() -> Result<()> {
     Ok(())
 }
 
+/// Somebody began to back a cluster up, which was lost before anything could be restored: all members begin anew, also those
+/// that the first no longer tells that it lost its data, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn all_begin_anew_where_a_backup_was_only_begun() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let begun = dir.path().join("store/t00000001");
+    std::fs::create_dir_all(&begun)?;
+    let description = serde_json::json!({
+        "layout": 1, "timeline": 1, "parent": 0, "fork_revision": 0, "reason": "first", "cluster_id": "9",
+        "created": "2026-11-01T00:00:00Z",
+    });
+    std::fs::write(begun.join("timeline.json"), description.to_string())?;
+    let store = Store::directory(&dir.path().join("store"));
+    let mut cluster = Cluster::start(dir.path(), "3.6", Some(&store)).await?;
+    ensure!((0..3).all(|member| cluster.log(member).contains("action=Bootstrap")), "{}", cluster.log(0));
+    write(&mut cluster.client(0).await?, 1).await?;
+    cluster.back_up().await?;
+    cluster.stop_all().await
+}
+
 /// Until a restored cluster has backups of its own, its members tell by themselves that they are of it.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restored_cluster_restarts_before_its_first_backup() -> Result<()> {

@@ -489,6 +489,9 @@ fn one_of_several(what: &str, facts: &Facts, is_absent: bool) -> (Decision, Stri
         (_, Backups::Upto { last, .. }) if facts.lost >= facts.replicas => {
             (Decision::Restore, format!("{what}, and so it is with every member; the backups reach revision {last}"))
         }
+        (_, Backups::Begun | Backups::Empty | Backups::NotConfigured) if is_absent && facts.is_existing => {
+            wait("no other member serves; the configuration says that the cluster exists, so it waits for them")
+        }
         (_, Backups::Begun) if is_absent && facts.lost >= facts.replicas => {
             (Decision::Bootstrap, format!("{what}, and so it is with every member; there is no backup yet"))
         }
@@ -500,9 +503,6 @@ fn one_of_several(what: &str, facts: &Facts, is_absent: bool) -> (Decision, Stri
             "no other member serves; {} of {} members say that they lost their data, and one that has it may have more than the backups",
             facts.lost, facts.replicas
         )),
-        (_, Backups::Empty | Backups::NotConfigured) if is_absent && facts.is_existing => {
-            wait("no other member serves; the configuration says that the cluster exists, so it waits for them")
-        }
         (_, Backups::Empty | Backups::NotConfigured) if is_absent => {
             (Decision::Bootstrap, format!("{what}, no other member serves, and there are no backups"))
         }
@@ -688,6 +688,8 @@ mod tests {
         let facts = of_three(Data::Absent, Backups::NotConfigured, Live::Nobody, 0);
         check(&Facts { is_existing: true, ..facts.clone() }, Decision::Wait);
         check(&facts, Decision::Bootstrap);
+        let begun = of_three(Data::Absent, Backups::Begun, Live::Nobody, 3);
+        check(&Facts { is_existing: true, ..begun }, Decision::Wait);
         // One member is left in the configuration, and others serve still.
         let live = Live::Serves { cluster_id: OURS, us: Place::Started };
         check(&Facts { live, ..alone(damaged(), upto(8), false) }, Decision::Join);
