@@ -197,8 +197,6 @@ pub struct Metrics {
     verified_revision: Gauge,
     verified_timestamp: Gauge,
     verified_seconds: Seconds,
-    /// Of which member.
-    endpoint: String,
     home: Mutex<Home>,
 }
 
@@ -389,7 +387,6 @@ impl Default for Metrics {
             verified_revision,
             verified_timestamp,
             verified_seconds,
-            endpoint: String::new(),
             home: Mutex::default(),
         }
     }
@@ -398,10 +395,10 @@ impl Default for Metrics {
 impl Metrics {
     /// Of a member of a cluster of so many, reached at an endpoint, and with what is asked of a store.
     pub fn of(endpoint: &str, members: usize, store: Option<&Store>) -> Self {
-        let mut this = Self { endpoint: endpoint.to_owned(), ..Self::default() };
+        let mut this = Self::default();
         this.cluster_size.set(i64::try_from(members).unwrap_or(i64::MAX));
         for succeeded in ["true", "false"] {
-            drop(this.defragmentations.get_or_create(&EndedAt { succeeded, endpoint: this.endpoint.clone() }));
+            drop(this.defragmentations.get_or_create(&EndedAt { succeeded, endpoint: endpoint.to_owned() }));
         }
         if let Some(store) = store {
             let help = "What was asked of the store, by what came of it";
@@ -433,6 +430,12 @@ impl Metrics {
         self.latest_timestamp.get_or_create(&OfKind { kind }).set(unix_ms / 1000);
         match kind {
             Kind::Full => {
+                // Nothing has been waiting for a delta longer than since it.
+                let of_deltas = self.latest_timestamp.get_or_create(&OfKind { kind: Kind::Incr });
+                if of_deltas.get() == 0 {
+                    of_deltas.set(unix_ms / 1000);
+                }
+                drop(of_deltas);
                 self.latest_deltas.set(0);
                 self.latest_deltas_revisions.set(0);
             }
@@ -550,9 +553,9 @@ impl Metrics {
         self.restorations.get_or_create(&ended).observe(took.as_secs_f64());
     }
 
-    /// A defragmentation has ended.
-    pub fn defragmented(&self, succeeded: bool, took: Duration) {
-        let ended = EndedAt { succeeded: yes(succeeded), endpoint: self.endpoint.clone() };
+    /// A defragmentation of the member there has ended.
+    pub fn defragmented(&self, endpoint: &str, succeeded: bool, took: Duration) {
+        let ended = EndedAt { succeeded: yes(succeeded), endpoint: endpoint.to_owned() };
         self.defragmentations.get_or_create(&ended).observe(took.as_secs_f64());
     }
 
@@ -653,6 +656,7 @@ mod tests {
             "etcdbr_snapshot_required{kind=\"Incr\"} 1\n",
             "etcdbr_snapshot_latest_revision{kind=\"Full\"} 5\n",
             "etcdbr_snapshot_latest_timestamp{kind=\"Full\"} 9\n",
+            "etcdbr_snapshot_latest_timestamp{kind=\"Incr\"} 9\n",
             "sidecar_member_role{role=\"leader\"} 1\n",
             "etcdbr_snapshot_duration_seconds_count{kind=\"Full\",succeeded=\"true\"} 1\n",
             "etcdbr_snapshot_duration_seconds_count{kind=\"Incr\",succeeded=\"false\"} 0\n",

@@ -448,7 +448,8 @@ impl Supervisor {
         let _one = self.defragmenting.lock().await;
         let started = Instant::now();
         let sizes = defragment::own(&self.settings.etcd, &self.settings.quiet).await;
-        self.settings.metrics.defragmented(sizes.is_ok(), started.elapsed());
+        let endpoint = self.settings.etcd.endpoints.first().map_or("", String::as_str);
+        self.settings.metrics.defragmented(endpoint, sizes.is_ok(), started.elapsed());
         sizes
     }
 

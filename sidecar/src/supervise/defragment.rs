@@ -144,7 +144,7 @@ pub(super) async fn cluster(
         let is_last = status.role == Role::Leader;
         let (others, started) = (Mutex::default(), Instant::now());
         let defragmented = this_member(&mut etcd, &status, if is_last { quiet } else { &others }).await;
-        metrics.defragmented(defragmented.is_ok(), started.elapsed());
+        metrics.defragmented(etcd.endpoint(), defragmented.is_ok(), started.elapsed());
         done.push(defragmented?);
         if is_last {
             return Ok(done);
