@@ -123,6 +123,12 @@ pub enum Error {
         /// Id of one that has what it should.
         intact: u64,
     },
+    /// A timeline of ours is another cluster's, in a store that is ours.
+    #[error("{what}")]
+    Elsewhere {
+        /// Which, and where ours is.
+        what: String,
+    },
     /// Something needed is not there.
     #[error("{what}")]
     Missing {
@@ -211,7 +217,7 @@ impl Error {
             Self::Format { source, .. } => format_class(source),
             Self::Io { .. } => Class::Machine,
             Self::Corrupt { .. } => Class::Corrupt,
-            Self::Missing { .. } => Class::Missing,
+            Self::Missing { .. } | Self::Elsewhere { .. } => Class::Missing,
             Self::Precondition { .. } | Self::Compacted { .. } | Self::Diverged { .. } => Class::Precondition,
             Self::Invalid { .. } => Class::Invalid,
             Self::Denied { .. } => Class::Denied,

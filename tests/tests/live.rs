@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use etcd_client::{Client, CompactionOptions, Permission, Txn, TxnOp};
+use proto::sidecar as api;
 use rustix::process::Signal;
 use tests::etcd::{MINORS, Member, ROOT};
 use tests::minio::Minio;
+use tests::pod::Pod;
 use tests::program::Sidecar;
 use tests::store::Store;
 use tests::workload::Workload;
@@ -63,6 +65,52 @@ async fn compaction_ahead_of_the_cursor_leads_to_a_full() -> Result<()> {
     let listed = store.list().await?;
     ensure!(listed["timelines"][0]["gaps"].as_array().is_some_and(|gaps| gaps.len() == 2), "{listed}");
     let restored = store.restore_and_read(&member).await?;
+    state::same(&before, &restored)
+}
+
+/// A full snapshot that was begun before etcd compacted what is in no delta does not span that: until another one does, what
+/// follows is no backup.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_from_before_a_hole_does_not_span_it() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (place, away) = (dir.path().join("store"), dir.path().join("away"));
+    std::fs::create_dir(&place)?;
+    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(Store::directory(&place)))?;
+    pod.more += "snapshots: {deltaPeriod: 1s, deltaMaxBytes: 1048576, fullBytesPerSecond: 1048576}\n";
+    let mut serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    serving.logs("full snapshot is in the store", LONG).await?;
+    // The next takes some time.
+    for n in 0..80u8 {
+        client.put([n], vec![n; 200_000], None).await?;
+    }
+    let asking = pod.clone();
+    let asked = tokio::spawn(async move { asking.take(api::Kind::Full, "").await });
+    serving.logs_times("take a full snapshot", 2, LONG).await?;
+    // More than what is on its way holds.
+    std::fs::rename(&place, &away)?;
+    for n in 0..400u32 {
+        client.put("x", vec![n.to_le_bytes()[0]; 200_000], None).await?;
+    }
+    compact(&mut client).await?;
+    std::fs::rename(&away, &place)?;
+    serving.logs("etcd compacted revisions that are in no delta yet", LONG).await?;
+    ensure!(!asked.is_finished(), "it was over too soon");
+    asked.await??;
+    let ended = serving.terminate().await?.expect(1)?;
+    ended.says("no full snapshot was done that the last changes could follow")?;
+    launched.terminate().await?;
+    // The next run takes one, and all is well.
+    pod.more = pod.more.replace("fullBytesPerSecond: 1048576", "fullBytesPerSecond: 0");
+    let mut serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    serving.logs("full snapshot is in the store", LONG).await?;
+    client.put("x", "last", None).await?;
+    pod.take(api::Kind::Delta, "").await?;
+    let before = state::read(&mut client).await?;
+    launched.terminate().await?;
+    serving.terminate().await?.expect(0)?;
+    let restored = pod.store.as_ref().context("it has one")?.restore_and_read(&pod.member).await?;
     state::same(&before, &restored)
 }
 

@@ -30,7 +30,7 @@ impl Own {
         match self.look(store).await? {
             Whose::Ours => Ok(()),
             Whose::Anothers(what) => Err(Error::missing(what)),
-            Whose::OursElsewhere(what) => Err(Error::precondition(what)),
+            Whose::OursElsewhere(what) => Err(Error::Elsewhere { what }),
         }
     }
 
@@ -53,13 +53,13 @@ impl Own {
             return Ok(Whose::Ours);
         }
         let url = store.url();
-        // Begun in what lay below a mount that has come back, ours has a number that another's has there.
-        for ours in store.catalog().await?.timelines.into_keys().rev().filter(|other| *other != timeline) {
-            if store.cluster_of(ours).await? == Some(self.cluster_id) {
-                return Ok(Whose::OursElsewhere(format!(
-                    "{url}: timeline {timeline} is of cluster {theirs:x} there, and ours is {ours}; it goes on in that"
-                )));
-            }
+        // Begun in what lay below a mount that has come back, ours has a number that another's has there; the newest is ours.
+        if let Some((newest, _)) = store.catalog().await?.newest().filter(|(newest, _)| *newest != timeline)
+            && store.begun_with(newest).await? == Some(self.cluster_id)
+        {
+            return Ok(Whose::OursElsewhere(format!(
+                "{url}: timeline {timeline} is of cluster {theirs:x} there, and ours is {newest}: it goes on in that"
+            )));
         }
         Ok(Whose::Anothers(format!(
             "{url}: another store was put in its place, whose timeline {timeline} is of cluster {theirs:x}"
@@ -92,7 +92,11 @@ mod tests {
         // A mount has come back, with what was begun below it beside.
         store.put_description(&describe(2, "7")).await?;
         assert!(matches!(own.look(&store).await?, Whose::OursElsewhere(what) if what.contains("ours is 2")));
+        assert!(matches!(own.check(&store).await, Err(Error::Elsewhere { .. })));
         assert_eq!(Own { timeline: 2, ..own }.look(&store).await?, Whose::Ours);
+        // Another cluster went on after ours.
+        store.put_description(&describe(3, "8")).await?;
+        assert!(matches!(own.look(&store).await?, Whose::Anothers(_)));
         Ok(())
     }
 }

@@ -256,7 +256,8 @@ impl Session<'_> {
         if tokio::time::timeout(DRAIN_DEADLINE, drain).await.is_err() {
             tracing::warn!("an upload did not end in time");
         }
-        if result.is_ok() && self.stands_on_nothing() {
+        let stands_on_nothing = self.stands_on_nothing();
+        if result.is_ok() && stands_on_nothing {
             let what = "no full snapshot was done that the last changes could follow: they are no backup; the next run takes one";
             self.unsaved.get_or_insert(Error::Unanswered { what: what.into() });
         }
@@ -268,7 +269,7 @@ impl Session<'_> {
         let received = self.pending.last();
         let ended = match (result, home, self.unsaved) {
             (_, Err(error), _) | (Ok(()), Ok(()), Some(error)) => Ended::Unsaved(error),
-            (Err(error), Ok(()), _) if self.lost => Ended::Unsaved(error),
+            (Err(error), Ok(()), _) if self.lost || stands_on_nothing => Ended::Unsaved(error),
             (Err(error), Ok(()), _) => Ended::Interrupted(error),
             (Ok(()), Ok(()), None) => Ended::Clean,
         };
@@ -573,7 +574,7 @@ impl Session<'_> {
             Done::Full(why, Err(error), _) => {
                 // Refused because auth was turned on since we connected: connect again, as the user that we were given.
                 let needs_user = error.class() == Class::Denied && self.etcd.left_out_user();
-                if needs_user || !error.class().passes(true) {
+                if needs_user || matches!(error, Error::Elsewhere { .. }) || !error.class().passes(true) {
                     return Err(error);
                 }
                 tracing::error!(%error, retry_in = ?FULL_RETRY, "full snapshot failed; deltas go on, it is tried again");
@@ -650,7 +651,11 @@ impl Session<'_> {
     async fn watch_again(&mut self, stop: &CancellationToken, tasks: &mut Tasks) -> Result<Option<WatchStream>> {
         tokio::select! {
             home = self.bring_home(Ask::All, tasks) => home?,
-            () = stop.cancelled() => return Ok(None),
+            () = stop.cancelled() => {
+                let what = "etcd compacted changes that are in no backup; the next run takes a full snapshot of what it has";
+                self.unsaved = Some(Error::Unanswered { what: what.into() });
+                return Ok(None);
+            }
         }
         self.status = self.etcd.current_status().await?;
         (self.home, self.hole_upto) = (self.status.revision, self.status.revision);
