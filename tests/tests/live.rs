@@ -506,7 +506,7 @@ async fn what_somebody_did_to_the_store_is_noticed() -> Result<()> {
     store.restore(&target).args(["--without", &name]).run().await?.expect(0)?;
     ensure!(state::of_directory(&target)?.0 == 5);
     std::fs::remove_dir_all(place.join("t00000001"))?;
-    backup.logs("the full snapshot that deltas follow is gone from the store", LONG).await?;
+    backup.logs("the full snapshot that deltas follow is gone", LONG).await?;
     backup.logs_times("full snapshot is in the store", 2, LONG).await?;
     client.put("x", "5", None).await?;
     backup.terminate().await?.expect(0)?;
