@@ -8,6 +8,9 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 
 use crate::{Error, Result, small_file};
 
+/// For a connection, and again for the handshake on it.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+
 /// Flags that say how to reach a sidecar.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct ApiFlags {
@@ -30,16 +33,17 @@ impl ApiFlags {
         let bad = |error: tonic::transport::Error| {
             Error::invalid(format!("the sidecar at {}: {}", self.sidecar, crate::error::chain(&error)))
         };
-        let endpoint =
-            Endpoint::from_shared(self.sidecar.clone()).map_err(bad)?.connect_timeout(Duration::from_secs(5));
+        let endpoint = Endpoint::from_shared(self.sidecar.clone()).map_err(bad)?.connect_timeout(CONNECT_DEADLINE);
         let endpoint = endpoint.http2_keep_alive_interval(Duration::from_secs(10)).keep_alive_while_idle(true);
         if !self.sidecar.starts_with("https://") {
             return Ok(endpoint);
         }
         let read = |path: &Path| small_file::read(path).map_err(Error::io("read the certificate", path.display()));
+        // A connection's own deadline is over when the handshake begins.
+        let tls = ClientTlsConfig::new().timeout(CONNECT_DEADLINE);
         let mut tls = match &self.cacert {
-            Some(path) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(read(path)?)),
-            None => ClientTlsConfig::new().with_native_roots(),
+            Some(path) => tls.ca_certificate(Certificate::from_pem(read(path)?)),
+            None => tls.with_native_roots(),
         };
         if let (Some(cert), Some(key)) = (&self.cert, &self.key) {
             tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));

@@ -210,11 +210,6 @@ impl<D: Disk> Tail<D> {
 }
 
 impl<D: Disk> Appended<D> {
-    /// What was appended.
-    pub fn restored(&self) -> &Restored {
-        &self.restored
-    }
-
     /// Checks the database as it will be. Fails when anything is wrong with it.
     pub fn check(&self, hash: Option<WantHash>) -> Result<Summary> {
         let page_size = self.meta.page_size as usize;
