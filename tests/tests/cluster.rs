@@ -117,6 +117,14 @@ impl Cluster {
         Ok(())
     }
 
+    /// Starts a member, which gets what the others have from them.
+    async fn joins(&mut self, member: usize, has: &state::State) -> Result<()> {
+        self.start_one(member)?;
+        self.settled().await?;
+        ensure!(self.log(member).contains("action=Join"), "{}", self.log(member));
+        state::same(has, &state::read(&mut self.client(member).await?).await?)
+    }
+
     async fn role(&self, member: usize) -> Result<api::Role> {
         Ok(self.pods[member].status().await?.role())
     }
@@ -556,10 +564,7 @@ async fn a_volume_that_is_anothers_is_refused() -> Result<()> {
     let data = &cluster.pods[2].member.data_dir;
     std::fs::remove_dir_all(data)?;
     tests::succeed(tokio::process::Command::new("cp").arg("-r").arg(&saved).arg(data)).await?;
-    cluster.start_one(2)?;
-    cluster.settled().await?;
-    ensure!(cluster.log(2).contains("action=Join"), "{}", cluster.log(2));
-    state::same(&before, &state::read(&mut cluster.client(2).await?).await?)?;
+    cluster.joins(2, &before).await?;
     cluster.stop_all().await
 }
 
@@ -586,10 +591,7 @@ async fn one_without_data_among_restored_ones_joins_them() -> Result<()> {
     }
     let serves = || async { state::read(&mut cluster.client(0).await?).await };
     state::same(&before, &eventually(LONG, serves).await?)?;
-    cluster.start_one(2)?;
-    cluster.settled().await?;
-    ensure!(cluster.log(2).contains("action=Join"), "{}", cluster.log(2));
-    state::same(&before, &state::read(&mut cluster.client(2).await?).await?)?;
+    cluster.joins(2, &before).await?;
     cluster.stop_all().await
 }
 
