@@ -1,6 +1,6 @@
 //! Every store does what a backup needs of it: many parts, names given at the end, ranges, listing.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -11,7 +11,7 @@ use tests::gcs::FakeGcs;
 use tests::google::Google;
 use tests::listing::{self, Listing};
 use tests::minio::Minio;
-use tests::proxy::{Fault, Proxy};
+use tests::proxy::{Fault, Message, Proxy};
 use tests::state;
 use tests::store::Store;
 
@@ -385,6 +385,58 @@ fn one_of_each() -> impl Iterator<Item = (usize, Fault)> {
     ];
     // Fifteen requests, each with another fault than seven requests before.
     (0..15).map(move |n| (2 * n, faults[n % faults.len()]))
+}
+
+/// What gives a large object its staging name, and then its own: asked again, MinIO says that it exists, and Garage that
+/// there is no such upload.
+async fn answers_that_end_an_upload_are_lost(healthy: &Store, port: u16) -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let etcd = member.start().await?;
+    let mut client = etcd.client().await?;
+    for n in 0..12u32 {
+        let value: Vec<u8> = (0..1_000_000).map(|_| rand::random()).collect();
+        client.put(format!("/blob/{n}"), value, None).await?;
+    }
+    let lost = Arc::new(Mutex::new(Vec::new()));
+    let decide = {
+        let lost = lost.clone();
+        move |_: usize, request: &Message| {
+            let Some((name, _)) = request.line.strip_prefix("POST ").and_then(|line| line.split_once("?uploadId="))
+            else {
+                return Fault::None;
+            };
+            let mut lost = lost.lock().unwrap_or_else(PoisonError::into_inner);
+            if lost.iter().any(|other| other == name) {
+                return Fault::None;
+            }
+            lost.push(name.to_owned());
+            Fault::LostAnswer
+        }
+    };
+    let proxy = Proxy::before(port, Arc::new(decide)).await?;
+    healthy.through(&proxy).once("full", &member).run().await?.expect(0)?;
+    let lost = lost.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    ensure!(lost.len() == 2 && lost[1].contains("/full/"), "{lost:?}");
+    let listed = healthy.list().await?;
+    ensure!(listed["unfinishedUploads"].as_array().is_some_and(Vec::is_empty), "{listed}");
+    ensure!(listed["timelines"][0]["fulls"].as_array().is_some_and(|fulls| fulls.len() == 1), "{listed}");
+    healthy.command("verify").run().await?.expect(0)?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_that_end_an_upload_to_minio_are_lost() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
+    answers_that_end_an_upload_are_lost(&minio.store("backups"), minio.port()).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_that_end_an_upload_to_garage_are_lost() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let garage = Garage::start(&dir.path().join("garage"), "backups").await?;
+    answers_that_end_an_upload_are_lost(&garage.store("backups"), garage.port()).await
 }
 
 #[tokio::test(flavor = "multi_thread")]

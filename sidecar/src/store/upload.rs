@@ -151,15 +151,8 @@ impl Upload {
         let staging = self.staging.to_string();
         if let Some(parts) = &mut self.parts {
             // It stays at hand until it is done, so that one who gives up here can abort it.
-            if let Err(source) = parts.complete().await {
-                // The answer may have been lost, and a server that is asked again knows of no such upload.
-                let there = self.store.inner.head(&self.store.path(&staging)).await;
-                if there.is_ok_and(|there| there.size == self.sent) {
-                    tracing::debug!(error = %source, "the upload is complete nevertheless");
-                } else {
-                    return Err(self.store.fail("complete upload of", &staging)(source));
-                }
-            }
+            let completed = parts.complete().await;
+            self.store.unless_there(&staging, self.sent, completed, "complete upload of").await?;
             self.parts = None;
             self.whole = true;
         }
@@ -176,19 +169,11 @@ impl Upload {
             let to = self.store.path(&name.to_string());
             let create = CopyOptions::new().with_mode(CopyMode::Create);
             match self.store.inner.copy_opts(&from, &to, create).await {
-                Ok(()) => {}
                 // No conditional copy here. The name has the millisecond in it, so nobody else means the same one.
                 Err(object_store::Error::NotSupported { .. } | object_store::Error::NotImplemented { .. }) => {
                     self.store.inner.copy(&from, &to).await.map_err(self.store.fail("name", name))?;
                 }
-                Err(source @ object_store::Error::AlreadyExists { .. }) => {
-                    // The answer to an earlier attempt was lost: what is there is ours.
-                    let there = self.store.inner.head(&to).await.map_err(self.store.fail("look at", name))?;
-                    if there.size != self.sent {
-                        return Err(self.store.fail("name", name)(source));
-                    }
-                }
-                Err(source) => return Err(self.store.fail("name", name)(source)),
+                copied => self.store.unless_there(&name.to_string(), self.sent, copied, "name").await?,
             }
         }
         // The object has its name; a staging copy that stays is removed by a later run.
@@ -220,6 +205,26 @@ impl Store {
         Upload { store: self.clone(), staging, held: BytesMut::new(), parts: None, sent: 0, whole: false }
     }
 
+    /// What made an object may have failed by its answer alone, lost on the way: a server that is asked again says that the
+    /// object exists, or knows of no such upload. What is there then, of this size, is ours: its name has the millisecond
+    /// in it.
+    async fn unless_there(
+        &self,
+        name: &str,
+        size: u64,
+        made: object_store::Result<()>,
+        doing: &'static str,
+    ) -> Result<()> {
+        let Err(source) = made else { return Ok(()) };
+        match self.inner.head(&self.path(name)).await {
+            Ok(there) if there.size == size => {
+                tracing::debug!(object = name, error = %source, "it is there nevertheless");
+                Ok(())
+            }
+            _ => Err(self.fail(doing, &name)(source)),
+        }
+    }
+
     /// Copies through this process what is too large for the store to copy by itself.
     async fn copy_in_parts(&self, from: &ObjectName, to: &ObjectName, size: u64) -> Result<()> {
         let name = to.to_string();
@@ -239,7 +244,8 @@ impl Store {
                 parts.send(part).await.map_err(self.fail("upload a part of", &name))?;
                 at = end;
             }
-            parts.complete().await.map_err(self.fail("complete upload of", &name))
+            let completed = parts.complete().await;
+            self.unless_there(&name, size, completed, "complete upload of").await
         };
         let copied = copied.await;
         if copied.is_err() {
