@@ -3,9 +3,12 @@
 //! Unknown fields are refused, with their line: a misspelt one would otherwise be a default that nobody chose. Secrets are
 //! never in it; credentials of stores come from their own files or the environment.
 
+mod duration;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
+pub use duration::parse as parse_duration;
 use serde::{Deserialize, Serialize};
 
 /// The version that this is.
@@ -296,7 +299,7 @@ pub struct Etcd {
     pub password_file: Option<PathBuf>,
     /// A member that the configuration of etcd does not name, and that cannot be reached for so long, is removed from the
     /// cluster; without it none ever is.
-    #[serde(with = "optional_duration", skip_serializing_if = "Option::is_none")]
+    #[serde(with = "duration::optional", skip_serializing_if = "Option::is_none")]
     pub remove_members_after: Option<Duration>,
 }
 
@@ -531,78 +534,6 @@ impl Default for Kubernetes {
             full_snapshot_lease,
             delta_snapshot_lease,
         }
-    }
-}
-
-/// No duration is longer.
-const LONGEST: Duration = Duration::from_secs(3650 * 86_400);
-
-/// Reads a number and a unit, up to ten years: what counts in it must not run over.
-pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let digits = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let millis = match unit {
-        "ms" => Some(1),
-        "s" => Some(1000),
-        "m" => Some(60_000),
-        "h" => Some(3_600_000),
-        "d" => Some(86_400_000),
-        _ => None,
-    };
-    let Some((number, millis)) = number.parse::<u64>().ok().zip(millis) else {
-        return Err(format!("{text:?} is not a duration such as 500ms, 20s, 5m, 1h or 7d"));
-    };
-    let duration = number.checked_mul(millis).map(Duration::from_millis).filter(|duration| *duration <= LONGEST);
-    duration.ok_or_else(|| format!("{text:?} is longer than 3650d"))
-}
-
-/// Durations such as `20s`.
-mod duration {
-    use std::time::Duration;
-
-    use serde::de::{Error, Visitor};
-    use serde::{Deserializer, Serializer};
-
-    pub(super) fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&format!("{}ms", duration.as_millis()))
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-        deserializer.deserialize_any(Text)
-    }
-
-    struct Text;
-
-    impl Visitor<'_> for Text {
-        type Value = Duration;
-
-        /// What is said of a number without a unit, too.
-        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            f.write_str("a duration such as 500ms, 20s, 5m, 1h or 7d")
-        }
-
-        fn visit_str<E: Error>(self, text: &str) -> Result<Duration, E> {
-            super::parse_duration(text).map_err(E::custom)
-        }
-    }
-}
-
-/// The same, where there may be none.
-mod optional_duration {
-    use std::time::Duration;
-
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    #[derive(Serialize, Deserialize)]
-    struct Wrapped(#[serde(with = "super::duration")] Duration);
-
-    #[expect(clippy::ref_option, reason = "as serde calls it")]
-    pub(super) fn serialize<S: Serializer>(duration: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
-        duration.map(Wrapped).serialize(serializer)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
-        Ok(Option::<Wrapped>::deserialize(deserializer)?.map(|wrapped| wrapped.0))
     }
 }
 

@@ -26,7 +26,7 @@ use crate::object::FullWriter;
 use crate::restore::{Aside, Pieces, Recorded, fetch, from_store, recorded_hash};
 use crate::retention::ABANDONED_AFTER;
 use crate::scratch::Scratch;
-use crate::store::{self, Store, Upload};
+use crate::store::{Store, Upload};
 use crate::{Error, Result};
 use spool::Spool;
 
@@ -180,7 +180,7 @@ async fn meta_of(store: &Store, object: Option<&(ObjectName, u64)>) -> Result<Ob
 
 /// Compares what the store has with what was sent, which was decompressed before. What waits in memory is put at once.
 async fn read_back(store: &Store, upload: &mut Upload, sent: Sha256, stop: &CancellationToken) -> Result<()> {
-    let store::Staged::At(staging, size) = upload.stage().await? else { return Ok(()) };
+    let Some((staging, size)) = upload.stage().await? else { return Ok(()) };
     let (feeder, mut received) = fetch(store.clone(), vec![(staging, size)], stop.clone());
     let mut found = Sha256::new();
     while let Some(piece) = received.recv().await {

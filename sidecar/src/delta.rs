@@ -19,6 +19,9 @@ use crate::container::{LAYOUT, Mark, Writer};
 use crate::{Error, Result};
 use batch::{BATCH_BYTES, Batch, Expanded};
 
+/// Two histories whose last so many revisions are equal are taken for the same.
+pub const COMPARED: i64 = 64;
+
 /// No record is larger than this: a batch and a change as large as etcd's client takes one.
 const MOST_RECORD_BYTES: u64 = (512 << 20) + 2 * BATCH_BYTES as u64;
 

@@ -3,9 +3,11 @@
 //!
 //! Labels take few values. Histograms reach half an hour: those of the predecessor end at ten seconds.
 
+mod process;
+
 use std::collections::VecDeque;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue};
@@ -15,15 +17,10 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 
+use process::Process;
+
 use crate::store::Store;
 use crate::{Error, Result};
-
-/// Where the kernel counts what goes over the network,
-const NETSTAT: &str = "/proc/self/net/netstat";
-/// the pages of this process,
-const STATM: &str = "/proc/self/statm";
-/// and its time.
-const STAT: &str = "/proc/self/stat";
 
 /// So many are remembered; beyond that the oldest still is, which is what counts.
 const MOST_WAITING: usize = 4096;
@@ -107,29 +104,6 @@ fn yes(succeeded: bool) -> &'static str {
     if succeeded { "true" } else { "false" }
 }
 
-/// Bytes received and sent, as the two lines `IpExt:` have it: names, and values in their order.
-fn octets(netstat: &str) -> Option<(i64, i64)> {
-    let mut lines = netstat.lines().filter(|line| line.starts_with("IpExt:"));
-    let (names, values) = (lines.next()?.split_whitespace(), lines.next()?.split_whitespace());
-    let fields: Vec<_> = names.zip(values).collect();
-    let value = |wanted| fields.iter().find(|(name, _)| *name == wanted)?.1.parse().ok();
-    Some((value("InOctets")?, value("OutOctets")?))
-}
-
-/// Bytes in memory: the second number is pages.
-fn resident(statm: &str, page_size: usize) -> Option<i64> {
-    let pages: i64 = statm.split_whitespace().nth(1)?.parse().ok()?;
-    pages.checked_mul(i64::try_from(page_size).ok()?)
-}
-
-/// Seconds of CPU, of the program and of the kernel for it. Its name, in brackets, may have anything in it.
-#[expect(clippy::cast_precision_loss, reason = "seconds, not a count")]
-fn cpu_seconds(stat: &str, ticks_per_second: u64) -> Option<f64> {
-    let mut after_name = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
-    let mut ticks = || after_name.next()?.parse::<u64>().ok();
-    Some(ticks()?.checked_add(ticks()?)? as f64 / ticks_per_second.max(1) as f64)
-}
-
 /// Who brings data back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum From {
@@ -177,10 +151,7 @@ pub struct Metrics {
     learners_added: Family<Ended, Histogram, fn() -> Histogram>,
     members_removed: Family<Ended, Histogram, fn() -> Histogram>,
     members_promoted: Family<Ended, Histogram, fn() -> Histogram>,
-    transmitted: Gauge,
-    received: Gauge,
-    resident: Gauge,
-    cpu: Counter<f64, AtomicU64>,
+    process: Process,
     drills: Family<Ended, Counter>,
     is_learner: Gauge,
     cluster_size: Gauge,
@@ -291,14 +262,11 @@ impl Default for Metrics {
             "etcdbr_defragmentation_duration_seconds", "How long defragmentations took" => Family::new_with_constructor(long as fn() -> Histogram);
             "etcdbr_snapshot_gc", "Backups deleted because newer ones replace them" => Family::<KindEnded, Counter>::default();
         };
-        // The predecessor counts the first three up without `_total` in their names, which this library gives every counter.
-        let (snapshotter_failures, transmitted, received, resident, cpu) = registered! {
+        // The predecessor counts it up without `_total` in its name, which this library gives every counter.
+        let (snapshotter_failures,) = registered! {
             "etcdbr_snapshotter_failure", "Interruptions of the backup, by class of error" => Family::<FailedWith, Gauge>::default();
-            "etcdbr_network_transmitted_bytes", "Bytes that this host has sent" => Gauge::<i64>::default();
-            "etcdbr_network_received_bytes", "Bytes that this host has received" => Gauge::<i64>::default();
-            "process_resident_memory_bytes", "Memory of this process" => Gauge::<i64>::default();
-            "process_cpu_seconds", "CPU time that this process has used" => Counter::<f64, AtomicU64>::default();
         };
+        let process = Process::register(&mut registry);
         let (learners, learners_added, members_removed, members_promoted, drills) = registered! {
             "etcdbr_is_learner_count", "How often this member was to become a learner" => Family::<Ended, Counter>::default();
             "etcdbr_add_learner_duration_seconds", "How long it took to add this member as a learner" => Family::new_with_constructor(long as fn() -> Histogram);
@@ -367,10 +335,7 @@ impl Default for Metrics {
             learners_added,
             members_removed,
             members_promoted,
-            transmitted,
-            received,
-            resident,
-            cpu,
+            process,
             drills,
             is_learner,
             cluster_size,
@@ -619,17 +584,7 @@ impl Metrics {
 
     /// Everything, as Prometheus reads it.
     pub fn text(&self) -> Result<String> {
-        if let Some((received, transmitted)) = octets(&std::fs::read_to_string(NETSTAT).unwrap_or_default()) {
-            self.received.set(received);
-            self.transmitted.set(transmitted);
-        }
-        let of_process = |path| std::fs::read_to_string(path).unwrap_or_default();
-        if let Some(bytes) = resident(&of_process(STATM), rustix::param::page_size()) {
-            self.resident.set(bytes);
-        }
-        if let Some(seconds) = cpu_seconds(&of_process(STAT), rustix::param::clock_ticks_per_second()) {
-            self.cpu.inner().store(seconds.to_bits(), Ordering::Relaxed);
-        }
+        self.process.read();
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.registry)
             .map_err(|error| Error::Bug { what: format!("encode the metrics: {error}") })?;
@@ -719,13 +674,6 @@ mod tests {
         ] {
             assert!(text.lines().any(|line| line.starts_with(series)), "{series} is not in {text}");
         }
-        let netstat = "TcpExt: A\nTcpExt: 1\nIpExt: InNoRoutes InOctets OutOctets\nIpExt: 0 12 34\n";
-        assert_eq!(octets(netstat), Some((12, 34)));
-        assert_eq!(octets("IpExt: InOctets\nIpExt: x\n"), None);
-        assert_eq!(resident("100 3 2 1 0 9 0\n", 4096), Some(3 * 4096));
-        let stat = "7 (a) b) S 1 7 7 0 -1 4194304 1 2 3 4 150 50 6 7 20 0 1 0 9 9 9";
-        assert!(cpu_seconds(stat, 100).is_some_and(|seconds| (seconds - 2.0).abs() < 1e-9));
-        assert_eq!((resident("", 4096), cpu_seconds("7 (a", 100)), (None, None));
         Ok(())
     }
 }

@@ -5,8 +5,10 @@
 //! result verified while it is synced, and only then put in its place.
 
 mod append;
+mod origin;
 mod pieces;
 mod point;
+mod progress;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -18,21 +20,21 @@ use std::time::Instant;
 use etcd_format::ReadAt;
 use etcd_format::bolt::Db;
 use etcd_format::datadir::{
-    self, Change, Disk, Minor, RealDisk, Restored, Revision, Severity, Spec, Staged, Summary, Tail, Verdict, Verify,
-    WantHash,
+    Change, Disk, Minor, RealDisk, Restored, Revision, Severity, Spec, Staged, Summary, Tail, Verdict, Verify, WantHash,
 };
 use etcd_format::membership::NewCluster;
 use etcd_format::mvcc::{self, Compaction, HashRequest, HashRules};
-use etcd_format::wal;
 use proto::backup::{HashKv, ObjectMeta};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use pieces::Decompressed;
 pub(crate) use pieces::{PieceReader, Pieces, Stoppable, fetch};
 
 pub use append::{Appended, append, compare_end, is_of_its_log};
+pub use origin::Origin;
 pub use point::{AtTime, Choice, Upto, choose};
+pub use progress::{Far, Progress};
 
 use crate::catalog::{Chain, ObjectName, Timeline};
 use crate::container::{self, FromTail};
@@ -95,134 +97,8 @@ pub struct Plan {
     pub replace: bool,
 }
 
-/// What a restored member says of where it comes from, until its own backups do.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Origin {
-    /// The timeline that it was restored from; `None` for a file.
-    pub timeline: Option<Timeline>,
-    /// Id of the cluster whose backups these were, hexadecimal; 0 when they did not tell.
-    pub cluster_id: String,
-    /// The last revision that was restored.
-    pub revision: i64,
-    /// The full snapshot that it began with, as the store names it; `None` for a file.
-    #[serde(default)]
-    pub object: Option<String>,
-    /// A newer timeline than that, which somebody passed over, and the cluster that it is of.
-    #[serde(default)]
-    pub passed_over: Option<(Timeline, String)>,
-}
-
-impl Origin {
-    /// That of the member in a data directory; `None` when it was not restored, or by something else.
-    pub fn of(data_dir: &Path) -> Option<Self> {
-        serde_json::from_slice(&datadir::origin(data_dir)?).ok()
-    }
-
-    /// Whose backups, or data, it comes from, where that is known.
-    pub fn cluster(&self) -> Option<u64> {
-        u64::from_str_radix(&self.cluster_id, 16).ok().filter(|id| *id != 0)
-    }
-
-    /// Whether it may come from the backups of a cluster, as far as both tell.
-    pub fn is_of(&self, cluster_id: Option<u64>) -> bool {
-        self.cluster().is_none_or(|ours| cluster_id.is_none_or(|theirs| theirs == ours))
-    }
-
-    /// Whether that timeline, of that cluster, was there and newer when this one was chosen.
-    pub fn passed_over(&self, timeline: Timeline, theirs: Option<u64>) -> bool {
-        let theirs = theirs.map(|id| format!("{id:x}"));
-        self.passed_over.as_ref().is_some_and(|(over, of)| *over == timeline && Some(of) == theirs.as_ref())
-    }
-
-    fn write(&self, staged: &Staged<RealDisk>) -> Result<()> {
-        let json =
-            serde_json::to_vec(self).map_err(|error| Error::Bug { what: format!("describe a restore: {error}") })?;
-        staged.write_origin(&json).map_err(Error::format("restore"))
-    }
-}
-
 /// About how much larger rows are in a database than in a delta: for a pace, not for more.
 const DELTA_EXPANDS: u64 = 6;
-
-/// Told to whoever watches a restore.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Progress {
-    /// Reading the snapshot; so many bytes in all when known.
-    Snapshot(Option<u64>),
-    /// So many bytes of the snapshot were written.
-    Bytes(u64),
-    /// Appending the changes of so many deltas.
-    Deltas(u64),
-    /// One delta is done.
-    Delta,
-    /// Writing the other members.
-    Members(u64),
-    /// Checking and syncing.
-    Verify,
-}
-
-/// How far a restore is in what it does.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Far {
-    /// What it does: `start`, `snapshot`, `deltas`, `members`, `verify`.
-    pub phase: &'static str,
-    /// Of this phase, in bytes of the database, deltas or members.
-    pub done: u64,
-    /// 0 when not known.
-    pub total: u64,
-}
-
-impl Default for Far {
-    fn default() -> Self {
-        Self { phase: "start", done: 0, total: 0 }
-    }
-}
-
-impl Far {
-    /// Takes a step in; whether a phase begins with it.
-    pub fn see(&mut self, progress: Progress) -> bool {
-        let (phase, total) = match progress {
-            Progress::Bytes(bytes) => {
-                self.done = self.done.saturating_add(bytes);
-                return false;
-            }
-            Progress::Delta => {
-                self.done = self.done.saturating_add(1);
-                return false;
-            }
-            Progress::Snapshot(total) => ("snapshot", total.unwrap_or(0)),
-            Progress::Deltas(total) => ("deltas", total),
-            Progress::Members(total) => ("members", total),
-            Progress::Verify => ("verify", 0),
-        };
-        *self = Self { phase, done: 0, total };
-        true
-    }
-}
-
-impl std::fmt::Display for Far {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { phase, done, total } = self;
-        let of = |f: &mut std::fmt::Formatter<'_>, unit: &str, each: u64| match total {
-            0 => write!(f, "{}{unit}", done / each),
-            total => write!(f, "{} of {}{unit}", done / each, total / each),
-        };
-        match *phase {
-            "snapshot" => {
-                f.write_str("write the snapshot: ")?;
-                of(f, " MiB", 1 << 20)
-            }
-            "deltas" => {
-                f.write_str("append the deltas after it: ")?;
-                of(f, "", 1)
-            }
-            "members" => write!(f, "make {total} members of it"),
-            "verify" => f.write_str("check what was restored"),
-            _ => f.write_str("begin to restore"),
-        }
-    }
-}
 
 /// What was proved of a restored directory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -413,7 +289,7 @@ fn assemble(
         members.push(other);
     }
     members.push(staged);
-    let origin = origin(plan, aside.cluster_id, restored.revision);
+    let origin = Origin::of_plan(plan, aside.cluster_id, restored.revision);
     members.iter().try_for_each(|member| origin.write(member))?;
     // The last moment: from here on it is done, and said to be.
     if stop.is_cancelled() {
@@ -439,27 +315,6 @@ fn assemble(
         proof,
         seconds: started.elapsed().as_secs_f64(),
     })
-}
-
-fn origin(plan: &Plan, cluster_id: u64, revision: i64) -> Origin {
-    let of = |cluster_id: u64| format!("{cluster_id:x}");
-    match &plan.source {
-        Source::Chain { timeline, chain, passed_over, .. } => Origin {
-            timeline: Some(*timeline),
-            cluster_id: of(cluster_id),
-            revision,
-            object: Some(chain.full.name(*timeline).to_string()),
-            passed_over: passed_over.clone(),
-        },
-        // A file does not say; the log beside it does, or that of the member in whose place it is put.
-        Source::File { path, .. } => {
-            let beside = path.parent().and_then(Path::parent).map(|member| member.join("wal"));
-            let replaced = plan.targets.iter().map(|target| target.data_dir.join("member/wal"));
-            let logs = beside.into_iter().chain(replaced).filter_map(|dir| wal::read(&dir).ok());
-            let cluster_id = of(logs.map(|log| log.metadata.cluster_id()).next().unwrap_or(0));
-            Origin { timeline: None, cluster_id, revision, object: None, passed_over: None }
-        }
-    }
 }
 
 /// Restores a chain into a temporary directory under `work_dir`, checks it, and compares every HashKV recorded with its

@@ -26,7 +26,7 @@ pub use environment::Environment;
 use gate::Gate;
 pub use gate::{Operation, Operations};
 use marks::Marks;
-pub use upload::{Staged, Upload};
+pub use upload::Upload;
 
 use crate::catalog::{Catalog, Description, History, ObjectName, PREDECESSOR, Timeline};
 use crate::container::{self, FromTail};

@@ -10,12 +10,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Aside, Pieces, Progress, Proof, append_deltas, fetch, recorded_hash};
 use crate::catalog::{Catalog, Chain, Delta, Full, History, ObjectName, Timeline};
+use crate::delta::COMPARED;
 use crate::object::RevisionDigests;
 use crate::store::Store;
 use crate::{Error, Result};
-
-/// Revisions that are compared.
-const COMPARED: i64 = 64;
 
 /// A member that was brought up to date.
 #[derive(Debug, Clone, Serialize)]

@@ -13,6 +13,7 @@ use proto::backup::ObjectMeta;
 use tokio::time::Instant;
 
 use crate::catalog::{Chain, Delta, History, ObjectName, Timeline};
+use crate::delta::COMPARED;
 use crate::etcd::{Etcd, EtcdFlags, Listed};
 use crate::object::RevisionDigests;
 use crate::store::Store;
@@ -210,9 +211,6 @@ fn settle(others: &[(u64, Vote)]) -> Option<Settled> {
     let intact = as_backed_up.first().copied()?;
     (as_backed_up.len() >= quorum).then_some(Settled::Damaged { intact })
 }
-
-/// Revisions that are compared.
-const COMPARED: i64 = 64;
 
 /// A digest of each revision of a delta, the last so many at most.
 pub(super) async fn revisions(

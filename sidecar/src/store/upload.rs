@@ -66,15 +66,6 @@ pub struct Upload {
     whole: bool,
 }
 
-/// Where the bytes of an upload are before it has its name.
-#[derive(Debug, Clone)]
-pub enum Staged {
-    /// It is small and was not sent yet.
-    InMemory(Bytes),
-    /// At the staging name, so many.
-    At(ObjectName, u64),
-}
-
 impl std::fmt::Debug for Upload {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Upload").field("staging", &self.staging).field("sent", &self.sent).finish()
@@ -107,13 +98,14 @@ impl Upload {
         parts.send(part).await.map_err(self.store.fail("upload a part of", &staging))
     }
 
-    /// Ends the bytes, before the object has its name: where they are, to be looked at.
-    pub async fn stage(&mut self) -> Result<Staged> {
+    /// Ends the bytes, before the object has its name: where in the store they are, and how many. `None` for a small one,
+    /// which was not sent yet.
+    pub async fn stage(&mut self) -> Result<Option<(ObjectName, u64)>> {
         if self.parts.is_none() && !self.whole {
-            return Ok(Staged::InMemory(self.held.clone().freeze()));
+            return Ok(None);
         }
         self.complete_parts().await?;
-        Ok(Staged::At(self.staging, self.sent))
+        Ok(Some((self.staging, self.sent)))
     }
 
     /// Gives the object its name; returns its size.

@@ -1,5 +1,8 @@
 //! A member under its sidecar's care: what becomes of its data before etcd starts, and its backups while it runs.
 
+mod callers;
+mod predecessor;
+
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::Duration;
@@ -30,6 +33,15 @@ async fn backed_up(pod: &Pod) -> Result<()> {
 fn aside(data_dir: &Path) -> Result<usize> {
     let names = std::fs::read_dir(data_dir)?.filter_map(Result::ok);
     Ok(names.filter(|entry| entry.file_name().to_string_lossy().starts_with("member.replaced-")).count())
+}
+
+/// Cuts the newest delta.
+fn damage_store(pod: &Pod) -> Result<()> {
+    let store = pod.store.as_ref().and_then(|store| store.url.strip_prefix("file://")).context("no directory")?;
+    let deltas = std::fs::read_dir(Path::new(store).join("t00000001/delta"))?;
+    let newest = deltas.filter_map(Result::ok).map(|entry| entry.path()).max().context("no delta")?;
+    let bytes = std::fs::read(&newest)?;
+    Ok(std::fs::write(newest, &bytes[..bytes.len() / 2])?)
 }
 
 /// Begun anew, backed up, damaged, lost and behind: each time etcd has everything again, and nothing that was there is deleted.
@@ -346,140 +358,6 @@ async fn an_etcd_that_ends_ends_the_launcher() -> Result<()> {
     Ok(())
 }
 
-/// With TLS nobody calls without a certificate of the CA, but for probes; new certificates are used at once.
-#[tokio::test(flavor = "multi_thread")]
-async fn callers_show_a_certificate() -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
-    let place = dir.path().join("certificates");
-    pod.tls = Some(Certificates::issue(&place)?);
-    let serving = pod.start_serve().await?;
-    let refused = |answer: Result<tonic::Response<api::StatusResponse>, tonic::Status>| {
-        answer.map_or_else(|status| status.code(), |_| tonic::Code::Ok)
-    };
-    let mut nobody = pod.client(false).await?;
-    ensure!(refused(nobody.status(api::StatusRequest {}).await) == tonic::Code::Unauthenticated);
-    let initialize = nobody.initialize(api::InitializeRequest {}).await.map(drop);
-    ensure!(initialize.is_err_and(|status| status.code() == tonic::Code::Unauthenticated));
-    let mut somebody = pod.client(true).await?;
-    ensure!(refused(somebody.status(api::StatusRequest {}).await) == tonic::Code::Ok);
-    // Probes have none.
-    let ca = reqwest::Certificate::from_pem(&std::fs::read(place.join("ca.crt"))?)?;
-    let http = reqwest::Client::builder().tls_certs_only([ca]).build()?;
-    let get = |path: &'static str| {
-        let request = http.get(format!("{}{path}", pod.url()));
-        async move { anyhow::Ok(request.send().await?.status().as_u16()) }
-    };
-    ensure!(get("/healthz").await? == 200 && get("/readyz").await? == 503);
-    ensure!(get("/helthz").await? == 404);
-    // Plain text to it, and a client that says nothing, harm nobody.
-    ensure!(reqwest::get(pod.url().replace("https", "http") + "/healthz").await.is_err());
-    let address = pod.url().trim_start_matches("https://").to_owned();
-    let silent = std::net::TcpStream::connect(&address)?;
-    let (launched, _) = pod.start_etcd().await?;
-    ensure!(get("/readyz").await? == 200);
-    // Another CA: who is of the old one is refused, connections that stand stay; what cannot be used changes nothing.
-    let old = std::fs::read(place.join("server.crt"))?;
-    std::fs::write(place.join("server.crt"), "not a certificate")?;
-    ensure!(refused(pod.client(true).await?.status(api::StatusRequest {}).await) == tonic::Code::Ok);
-    std::fs::write(place.join("server.crt"), &old)?;
-    let mut stranger = pod.clone();
-    stranger.tls = Some(Certificates::issue(&dir.path().join("others"))?);
-    ensure!(stranger.client(true).await.is_err(), "a client trusts a server of another CA");
-    Certificates::issue(&place)?;
-    ensure!(refused(pod.client(true).await?.status(api::StatusRequest {}).await) == tonic::Code::Ok);
-    ensure!(refused(somebody.status(api::StatusRequest {}).await) == tonic::Code::Ok);
-    ensure!(serving.log().contains("certificates have changed") && serving.log().contains("the old ones stay"));
-    drop(silent);
-    launched.terminate().await?.expect(STOPPED)?;
-    serving.terminate().await?.expect(0)?;
-    Ok(())
-}
-
-/// A new CA and new certificates, as Kubernetes puts them in place, while somebody calls and etcd is backed up.
-#[tokio::test(flavor = "multi_thread")]
-async fn certificates_rotate_under_load() -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let store = Store::directory(&dir.path().join("store"));
-    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store.clone()))?;
-    pod.more = "snapshots: {deltaPeriod: 1s}\n".into();
-    let (old, new) = (Certificates::issue(&dir.path().join("old"))?, Certificates::issue(&dir.path().join("new"))?);
-    let expired = Certificates::issue_until(&dir.path().join("expired"), &["127.0.0.1"], 2020)?;
-    let live = dir.path().join("live");
-    let put = |version: u32, cas: &[&Certificates], of: &Certificates| -> Result<()> {
-        let place = dir.path().join(format!("v{version}"));
-        Certificates::mixed(&place, cas, of)?;
-        let link = dir.path().join("link");
-        std::os::unix::fs::symlink(&place, &link)?;
-        Ok(std::fs::rename(&link, &live)?)
-    };
-    put(1, &[&old], &old)?;
-    pod.tls = Some(Certificates::at(&live));
-    let serving = pod.start_serve().await?;
-    let (launched, mut client) = pod.start_etcd().await?;
-    backed_up(&pod).await?;
-
-    let (stop, stopped) = tokio::sync::watch::channel(false);
-    let mut standing = pod.client(true).await?;
-    let watched = stopped.clone();
-    let one_connection = tokio::spawn(async move {
-        let mut calls = 0;
-        while !*watched.borrow() {
-            standing.status(api::StatusRequest {}).await?;
-            calls += 1;
-        }
-        anyhow::Ok(calls)
-    });
-    let (caller, place) = (pod.clone(), live.clone());
-    let many_connections = tokio::spawn(async move {
-        let mut calls = 0;
-        while !*stopped.borrow() {
-            // All files of one version, as who mounts them reads them.
-            let now = caller.with_tls(Certificates::at(&place.canonicalize()?));
-            now.client(true).await?.status(api::StatusRequest {}).await?;
-            calls += 1;
-        }
-        anyhow::Ok(calls)
-    });
-    let mut written = 0;
-    for (version, cas, of) in [(2, vec![&old, &new], &old), (3, vec![&old, &new], &new), (4, vec![&new], &new)] {
-        for _ in 0..100 {
-            client.put(format!("k{written}"), "v", None).await?;
-            written += 1;
-            tokio::time::sleep(Duration::from_millis(15)).await;
-        }
-        put(version, &cas, of)?;
-    }
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    stop.send(true)?;
-    let calls = (one_connection.await??, many_connections.await??);
-    ensure!(calls.0 > 100 && calls.1 > 20, "{calls:?}");
-    pod.back_up(api::Kind::Delta).await?;
-    let ca = reqwest::Certificate::from_pem(&std::fs::read(new.ca())?)?;
-    let http = reqwest::Client::builder().tls_certs_only([ca]).build()?;
-    let metrics = http.get(format!("{}/metrics", pod.url())).send().await?.text().await?;
-    for kind in ["Full", "Incr"] {
-        let failed = format!("etcdbr_snapshot_duration_seconds_count{{kind=\"{kind}\",succeeded=\"false\"}} 0\n");
-        ensure!(metrics.contains(&failed), "{metrics}");
-    }
-    // Who comes with the old CA's, with one that has expired, or with a stranger's, is not let in.
-    put(5, &[&new, &expired], &new)?;
-    let nobody = [
-        Certificates::mixed(&dir.path().join("n1"), &[&new], &old)?,
-        Certificates::mixed(&dir.path().join("n2"), &[&new], &expired)?,
-    ];
-    for tls in nobody {
-        let caller = pod.with_tls(tls);
-        let answer = async { anyhow::Ok(caller.client(true).await?.status(api::StatusRequest {}).await?) };
-        ensure!(answer.await.is_err(), "{:?} is let in", caller.tls);
-    }
-    pod.ctl(["status"]).run().await?.expect(0)?;
-    let before = state::read(&mut client).await?;
-    launched.terminate().await?.expect(STOPPED)?;
-    serving.terminate().await?.expect(0)?;
-    state::same(&before, &store.restore_and_read(&pod.member).await?)
-}
-
 /// A person looks at the page, with a browser.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_browser_shows_the_page() -> Result<()> {
@@ -557,90 +435,6 @@ async fn without_permission_nothing_is_touched() -> Result<()> {
     let (launched, mut client) = pod.start_etcd().await?;
     state::same(&before, &state::read(&mut client).await?)?;
     launched.terminate().await?.expect(STOPPED)?;
-    serving.terminate().await?.expect(0)?;
-    Ok(())
-}
-
-/// Many who never end their request keep nobody from being answered, and go.
-#[tokio::test(flavor = "multi_thread")]
-async fn who_never_ends_a_request_goes() -> Result<()> {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let dir = tempfile::tempdir()?;
-    let pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
-    let serving = pod.start_serve().await?;
-    let address = pod.url().trim_start_matches("http://").to_owned();
-    let mut slow = Vec::new();
-    for _ in 0..300 {
-        let mut stream = tokio::net::TcpStream::connect(&address).await?;
-        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: ").await?;
-        slow.push(tokio::spawn(async move {
-            let (mut read, mut write) = stream.into_split();
-            let mut answer = [0; 512];
-            let drip = async {
-                while write.write_all(b"y").await.is_ok() {
-                    tokio::time::sleep(Duration::from_secs(3)).await;
-                }
-            };
-            tokio::select! {
-                () = drip => 0,
-                read = read.read(&mut answer) => read.unwrap_or(0),
-            }
-        }));
-    }
-    let answered = tokio::time::timeout(Duration::from_secs(5), reqwest::get(format!("{}/healthz", pod.url()))).await;
-    ensure!(answered??.status() == 200);
-    pod.ctl(["status"]).run().await?.expect(0)?;
-    let ended = tokio::time::timeout(Duration::from_secs(100), futures::future::join_all(slow)).await;
-    ended.context("slow clients are still there")?;
-    serving.terminate().await?.expect(0)?;
-    Ok(())
-}
-
-/// The predecessor's etcd-wrapper, as it asks: status until it is `New`, start, status until `Successful`, configuration.
-#[tokio::test(flavor = "multi_thread")]
-async fn who_asks_as_etcd_wrapper_gets_its_answers() -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
-    let place = dir.path().join("certificates");
-    pod.tls = Some(Certificates::issue(&place)?);
-    let serving = pod.start_serve().await?;
-    // It has the CA and no certificate.
-    let ca = reqwest::Certificate::from_pem(&std::fs::read(place.join("ca.crt"))?)?;
-    let http = reqwest::Client::builder().tls_certs_only([ca]).build()?;
-    let ask = async |path: &str| {
-        let answer = http.get(format!("{}{path}", pod.url())).send().await?;
-        let (status, length) = (answer.status().as_u16(), answer.content_length());
-        let text = answer.text().await?;
-        // It gives up the request before it reads the body: that must have come in one piece, of a known length.
-        ensure!(length == Some(text.len() as u64), "{path}: {length:?}");
-        anyhow::Ok((status, text))
-    };
-    let told = |text: &str| (200, text.to_owned());
-    // Twice: its etcd is restarted.
-    for turn in 0..2 {
-        ensure!(ask("/config").await?.0 == if turn == 0 { 500 } else { 200 });
-        ensure!(ask("/initialization/status").await? == told("New"));
-        ensure!(ask("/initialization/start?mode=sanity").await? == told(""));
-        let successful = || async {
-            let status = ask("/initialization/status").await?;
-            ensure!(status == told("Successful"), "{status:?}");
-            Ok(())
-        };
-        eventually(LONG, successful).await?;
-        let (status, config) = ask("/config").await?;
-        ensure!(status == 200 && config.contains(&pod.member.initial_cluster), "{config}");
-    }
-    // What cannot be decided is `Failed`, once.
-    std::fs::create_dir_all(pod.member.data_dir.join("member/snap"))?;
-    std::fs::write(pod.member.data_dir.join("member/snap/db"), "not a database")?;
-    ask("/initialization/start").await?;
-    let failed = || async {
-        let status = ask("/initialization/status").await?;
-        ensure!(status == told("Failed"), "{status:?}");
-        Ok(())
-    };
-    eventually(LONG, failed).await?;
-    ensure!(ask("/initialization/status").await? == told("New") && ask("/config").await?.0 == 500);
     serving.terminate().await?.expect(0)?;
     Ok(())
 }
@@ -767,83 +561,6 @@ async fn every_call_can_be_made() -> Result<()> {
     Ok(())
 }
 
-/// Cuts the newest delta.
-fn damage_store(pod: &Pod) -> Result<()> {
-    let store = pod.store.as_ref().and_then(|store| store.url.strip_prefix("file://")).context("no directory")?;
-    let deltas = std::fs::read_dir(Path::new(store).join("t00000001/delta"))?;
-    let newest = deltas.filter_map(Result::ok).map(|entry| entry.path()).max().context("no delta")?;
-    let bytes = std::fs::read(&newest)?;
-    Ok(std::fs::write(newest, &bytes[..bytes.len() / 2])?)
-}
-
-/// What is asked of the predecessor, and what Prometheus reads.
-#[tokio::test(flavor = "multi_thread")]
-async fn the_predecessors_calls_are_answered() -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let store = Store::directory(&dir.path().join("store"));
-    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store))?;
-    let certificates = Certificates::issue(&dir.path().join("certificates"))?;
-    pod.tls = Some(certificates.clone());
-    pod.more = "snapshots: {deltaPeriod: 1h}\n".into();
-    let mut serving = pod.start_serve().await?;
-    let ca = reqwest::Certificate::from_pem(&std::fs::read(certificates.ca())?)?;
-    let client = || reqwest::Client::builder().tls_certs_only([ca.clone()]);
-    let (cert, key) = certificates.client();
-    let identity = reqwest::Identity::from_pem(&[std::fs::read(cert)?, std::fs::read(key)?].concat())?;
-    let (nobody, known) = (client().build()?, client().identity(identity).build()?);
-    let ask = async |client: &reqwest::Client, path: &str, code: u16| {
-        let answer = client.get(format!("{}{path}", pod.url())).send().await?;
-        let (status, text) = (answer.status().as_u16(), answer.text().await?);
-        ensure!(status == code, "{path}: {status}: {text}");
-        anyhow::Ok(text)
-    };
-    ask(&known, "/snapshot/full", 405).await?;
-    let (launched, mut etcd) = pod.start_etcd().await?;
-    backed_up(&pod).await?;
-    for path in ["/snapshot/full", "/snapshot/delta", "/snapshot/latest"] {
-        ask(&nobody, path, 401).await?;
-    }
-    ask(&known, "/snapshot/full?final=perhaps", 400).await?;
-    let full: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/full?final=true", 200).await?)?;
-    ensure!(full["kind"] == "Full" && full["isFinal"] == true && full["startRevision"] == 0, "{full}");
-    ensure!(ask(&known, "/snapshot/delta", 200).await? == "null");
-    Workload::of(1).run(&mut etcd).await?;
-    let delta: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/delta", 200).await?)?;
-    ensure!(delta["kind"] == "Incr" && delta["lastRevision"].as_i64() > Some(2), "{delta}");
-    let latest: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/latest", 200).await?)?;
-    ensure!(latest["fullSnapshot"]["kind"] == "Full", "{latest}");
-    let newest = latest["deltaSnapshots"].as_array().and_then(|deltas| deltas.last());
-    ensure!(newest.is_some_and(|newest| newest["lastRevision"] == delta["lastRevision"]), "{latest}");
-    let told = async || {
-        let metrics = ask(&nobody, "/metrics", 200).await?;
-        let last = format!("etcdbr_snapshot_latest_revision{{kind=\"Incr\"}} {}\n", delta["lastRevision"]);
-        for line in [last.as_str(), "sidecar_member_role{role=\"leader\"} 1\n", "sidecar_backup_lag_revisions 0\n"] {
-            ensure!(metrics.contains(line), "{line} is not in {metrics}");
-        }
-        Ok(())
-    };
-    eventually(LONG, told).await?;
-
-    // Who does not speak the language, says too much, or nothing at all is turned away, and holds up nobody.
-    let address = pod.url().replace("https://", "");
-    let mut silent = Vec::new();
-    for _ in 0..80 {
-        silent.push(tokio::net::TcpStream::connect(&address).await?);
-    }
-    let plain = reqwest::get(format!("http://{address}/healthz")).await;
-    ensure!(plain.is_err(), "{plain:?}");
-    ask(&nobody, "/healthz", 200).await?;
-    let mut api = pod.client(true).await?;
-    let large = api::TakeSnapshotRequest { kind: api::Kind::Delta.into(), request_id: "x".repeat(1 << 20) };
-    let refused = api.take_snapshot(large).await;
-    ensure!(refused.is_err_and(|status| status.code() == tonic::Code::OutOfRange));
-    drop(silent);
-    launched.terminate().await?.expect(STOPPED)?;
-    serving.logs("the member's role role=None", LONG).await?;
-    serving.terminate().await?.expect(0)?;
-    Ok(())
-}
-
 /// The store of another cluster, given to a sidecar beside an etcd that runs already: nothing is put there, until somebody says
 /// by hand that it is to be.
 #[tokio::test(flavor = "multi_thread")]
@@ -892,48 +609,5 @@ async fn a_store_of_another_cluster_is_not_backed_up_to() -> Result<()> {
     ensure!(told.error.is_empty() && told.window.is_some_and(|window| window.last_revision > 0), "{told:?}");
     serving.terminate().await?.expect(0)?;
     drop(etcd);
-    Ok(())
-}
-
-/// Backups of the predecessor do not say of which cluster they are: a running etcd goes on from them, read in place or copied,
-/// unless they reach further than it does.
-#[tokio::test(flavor = "multi_thread")]
-async fn the_predecessors_backups_are_followed() -> Result<()> {
-    let dir = tempfile::tempdir()?;
-    let (before, copied) = (dir.path().join("before"), dir.path().join("copied"));
-    let mut pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
-    let mut etcd = pod.member.start().await?;
-    let mut client = etcd.client().await?;
-    for n in 0..9u32 {
-        client.put("x", n.to_string(), None).await?;
-    }
-    let predecessor = Store::directory(&before);
-    predecessor.once("full", &pod.member).args(["--layout", "gardener-v2"]).run().await?.expect(0)?;
-    let to = Store::directory(&copied);
-    predecessor.command("copy").args(["--to", &to.url, "--layout", "steward"]).run().await?.expect(0)?;
-    for (store, timelines) in [(&predecessor, 2), (&to, 2)] {
-        client.put("x", "more", None).await?;
-        pod.store = Some(store.clone());
-        let serving = pod.start_serve().await?;
-        pod.back_up(api::Kind::Delta).await?;
-        serving.terminate().await?.expect(0)?;
-        let listed = store.list().await?;
-        ensure!(listed["timelines"].as_array().is_some_and(|listed| listed.len() == timelines), "{listed}");
-    }
-    etcd.stop()?;
-    let (again, copied_again) = (dir.path().join("again"), Store::directory(&dir.path().join("copied again")));
-    std::fs::create_dir_all(&again)?;
-    tests::copy(&before.join("v2"), &again.join("v2")).await?;
-    let again = Store::directory(&again);
-    again.command("copy").args(["--to", &copied_again.url, "--layout", "steward"]).run().await?.expect(0)?;
-    let mut other = Pod::new(&dir.path().join("other"), "3.6", None)?;
-    let mut etcd = other.member.start().await?;
-    for store in [again, copied_again] {
-        other.store = Some(store);
-        let mut serving = other.start_serve().await?;
-        serving.logs("backups reach revision 10, which etcd, at 1, does not have", LONG).await?;
-        serving.terminate().await?.expect(0)?;
-    }
-    etcd.stop()?;
     Ok(())
 }
