@@ -106,6 +106,11 @@ pub fn misspelt(variables: impl Iterator<Item = String>) -> Vec<String> {
     variables.filter(is_like_one).collect()
 }
 
+/// Reads a text. An error names line and column, and does not quote what stands there or around it: that may be a secret.
+pub fn read_yaml<'a, T: Deserialize<'a>>(text: &'a str) -> Result<T, serde_saphyr::Error> {
+    serde_saphyr::from_str_with_options(text, serde_saphyr::options! { with_snippet: false })
+}
+
 impl SidecarConfig {
     /// Reads a file's text.
     pub fn parse(yaml: &str) -> Result<Self, Error> {
@@ -119,7 +124,7 @@ impl SidecarConfig {
         environment: impl Fn(&str) -> Option<String>,
         sets: &[String],
     ) -> Result<Self, Error> {
-        let file: Self = yaml.map_or_else(|| Ok(Self::default()), serde_saphyr::from_str)?;
+        let file: Self = yaml.map_or_else(|| Ok(Self::default()), read_yaml)?;
         if file.api_version != API_VERSION {
             return Err(Error::Version(file.api_version));
         }
@@ -131,8 +136,11 @@ impl SidecarConfig {
             layers.extend(environment(&variable).map(|value| (variable, field.to_owned(), value)));
         }
         for set in sets {
-            let from = format!("--set {set}");
-            let (field, value) = set.split_once('=').ok_or_else(|| refused(&from, "it is not field=value".into()))?;
+            let (field, value) = set.split_once('=').unwrap_or((set, ""));
+            let from = format!("--set {field}");
+            if field.len() == set.len() {
+                return Err(refused(&from, "it is not field=value".into()));
+            }
             if !FIELDS.contains(&field) {
                 return Err(refused(&from, format!("there is no field {field}; there are {}", FIELDS.join(", "))));
             }
@@ -581,6 +589,15 @@ mod tests {
             let refused = SidecarConfig::layered(Some(LEAST), |_| None, &[set.to_owned()]);
             let said = refused.map_err(|error| error.to_string());
             assert!(said.as_ref().is_err_and(|said| said.contains(field) && !said.contains("hidden")), "{said:?}");
+        }
+        for (yaml, set) in [
+            ("etcd: {password: hidden}", "etcd.user=root"),
+            ("store: {url: 's3://key:hidden@bucket/a'}\nsnapshots:\n  fullSchedule: x\n  deltas: 1", "etcd.user=root"),
+            ("etcd: {user: root}", "etcd.password=hidden"),
+        ] {
+            let refused = SidecarConfig::layered(Some(&format!("{LEAST}\n{yaml}\n")), |_| None, &[set.to_owned()]);
+            let said = refused.map_err(|error| error.to_string());
+            assert!(said.as_ref().is_err_and(|said| !said.contains("hidden")), "{said:?}");
         }
         let fine = ["store.url=file:///a@b".to_owned(), "etcd.endpoints=http://[::1]:2379".to_owned()];
         assert!(SidecarConfig::layered(Some(LEAST), |_| None, &fine).is_ok());

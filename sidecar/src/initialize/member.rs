@@ -38,7 +38,7 @@ impl Member {
     }
 
     pub(super) fn parse(text: &str, pod: Option<&str>) -> Result<Self, String> {
-        let mut config: Map<String, Value> = serde_saphyr::from_str(text).map_err(|error| error.to_string())?;
+        let mut config: Map<String, Value> = proto::config::read_yaml(text).map_err(|error| error.to_string())?;
         // etcd takes its keys whatever their case; what is not seen here would be another log, or another cluster.
         if let Some(key) = config.keys().find(|key| key.chars().any(|letter| letter.is_ascii_uppercase())) {
             return Err(format!("{key}: keys are in lower case"));
