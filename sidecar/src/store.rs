@@ -150,7 +150,6 @@ impl Store {
     /// Applies what only the provider itself tells of the predecessor's objects.
     async fn mark(&self, objects: &mut BTreeMap<String, u64>) -> object_store::Result<()> {
         let Some(marks) = &self.marks else { return Ok(()) };
-        self.versions.lock().unwrap_or_else(PoisonError::into_inner).clear();
         let is_theirs = |name: &str| matches!(ObjectName::parse(name), Some(ObjectName::Gardener(_)));
         let any = objects.keys().any(|name| is_theirs(name));
         if !any && !marks.may_list_more() {
@@ -188,6 +187,7 @@ impl Store {
                 tracing::info!(name, "left out: it has the mark x-etcd-snapshot-exclude");
             }
         }
+        // At once, and only when all is known: somebody may read by what the listing before found.
         *self.versions.lock().unwrap_or_else(PoisonError::into_inner) = versions;
         Ok(())
     }
@@ -243,7 +243,11 @@ impl Store {
         match self.inner.put_opts(&self.path(name), payload, options).await {
             Ok(_) => Ok(()),
             Err(object_store::Error::AlreadyExists { path, source }) => {
-                let there = self.inner.get(&self.path(name)).await.map_err(self.fail("look at", &name))?;
+                let there = match self.inner.get(&self.path(name)).await {
+                    // Another conditional request for it was under way, perhaps our own earlier one.
+                    Err(object_store::Error::NotFound { .. }) => return Err(self.comes_and_goes(&name)),
+                    there => there.map_err(self.fail("look at", &name))?,
+                };
                 if there.meta.size == size as u64 {
                     let there = there.bytes().await.map_err(self.fail("look at", &name))?;
                     let mut rest = there.as_ref();
@@ -260,6 +264,12 @@ impl Store {
             }
             Err(source) => Err(self.fail("put", &name)(source)),
         }
+    }
+
+    /// What a store says exists, and does not have.
+    fn comes_and_goes(&self, name: &impl std::fmt::Display) -> Error {
+        let location = self.location(name);
+        Error::Unanswered { what: format!("{location}: the store says that it exists, and it is not there; try again") }
     }
 
     /// Writes the description of a timeline, which nobody else may have begun: otherwise an error of class
@@ -290,9 +300,9 @@ impl Store {
         match self.inner.put_opts(&self.path(name), content.clone().into(), options).await {
             Err(object_store::Error::AlreadyExists { .. }) => return Ok(true),
             Ok(_) => tokio::time::sleep(SETTLED_AFTER).await,
-            // Where nothing may be overwritten, it is not asked whether something is there.
-            Err(object_store::Error::PermissionDenied { .. }) => {}
-            Err(source) => return Err(self.fail("put", &name)(source)),
+            // Where nothing may be overwritten, it is not asked whether something is there. Other trouble passes, or the
+            // look that follows has it too.
+            Err(_) => {}
         }
         Ok(self.note(name).await?.as_ref() == Some(&content))
     }

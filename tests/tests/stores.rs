@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use etcd_client::Client;
 use tests::azurite::Azurite;
 use tests::etcd::Member;
 use tests::garage::Garage;
@@ -11,9 +12,18 @@ use tests::gcs::FakeGcs;
 use tests::google::Google;
 use tests::listing::{self, Listing};
 use tests::minio::Minio;
-use tests::proxy::{Fault, Message, Proxy};
+use tests::proxy::{Fault, Message, Proxy, forward};
 use tests::state;
 use tests::store::Store;
+
+/// Of 1 MB each. Random bytes do not compress.
+async fn write_blobs(client: &mut Client, blobs: u32) -> Result<()> {
+    for n in 0..blobs {
+        let value: Vec<u8> = (0..1_000_000).map(|_| rand::random()).collect();
+        client.put(format!("/blob/{n}"), value, None).await?;
+    }
+    Ok(())
+}
 
 /// A full of several parts, deltas, a listing, every byte of it read, and a restore.
 async fn keeps_backups(store: &Store, nowhere: &Store) -> Result<()> {
@@ -21,11 +31,7 @@ async fn keeps_backups(store: &Store, nowhere: &Store) -> Result<()> {
     let member = Member::single("3.6", &dir.path().join("data"))?;
     let mut etcd = member.start().await?;
     let mut client = etcd.client().await?;
-    // Random bytes do not compress.
-    for n in 0..25u32 {
-        let value: Vec<u8> = (0..1_000_000).map(|_| rand::random()).collect();
-        client.put(format!("/blob/{n}"), value, None).await?;
-    }
+    write_blobs(&mut client, 25).await?;
     store.once("full", &member).run().await?.expect(0)?;
     for n in 0..5u32 {
         client.put("x", n.to_string(), None).await?;
@@ -234,10 +240,7 @@ async fn one_request_goes_wrong(
     let member = Member::single("3.6", &dir.path().join("data"))?;
     let etcd = member.start().await?;
     let mut client = etcd.client().await?;
-    for n in 0..12u32 {
-        let value: Vec<u8> = (0..1_000_000).map(|_| rand::random()).collect();
-        client.put(format!("/blob/{n}"), value, None).await?;
-    }
+    write_blobs(&mut client, 12).await?;
     for (n, fault) in faults {
         let healthy = Store { url: format!("{}/{n}", healthy.url), ..healthy.clone() };
         let proxy = Proxy::before(port, Arc::new(move |at, _| if at == n { fault } else { Fault::None })).await?;
@@ -286,10 +289,7 @@ async fn one_request_of_upkeep_goes_wrong(fault: Fault, requests: impl Iterator<
     let etcd = member.start().await?;
     let mut client = etcd.client().await?;
     let original = minio.store("backups/original");
-    for n in 0..9u32 {
-        let value: Vec<u8> = (0..1_000_000).map(|_| rand::random()).collect();
-        client.put(format!("/blob/{n}"), value, None).await?;
-    }
+    write_blobs(&mut client, 9).await?;
     original.once("full", &member).run().await?.expect(0)?;
     for n in 0..3u32 {
         client.put("x", n.to_string(), None).await?;
@@ -394,10 +394,7 @@ async fn answers_that_end_an_upload_are_lost(healthy: &Store, port: u16) -> Resu
     let member = Member::single("3.6", &dir.path().join("data"))?;
     let etcd = member.start().await?;
     let mut client = etcd.client().await?;
-    for n in 0..12u32 {
-        let value: Vec<u8> = (0..1_000_000).map(|_| rand::random()).collect();
-        client.put(format!("/blob/{n}"), value, None).await?;
-    }
+    write_blobs(&mut client, 12).await?;
     let lost = Arc::new(Mutex::new(Vec::new()));
     let decide = {
         let lost = lost.clone();
@@ -437,6 +434,52 @@ async fn answers_that_end_an_upload_to_garage_are_lost() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let garage = Garage::start(&dir.path().join("garage"), "backups").await?;
     answers_that_end_an_upload_are_lost(&garage.store("backups"), garage.port()).await
+}
+
+/// Azure may answer that a copy has begun: what is copied from stays until it has ended, and one that fails is made again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_azure_takes_its_time() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let azurite = Azurite::start(&dir.path().join("log"), "backups").await?;
+    let healthy = azurite.store("backups");
+    let member = Member::single("3.6", &dir.path().join("data"))?;
+    let etcd = member.start().await?;
+    write_blobs(&mut etcd.client().await?, 12).await?;
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let serve = {
+        let (port, told) = (azurite.port(), told.clone());
+        move |request: Message| -> std::pin::Pin<Box<dyn Future<Output = Result<Message>> + Send>> {
+            let told = told.clone();
+            Box::pin(async move {
+                let mut answer = forward(port, &request).await?;
+                let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+                let copying = ["pending", "failed", "pending", "pending"];
+                if request.line.starts_with("HEAD ") && request.line.contains("/full/") {
+                    let asked = told.iter().filter(|line: &&String| line.starts_with("HEAD ")).count();
+                    if let Some(status) = copying.get(asked) {
+                        answer.headers.retain(|(name, _)| name != "x-ms-copy-status");
+                        answer.headers.push(("x-ms-copy-status".to_owned(), (*status).to_owned()));
+                    }
+                }
+                // What is deleted is in the body.
+                let is_delete = request.line.contains("comp=batch");
+                let is_look = request.line.starts_with("HEAD ") && request.line.contains("/full/");
+                if is_delete || is_look || request.header("x-ms-copy-source").is_some() {
+                    told.push(format!("{}{}", request.line, String::from_utf8_lossy(&request.body)));
+                }
+                Ok(answer)
+            })
+        }
+    };
+    let proxy = Proxy::start(Arc::new(serve), Arc::new(|_, _| Fault::None)).await?;
+    healthy.through(&proxy).once("full", &member).run().await?.expect(0)?;
+    let told = told.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let methods: Vec<_> = told.iter().filter_map(|line| line.split(' ').next()).collect();
+    // Of the second copy the last question is answered as Azurite does; then the staging copy goes.
+    let expected = ["PUT", "HEAD", "HEAD", "POST", "PUT", "HEAD", "HEAD", "HEAD", "POST"];
+    ensure!(methods == expected && !told[3].contains("uploading-") && told[8].contains("uploading-"), "{told:#?}");
+    healthy.command("verify").run().await?.expect(0)?;
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,14 +8,15 @@
 //! | Azure | that blob index tag |
 //! | Google | that custom metadata |
 //!
-//! None of this is in the protocol that the library of stores has for all, so these are requests of our own.
+//! None of this is in the protocol that the library of stores has for all, so these are requests of our own. So is whether
+//! Azure has ended a copy that it has begun.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
-use http::{Method, StatusCode};
+use http::{HeaderMap, Method, StatusCode};
 use object_store::aws::{AmazonS3, AwsAuthorizer};
 use object_store::azure::{AzureAuthorizer, MicrosoftAzure};
 use object_store::client::{HttpClient, HttpRequest, HttpRequestBody};
@@ -29,6 +30,11 @@ use url::Url;
 const EXCLUDE: &str = "x-etcd-snapshot-exclude";
 /// Requests for the tags of one object under way at once.
 const AT_ONCE: usize = 16;
+
+/// How often it is looked whether the store has copied,
+const COPY_PERIOD: Duration = Duration::from_secs(1);
+/// and how long.
+const MOST_COPYING: Duration = Duration::from_secs(3600);
 
 /// Asks a provider in its own protocol.
 #[derive(Debug)]
@@ -60,7 +66,7 @@ pub(super) struct Version {
 }
 
 enum Answer {
-    Told(Bytes),
+    Told(HeaderMap, Bytes),
     Refused(StatusCode),
 }
 
@@ -104,7 +110,7 @@ impl Marks {
             let mut url = address(store, path).await?;
             url.query_pairs_mut().append_pair("versionId", &version);
             match self.ask(Method::DELETE, &url).await? {
-                Answer::Told(_) | Answer::Refused(StatusCode::NOT_FOUND) => {}
+                Answer::Told(..) | Answer::Refused(StatusCode::NOT_FOUND) => {}
                 Answer::Refused(StatusCode::FORBIDDEN) => {
                     let source = format!("version {version} must not be deleted").into();
                     return Err(object_store::Error::PermissionDenied { path: path.to_string(), source });
@@ -115,6 +121,29 @@ impl Marks {
             }
         }
         Ok(())
+    }
+
+    /// Waits for a copy within the store, which on Azure may have only begun when it is answered; false when it ended without
+    /// success.
+    pub(super) async fn copied(&self, to: &Path) -> object_store::Result<bool> {
+        let Place::Azure { container, .. } = &self.place else { return Ok(true) };
+        let mut url = container.clone();
+        if let Ok(mut segments) = url.path_segments_mut() {
+            segments.extend(to.parts());
+        }
+        let begun = Instant::now();
+        while begun.elapsed() < MOST_COPYING {
+            let headers = match self.ask(Method::HEAD, &url).await? {
+                Answer::Told(headers, _) => headers,
+                Answer::Refused(status) => return Err(failed(format!("{status} to whether it is copied").into())),
+            };
+            match headers.get("x-ms-copy-status").map(http::HeaderValue::as_bytes) {
+                None | Some(b"success") => return Ok(true),
+                Some(b"pending") => tokio::time::sleep(COPY_PERIOD).await,
+                Some(_) => return Ok(false),
+            }
+        }
+        Err(failed(format!("the store has been copying it for {MOST_COPYING:?}").into()))
     }
 
     async fn look_at_pages(
@@ -132,8 +161,8 @@ impl Marks {
                 url.query_pairs_mut().append_pair(next, at);
             }
             let body = match self.ask(Method::GET, &url).await? {
-                Answer::Told(body) => body,
-                Answer::Refused(_) if at.is_none() => return Ok(None),
+                Answer::Told(_, body) => body,
+                Answer::Refused(status) if at.is_none() && is_not_told(status) => return Ok(None),
                 Answer::Refused(status) => return Err(broken_off(status)),
             };
             let page = parse(&body)?;
@@ -191,8 +220,8 @@ impl Marks {
                 }
             }
             let body = match self.ask(Method::GET, &url).await? {
-                Answer::Told(body) => body,
-                Answer::Refused(_) if at.is_none() => return Ok(false),
+                Answer::Told(_, body) => body,
+                Answer::Refused(status) if at.is_none() && is_not_told(status) => return Ok(false),
                 Answer::Refused(status) => return Err(broken_off(status)),
             };
             // A server that does not know the question may answer another.
@@ -220,7 +249,7 @@ impl Marks {
         let mut url = address(store, &Path::parse(&name)?).await?;
         url.query_pairs_mut().append_pair("tagging", "").append_pair("versionId", &version);
         match self.ask(Method::GET, &url).await? {
-            Answer::Told(body) => Ok(from_xml::<Tagging>(&body)?.set.excludes().then_some(name)),
+            Answer::Told(_, body) => Ok(from_xml::<Tagging>(&body)?.set.excludes().then_some(name)),
             Answer::Refused(StatusCode::NOT_FOUND) => Ok(None),
             Answer::Refused(status) => Err(failed(format!("{status} to the tags of {name}").into())),
         }
@@ -237,10 +266,13 @@ impl Marks {
             let failure = match self.http.execute(request).await {
                 Err(error) => error.into(),
                 Ok(response) => match response.status() {
-                    status if status.is_success() => match response.into_body().bytes().await {
-                        Ok(body) => return Ok(Answer::Told(body)),
-                        Err(error) => error.into(),
-                    },
+                    status if status.is_success() => {
+                        let headers = response.headers().clone();
+                        match response.into_body().bytes().await {
+                            Ok(body) => return Ok(Answer::Told(headers, body)),
+                            Err(error) => error.into(),
+                        }
+                    }
                     StatusCode::NOT_IMPLEMENTED => return Ok(Answer::Refused(StatusCode::NOT_IMPLEMENTED)),
                     status if status.is_server_error() || [408, 429].contains(&status.as_u16()) => {
                         format!("the store answers {status}").into()
@@ -282,6 +314,11 @@ async fn address(store: &AmazonS3, path: &Path) -> object_store::Result<Url> {
     let mut url = store.signed_url(Method::GET, path, Duration::from_secs(60)).await?;
     url.set_query(None);
     Ok(url)
+}
+
+/// What is answered by who does not know the question, or does not let us ask it; anything else may pass.
+fn is_not_told(status: StatusCode) -> bool {
+    [400, 403, 404, 405, 501].contains(&status.as_u16())
 }
 
 /// A listing that ends in the middle would hide what is excluded.

@@ -245,7 +245,10 @@ impl Place<'_> {
             account,
             container,
         });
-        self.with_marks(store, marks, &options)
+        let is_asked = marks.is_some();
+        let store = self.with_marks(store, marks, &options)?;
+        // Where it cannot be asked whether it has copied, it is not asked to.
+        Ok(if is_asked { store } else { Store { most_copied_bytes: 0, ..store } })
     }
 
     /// A provider's store, which is also asked in the provider's own protocol.

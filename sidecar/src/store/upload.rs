@@ -1,6 +1,6 @@
 //! Objects whose name is not known before their last byte.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use object_store::{CopyMode, CopyOptions, MultipartUpload, ObjectStore, ObjectStoreExt};
@@ -8,12 +8,17 @@ use tokio::task::JoinSet;
 
 use super::Store;
 use crate::catalog::ObjectName;
-use crate::{Class, Result};
+use crate::error::store_class;
+use crate::{Class, Error, Result};
 
 /// Parts of a multipart upload. At 10,000 parts, S3's limit, an object may have 80 GB.
 const PART_BYTES: usize = 8 << 20;
 /// Names tried for one object.
 const MOST_NAMES: i64 = 100;
+/// How long after a request an object may appear that it made,
+const LATE: Duration = Duration::from_secs(60);
+/// and how often it is looked.
+const LOOK_PERIOD: Duration = Duration::from_secs(2);
 /// How long cleaning up behind an upload that was given up may take.
 const ABORT_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -144,7 +149,7 @@ impl Upload {
         if let Some(parts) = &mut self.parts {
             // It stays at hand until it is done, so that one who gives up here can abort it.
             let completed = parts.complete().await;
-            self.store.unless_there(&staging, self.sent, completed, "complete upload of").await?;
+            self.store.see_to_it(&staging, self.sent, completed, "complete upload of").await?;
             self.parts = None;
             self.whole = true;
         }
@@ -153,24 +158,17 @@ impl Upload {
 
     async fn complete(&mut self, name: &ObjectName) -> Result<()> {
         self.complete_parts().await?;
-        let staging = self.staging.to_string();
-        let from = self.store.path(&staging);
-        if self.sent > self.store.most_copied_bytes {
-            self.store.copy_in_parts(&self.staging, name, self.sent).await?;
-        } else {
-            let to = self.store.path(&name.to_string());
-            let create = CopyOptions::new().with_mode(CopyMode::Create);
-            match self.store.inner.copy_opts(&from, &to, create).await {
-                // No conditional copy here. The name has the millisecond in it, so nobody else means the same one.
-                Err(object_store::Error::NotSupported { .. } | object_store::Error::NotImplemented { .. }) => {
-                    self.store.inner.copy(&from, &to).await.map_err(self.store.fail("name", name))?;
-                }
-                copied => self.store.unless_there(&name.to_string(), self.sent, copied, "name").await?,
+        // All of it is in the store; to read it from etcd again for the sake of a name would cost more.
+        match self.store.give_name(&self.staging, name, self.sent).await {
+            Err(error) if error.class() == Class::Transient => {
+                tracing::info!(%error, "the upload gets its name at the second attempt");
+                self.store.give_name(&self.staging, name, self.sent).await?;
             }
+            named => named?,
         }
-        // The object has its name; a staging copy that stays is removed by a later run.
-        if let Err(source) = self.store.inner.delete(&from).await {
-            tracing::warn!(object = %staging, error = %source, "leave the staging copy of an upload for a later run to remove");
+        // A staging copy that stays is removed by a later run.
+        if let Err(error) = self.store.delete(&self.staging).await {
+            tracing::warn!(%error, "leave the staging copy of an upload for a later run to remove");
         }
         Ok(())
     }
@@ -197,10 +195,33 @@ impl Store {
         Upload { store: self.clone(), staging, held: BytesMut::new(), parts: None, sent: 0, whole: false }
     }
 
-    /// What made an object may have failed by its answer alone, lost on the way: a server that is asked again says that the
-    /// object exists, or knows of no such upload. What is there then, of this size, is ours: its name has the millisecond
-    /// in it.
-    async fn unless_there(
+    /// Copies what is whole at a staging name to its own.
+    async fn give_name(&self, staging: &ObjectName, name: &ObjectName, size: u64) -> Result<()> {
+        if size > self.most_copied_bytes {
+            return self.copy_in_parts(staging, name, size).await;
+        }
+        let (from, to) = (self.path(&staging.to_string()), self.path(&name.to_string()));
+        match self.inner.copy_opts(&from, &to, CopyOptions::new().with_mode(CopyMode::Create)).await {
+            // No conditional copy here. The name has the millisecond in it, so nobody else means the same one.
+            Err(object_store::Error::NotSupported { .. } | object_store::Error::NotImplemented { .. }) => {
+                self.inner.copy(&from, &to).await.map_err(self.fail("name", name))?;
+            }
+            copied => self.see_to_it(&name.to_string(), size, copied, "name").await?,
+        }
+        let Some(marks) = &self.marks else { return Ok(()) };
+        if marks.copied(&to).await.map_err(self.fail("name", name))? {
+            return Ok(());
+        }
+        // What it began has the name.
+        self.delete(name).await?;
+        Err(Error::Unanswered { what: format!("{}: the store began to copy it and gave up", self.location(name)) })
+    }
+
+    /// What made an object may have failed by its answer alone, which was lost or late: a server that is asked again says that
+    /// the object exists, or knows of no such upload. What is there then, of this size, is ours: its name has the millisecond
+    /// in it. Otherwise what it failed with, as an error of class [`Transient`](Class::Transient) where nothing was refused
+    /// and making it again may help.
+    async fn see_to_it(
         &self,
         name: &str,
         size: u64,
@@ -208,12 +229,22 @@ impl Store {
         doing: &'static str,
     ) -> Result<()> {
         let Err(source) = made else { return Ok(()) };
-        match self.inner.head(&self.path(name)).await {
-            Ok(there) if there.size == size => {
-                tracing::debug!(object = name, error = %source, "it is there nevertheless");
-                Ok(())
+        let exists = matches!(source, object_store::Error::AlreadyExists { .. });
+        let may_be_late = exists || store_class(&source) == Class::Transient;
+        let asked = Instant::now();
+        loop {
+            match self.inner.head(&self.path(name)).await {
+                Ok(there) if there.size == size => {
+                    tracing::debug!(object = name, error = %source, "it is there nevertheless");
+                    return Ok(());
+                }
+                Err(object_store::Error::NotFound { .. }) if may_be_late && asked.elapsed() < LATE => {
+                    tokio::time::sleep(LOOK_PERIOD).await;
+                }
+                Err(object_store::Error::NotFound { .. }) if exists => return Err(self.comes_and_goes(&name)),
+                Err(object_store::Error::NotFound { .. }) | Ok(_) => return Err(self.fail(doing, &name)(source)),
+                Err(error) => return Err(self.fail("look at", &name)(error)),
             }
-            _ => Err(self.fail(doing, &name)(source)),
         }
     }
 
@@ -237,7 +268,7 @@ impl Store {
                 at = end;
             }
             let completed = parts.complete().await;
-            self.unless_there(&name, size, completed, "complete upload of").await
+            self.see_to_it(&name, size, completed, "complete upload of").await
         };
         let copied = copied.await;
         if copied.is_err() {
