@@ -80,6 +80,7 @@ impl Cause {
             (Live::Serves { us: Place::Alive, .. }, _) => Self::RunsElsewhere,
             (Live::Serves { us: Place::NotListed | Place::Added | Place::New, .. }, _) => Self::Removed,
             (Live::Serves { us: Place::Started, .. }, _) => sound.as_found(),
+            _ if sound.of_another.is_some() => Self::AnotherMember,
             (_, backups) if sound.foreign_to(backups).is_some() => Self::ForeignCluster,
             (_, Backups::Upto { last, .. }) if sound.reach() < *last && !sound.restored_since => Self::Behind,
             _ => sound.as_found(),
@@ -131,6 +132,8 @@ pub struct Sound {
     pub restored_since: bool,
     /// Voting members of its cluster, as its log says.
     pub voters: usize,
+    /// Another member of the same cluster, whose data it is.
+    pub of_another: Option<String>,
     /// How its rows differ from those that etcd had when it was backed up.
     pub differs: Option<Differs>,
 }
@@ -395,8 +398,7 @@ fn with_data(sound: &Sound, facts: &Facts) -> (Decision, String) {
         (Live::Serves { us: Place::Started, .. }, _) => return keep("; what it misses the other members have"),
         (Live::Serves { us: Place::Alive, .. }, _) => return is_alive(&sound_at),
         (Live::Serves { us: Place::Another, .. }, _) => {
-            let why = format!("{sound_at}, and is that of a member of another name: the volume is another's");
-            return (Decision::Refuse { may_pass: false }, why);
+            return swapped(&sound_at, "a member of another name");
         }
         (Live::Serves { .. }, _) => {
             return (
@@ -405,6 +407,9 @@ fn with_data(sound: &Sound, facts: &Facts) -> (Decision, String) {
             );
         }
         _ => {}
+    }
+    if let Some(other) = &sound.of_another {
+        return swapped(&sound_at, &format!("member {other}"));
     }
     if let Some(theirs) = sound.foreign_to(&facts.backups) {
         return foreign(&sound_at, sound.cluster_id, "the backups are", theirs);
@@ -451,6 +456,11 @@ fn without_data(what: &str, facts: &Facts, may_start_empty: bool) -> (Decision, 
             refuse(false, "there is nothing to restore; move the data away, or allow to start empty")
         }
     }
+}
+
+fn swapped(what: &str, whose: &str) -> (Decision, String) {
+    let why = format!("{what}, and is that of {whose}: the volume is another's; give each member its own");
+    (Decision::Refuse { may_pass: false }, why)
 }
 
 fn foreign(what: &str, ours: u64, whose: &str, theirs: u64) -> (Decision, String) {

@@ -57,7 +57,7 @@ pub async fn look_into(member: &Member, store: Option<&Store>) -> Result<(Data, 
     let answers = answers(store).await;
     let verdict = check(&member.data_dir, &answers).await?;
     let schema = verdict.as_ref().and_then(|verdict| verdict.summary.as_ref()).and_then(|summary| summary.schema);
-    let (mut data, mut backups) = (data_in(verdict.as_ref()), Backups::NotConfigured);
+    let (mut data, mut backups) = (data_in(verdict.as_ref(), member), Backups::NotConfigured);
     if let Some(store) = store {
         // What is wrong with them others say.
         backups = look_at(store, member, &mut data, verdict.as_ref(), &answers).await.unwrap_or(backups);
@@ -66,9 +66,9 @@ pub async fn look_into(member: &Member, store: Option<&Store>) -> Result<(Data, 
     Ok((data, backups, schema))
 }
 
-fn data_in(verdict: Option<&Verdict>) -> Data {
+fn data_in(verdict: Option<&Verdict>, member: &Member) -> Data {
     match verdict {
-        Some(verdict) if !verdict.never_ran => data_of(verdict),
+        Some(verdict) if !verdict.never_ran => data_of(verdict, member),
         _ => Data::Absent,
     }
 }
@@ -140,7 +140,7 @@ pub(super) async fn observe(
 ) -> (Facts, Option<Serving>, bool) {
     let member = &settings.member;
     let verdict = checked.verdict.as_ref();
-    let mut data = data_in(verdict);
+    let mut data = data_in(verdict, member);
     let replicas = member.cluster.members().len();
     let (live, serving) = match &settings.others {
         None => (Live::Nobody, None),
@@ -192,7 +192,7 @@ pub(super) async fn observe(
 }
 
 /// What a check found, in the terms of the decision.
-fn data_of(verdict: &Verdict) -> Data {
+fn data_of(verdict: &Verdict, member: &Member) -> Data {
     let of = |wanted| verdict.findings.iter().filter(move |finding| finding.severity == wanted);
     let evidence = |wanted| {
         let texts: Vec<_> =
@@ -220,10 +220,17 @@ fn data_of(verdict: &Verdict) -> Data {
                 repairs: (severity == Some(Severity::Repairable)).then(|| evidence(Severity::Repairable)),
                 restored_since: false,
                 voters: voters_of(verdict),
+                of_another: of_another(verdict, member),
                 differs: None,
             })
         }
     }
+}
+
+/// The member of the configured cluster whose data it is, where that is not ours. One that was renamed has no such name.
+fn of_another(verdict: &Verdict, member: &Member) -> Option<String> {
+    let name = verdict.name.as_ref().filter(|name| **name != member.name)?;
+    member.cluster.members().iter().any(|configured| configured.name == *name).then(|| name.clone())
 }
 
 /// Voting members of the cluster; one where nothing says so.

@@ -493,6 +493,24 @@ async fn a_volume_that_is_anothers_is_refused() -> Result<()> {
     std::fs::remove_dir_all(data)?;
     tests::succeed(tokio::process::Command::new("cp").arg("-r").arg(&saved).arg(data)).await?;
     cluster.joins(2, &before).await?;
+    // All are down, and two volumes are swapped: nobody serves who could tell.
+    for member in 0..3 {
+        cluster.stop(member).await?;
+    }
+    let swap = |cluster: &Cluster| -> Result<()> {
+        let [a, b] = [0, 1].map(|member: usize| cluster.pods[member].member.data_dir.clone());
+        std::fs::rename(&a, dir.path().join("swapped"))?;
+        std::fs::rename(&b, &a)?;
+        Ok(std::fs::rename(dir.path().join("swapped"), &b)?)
+    };
+    swap(&cluster)?;
+    for (member, other) in [(0, "b"), (1, "a")] {
+        let refused = cluster.pods[member].launch()?.run().await?.expect(12)?;
+        refused.says(&format!("is that of member {other}"))?;
+    }
+    swap(&cluster)?;
+    cluster.launch_all().await?;
+    state::same(&before, &state::read(&mut cluster.client(0).await?).await?)?;
     cluster.stop_all().await
 }
 

@@ -92,6 +92,8 @@ pub struct Verdict {
     pub summary: Option<Summary>,
     /// Whose directory it is, as the log says.
     pub member: Option<(MemberId, ClusterId)>,
+    /// What that member is called, where the database says so; 3.4 keeps that elsewhere.
+    pub name: Option<String>,
     /// Raft term and commit index, as the log says.
     pub raft: Option<(u64, u64)>,
     /// Entries of the log that the database lacks and that may make a revision.
@@ -646,7 +648,10 @@ fn verify_members<R: ReadAt>(
     if summary.schema == Some(Minor::V3_4) || expected.is_empty() {
         return Ok(());
     }
-    let recorded: BTreeSet<u64> = membership::read_members(db)?.iter().map(|member| member.id.0).collect();
+    let members = membership::read_members(db)?;
+    let recorded: BTreeSet<u64> = members.iter().map(|member| member.id.0).collect();
+    let ours = members.into_iter().find(|member| member.id.0 == local);
+    verdict.name = ours.map(|ours| ours.name).filter(|name| !name.is_empty());
     let configured: BTreeSet<u64> = conf_state.voters.iter().chain(&conf_state.learners).copied().collect();
     for id in expected.difference(&recorded) {
         // An addition that etcd refused when it applied the entry stays in the log.

@@ -5,8 +5,14 @@ use super::*;
 const OURS: u64 = 7;
 
 fn sound(revision: i64, unapplied: u64) -> Data {
-    let (cluster_id, repairs, restored_since, voters, differs) = (OURS, None, false, 1, None);
-    Data::Sound(Sound { cluster_id, revision, unapplied, repairs, restored_since, voters, differs })
+    let (cluster_id, repairs, restored_since, voters, of_another, differs) = (OURS, None, false, 1, None, None);
+    Data::Sound(Sound { cluster_id, revision, unapplied, repairs, restored_since, voters, of_another, differs })
+}
+
+/// The volume of another member.
+fn of_b() -> Data {
+    let Data::Sound(sound) = sound(5, 0) else { unreachable!() };
+    Data::Sound(Sound { of_another: Some("b".into()), ..sound })
 }
 
 fn upto(last: i64) -> Backups {
@@ -149,6 +155,12 @@ fn every_case_of_several_is_decided() {
         (only_here(), upto(8), Live::Nobody, 3, wait),
         (only_here(), upto(8), started, 0, join),
     ];
+    for (live, expected) in
+        [(Live::Nobody, NEVER), (friends, NEVER), (strangers, NEVER), (serves(Place::NotListed), join)]
+    {
+        cases.push((of_b(), upto(5), live, 0, expected));
+        cases.push((of_b(), Backups::NotConfigured, live, 0, expected));
+    }
     for lost in [Data::Absent, damaged()] {
         cases.extend([
             (lost.clone(), unknown(), Live::Nobody, 3, LATER),
@@ -275,6 +287,7 @@ fn each_thing_that_is_found_has_its_own_name() {
         (with(|sound| sound.cluster_id = 99), upto(5), Live::Nobody, Cause::ForeignCluster),
         (sound(5, 0), upto(5), Live::Serves { cluster_id: 99, us: Place::Started }, Cause::ForeignCluster),
         (sound(5, 0), upto(5), serves(Place::Another), Cause::AnotherMember),
+        (of_b(), upto(5), Live::Nobody, Cause::AnotherMember),
         (sound(5, 0), upto(5), serves(Place::NotListed), Cause::Removed),
         (sound(5, 0), upto(5), serves(Place::Alive), Cause::RunsElsewhere),
         (damaged(), upto(5), Live::Nobody, Cause::Damaged(Part::Database)),
