@@ -83,6 +83,9 @@ pub async fn compact(store: &Store, settings: &Settings, stop: &CancellationToke
             hash_compared: false,
         });
     }
+    let now_ms = Utc::now().timestamp_millis();
+    let staging = ObjectName::Uploading { timeline, unix_ms: now_ms, random: rand::random() };
+    check_unchanged(store, &catalog, timeline, staging).await?;
     let layout = if timeline == PREDECESSOR { Layout::GardenerV2 } else { Layout::Steward };
     // It has the state of that time, whenever it is made, which `restore --time` and retention go by; and it sorts after what
     // it is made of.
@@ -100,8 +103,6 @@ pub async fn compact(store: &Store, settings: &Settings, stop: &CancellationToke
     };
     let work_dir = settings.work_dir.clone();
     let merging = tokio::task::spawn_blocking(move || merge.run(received, &work_dir, &compressed));
-    let now_ms = Utc::now().timestamp_millis();
-    let staging = ObjectName::Uploading { timeline, unix_ms: now_ms, random: rand::random() };
     let mut upload = store.upload(staging);
     let uploaded = async {
         let mut sent = Sha256::new();

@@ -30,6 +30,8 @@ use crate::{Error, Result};
 pub(super) const PERIOD: Duration = Duration::from_secs(3);
 /// Who has not said anything for so long may have ended.
 const FRESH: Duration = Duration::from_secs(15);
+/// So many reports that could not be deleted are tried again.
+const MOST_LEFT: usize = 8;
 /// Between two reports where the ones before cannot be deleted.
 const SELDOM: Duration = Duration::from_secs(10);
 
@@ -45,7 +47,7 @@ struct Restorer {
 }
 
 /// What a member without data knows of the others.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Recovery {
     member: String,
     others: Vec<String>,
@@ -56,8 +58,8 @@ pub(super) struct Recovery {
     due: Option<Instant>,
     /// How long a look at the others took: what it finds is as old as that.
     looking: Duration,
-    /// Whether reports stay for ever: where nothing may be deleted.
-    stay: bool,
+    /// Reports that could not be deleted yet; where nothing may be, the newest of them.
+    left: Vec<String>,
     /// What each of the others has said, and when more of it was seen.
     seen: BTreeMap<String, (BTreeSet<String>, Option<Instant>)>,
 }
@@ -68,7 +70,7 @@ impl Recovery {
         let others = members.filter(|other| other != member).collect();
         let run = format!("{}-{}", std::process::id(), chrono::Utc::now().timestamp_micros());
         let (looking, seen) = (Duration::ZERO, BTreeMap::new());
-        Self { member: member.to_owned(), others, run, beats: 0, due: None, looking, stay: false, seen }
+        Self { member: member.to_owned(), others, run, beats: 0, due: None, looking, left: Vec::new(), seen }
     }
 
     /// Says that ours has no data; how many members, ours among them, are seen to say so.
@@ -78,13 +80,10 @@ impl Recovery {
             let before = self.beat();
             self.beats += 1;
             store.create_note(&self.beat(), Bytes::from_static(REPORT.as_bytes())).await?;
-            if self.beats > 1
-                && let Err(error) = store.remove_note(&before).await
-                && !std::mem::replace(&mut self.stay, true)
-            {
-                tracing::warn!(%error, "reports of lost data cannot be deleted and pile up in the store, if slowly");
+            if self.beats > 1 {
+                self.take_back(store, before).await;
             }
-            self.due = Some(started + if self.stay { SELDOM } else { PERIOD });
+            self.due = Some(started + if self.left.is_empty() { PERIOD } else { SELDOM });
         }
         for other in &self.others {
             let said = store.notes(&lost(other)).await?;
@@ -92,6 +91,23 @@ impl Recovery {
         }
         self.looking = started.elapsed();
         Ok(1 + self.fresh(Instant::now()))
+    }
+
+    /// Deletes a report, and those that could not be deleted before.
+    async fn take_back(&mut self, store: &Store, report: String) {
+        let had_left = !self.left.is_empty();
+        let mut failed = None;
+        for report in std::mem::take(&mut self.left).into_iter().chain([report]) {
+            if let Err(error) = store.remove_note(&report).await {
+                failed = Some(error);
+                self.left.push(report);
+            }
+        }
+        if let Some(error) = failed.filter(|_| !had_left) {
+            tracing::warn!(%error, "reports of lost data cannot be deleted and pile up in the store, if slowly");
+        }
+        let too_many = self.left.len().saturating_sub(MOST_LEFT);
+        drop(self.left.drain(..too_many));
     }
 
     /// Lets the others, all of whom were seen to have lost their data, begin anew.
@@ -130,7 +146,9 @@ impl Recovery {
             return Ok(None);
         }
         let location = store.location(&name);
-        let there = store.note(&name).await?.unwrap_or_default();
+        let gone =
+            || Error::Unanswered { what: format!("{location}: who was to restore has given up; it is asked again") };
+        let there = store.note(&name).await?.ok_or_else(gone)?;
         let there: Restorer = serde_json::from_slice(&there)
             .map_err(|error| Error::corrupt(format!("{location}: it does not say who restores: {error}")))?;
         let is_one_of_us = self.others.contains(&there.member);
@@ -147,11 +165,12 @@ impl Recovery {
     }
 
     /// Takes back what ours said.
-    pub(super) async fn end(self, store: &Store) {
+    pub(super) async fn end(mut self, store: &Store) {
         if self.beats == 0 {
             return;
         }
-        for note in [self.beat(), begins(&self.member, &self.run)] {
+        let last = [self.beat(), begins(&self.member, &self.run)];
+        for note in std::mem::take(&mut self.left).into_iter().chain(last) {
             if let Err(error) = store.remove_note(&note).await {
                 tracing::debug!(%error, note, "what was said of lost data is not taken back");
             }

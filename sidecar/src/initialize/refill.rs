@@ -7,7 +7,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::decision::{Decision, Live};
 use super::recovery::Recovery;
-use super::{Outcome, Settings, Step, aside, cluster};
+use super::{Outcome, Settings, Step, cluster};
+use crate::catalog::Timeline;
 use crate::restore::{self, Choice, Far, Plan, Progress, Source, Target};
 use crate::store::Store;
 use crate::{Class, Error, Result};
@@ -30,12 +31,18 @@ impl Refill<'_> {
         }
     }
 
-    /// Asked in the last moment before what was restored is put in its place: it took a while, and somebody may have brought
-    /// the others back.
-    fn still_alone(&self) -> impl FnOnce() -> Result<()> + Send + 'static {
+    /// Asked in the last moment before what was restored is put in its place: it took a while. Somebody may have brought the
+    /// others back; and a store that ignores conditions may have let another one claim the restore too.
+    fn still_alone(&self, claim: Option<(Recovery, Timeline)>) -> impl FnOnce() -> Result<()> + Send + 'static {
         let (others, member) = (self.settings.others.clone(), self.settings.member.clone());
-        let runtime = tokio::runtime::Handle::current();
+        let (store, runtime) = (self.store.clone(), tokio::runtime::Handle::current());
         move || {
+            if let Some((recovery, timeline)) = claim
+                && let Some(restorer) = runtime.block_on(recovery.begin(&store, timeline))?
+            {
+                let what = format!("{restorer} restores the cluster, too; nothing is put in place");
+                return Err(Error::Unanswered { what });
+            }
             let Some(others) = others else { return Ok(()) };
             match runtime.block_on(cluster::look(&others, &member, None)).0 {
                 Live::Nobody => Ok(()),
@@ -87,23 +94,14 @@ impl Refill<'_> {
             bump_revision: 0,
             replace: true,
         };
-        let admit = self.still_alone();
+        let admit = self.still_alone(claimed.map(|timeline| (recovery.clone(), timeline)));
         let restored = restore::execute(plan, Some(self.store.clone()), self.stop.clone(), self.watch(), admit).await;
-        let restored = match (restored, claimed) {
-            (Ok(restored), Some(timeline)) => {
-                // A store that ignores conditions may have let another in.
-                if let Some(restorer) = recovery.begin(self.store, timeline).await? {
-                    aside::move_member(&member.data_dir)?;
-                    return Ok(Err(restorer));
-                }
-                restored
-            }
-            (Err(error), Some(timeline)) if !matches!(error.class(), Class::Transient | Class::Cancelled) => {
-                recovery.give_up(self.store, timeline).await;
-                return Err(error);
-            }
-            (restored, _) => restored?,
-        };
+        if let (Err(error), Some(timeline)) = (&restored, claimed)
+            && !matches!(error.class(), Class::Transient | Class::Cancelled)
+        {
+            recovery.give_up(self.store, timeline).await;
+        }
+        let restored = restored?;
         Ok(Ok(Outcome { revision: restored.revision, moved_to: restored.replaced.into_iter().next(), ..outcome }))
     }
 }

@@ -402,7 +402,10 @@ impl Session<'_> {
             self.find_chain().await.map(Some)
         };
         let found = found.await;
-        self.is_anothers = matches!(found, Ok(Some(Found::Anothers(_))));
+        // A look that fails says nothing of whose it is.
+        if let Ok(found) = &found {
+            self.is_anothers = matches!(found, Some(Found::Anothers(_)));
+        }
         match found {
             Ok(None) => Ok(()),
             Ok(Some(Found::Chain(chain))) => {

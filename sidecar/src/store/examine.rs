@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use chrono::Utc;
+use chrono::{DateTime, TimeDelta, Utc};
 use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
 
 use super::Store;
@@ -17,6 +17,13 @@ const MOST_SKEW: Duration = Duration::from_secs(30);
 const LIST_LIMIT: Duration = Duration::from_secs(10);
 /// Larger than one part of an upload.
 const LARGE_BYTES: usize = 9 << 20;
+
+/// How far this machine is ahead of a store that says when an object was put, which was at some time between these two: a put
+/// may take its time.
+fn skew((earliest, latest): (DateTime<Utc>, DateTime<Utc>), stamped: DateTime<Utc>) -> TimeDelta {
+    earliest.signed_duration_since(stamped).max(TimeDelta::zero())
+        + latest.signed_duration_since(stamped).min(TimeDelta::zero())
+}
 
 impl Store {
     /// Tries everything that backups need, with objects that are named like uploads under way: a `gc` removes what is left
@@ -32,10 +39,11 @@ impl Store {
         let name = |random| ObjectName::Uploading { timeline: 0, unix_ms: Utc::now().timestamp_millis(), random };
         let (small, large) = (name(rand::random()), name(rand::random()));
         let content = Bytes::from_static(b"sidecar doctor");
+        let put_at = Utc::now();
         match self.put_new(&small, std::slice::from_ref(&content)).await {
             Ok(()) => {
                 say(Health::Good, "put", "an object can be written".into());
-                self.examine_small(&small, &content, &mut say).await;
+                self.examine_small((&small, put_at), &content, &mut say).await;
                 self.examine_large(&large, &mut say).await;
                 let gone = async {
                     self.delete(&small).await?;
@@ -60,7 +68,7 @@ impl Store {
 
     async fn examine_small(
         &self,
-        name: &ObjectName,
+        (name, put_at): (&ObjectName, DateTime<Utc>),
         content: &Bytes,
         say: &mut impl FnMut(Health, &'static str, String),
     ) {
@@ -91,7 +99,7 @@ impl Store {
         }
         match self.inner.head(&path).await {
             Ok(head) => {
-                let skew = Utc::now().signed_duration_since(head.last_modified);
+                let skew = skew((put_at, Utc::now()), head.last_modified);
                 let off = skew.abs().to_std().unwrap_or_default();
                 let seconds = skew.num_seconds();
                 if off <= MOST_SKEW {
@@ -180,5 +188,13 @@ mod tests {
         let catalog = store.catalog().await?;
         assert!(catalog.uploading.is_empty() && catalog.foreign.is_empty());
         Ok(())
+    }
+
+    #[test]
+    fn a_slow_put_is_no_wrong_clock() {
+        let at = |seconds| DateTime::from_timestamp(seconds, 0).unwrap_or_default();
+        for (stamped, ahead) in [(100, 0), (130, 0), (160, 0), (40, 60), (200, -40)] {
+            assert_eq!(skew((at(100), at(160)), at(stamped)).num_seconds(), ahead, "{stamped}");
+        }
     }
 }

@@ -19,7 +19,7 @@ const MOST_BEHIND: u64 = 5_000;
 /// Less than that is not worth an interruption out of turn.
 const LEAST_URGENT_BYTES: i64 = 64 << 20;
 
-/// Defragments the member that `etcd` is of. `quiet` is held: nothing is read from its database at length meanwhile.
+/// Defragments the member that `etcd` is of. `quiet` is held: no full snapshot is read from the leader meanwhile.
 pub(super) async fn this_member(etcd: &mut Etcd, status: &Status, quiet: &Mutex<()>) -> Result<Sizes> {
     // First: handing leadership over would end the full snapshot that holds it.
     let _quiet = quiet.lock().await;
@@ -43,8 +43,15 @@ pub(super) async fn hand_over(etcd: &mut Etcd, status: &Status) -> Result<Option
     let mut last = Ok(None);
     for other in others {
         last = etcd.move_leader(other.id).await.map(|()| Some(other.id));
-        if last.is_ok() {
-            tracing::info!(to = format!("{:x}", other.id), name = other.name, "leadership is handed over");
+        // The answer may have been lost; and whoever leads by now, it is not this one.
+        if last.is_err()
+            && let Ok(now) = etcd.status().await
+            && ![0, status.member_id].contains(&now.leader_id)
+        {
+            last = Ok(Some(now.leader_id));
+        }
+        if let Ok(Some(to)) = last {
+            tracing::info!(to = format!("{to:x}"), "leadership is handed over");
             break;
         }
     }
@@ -142,8 +149,8 @@ pub(super) async fn cluster(
             continue;
         }
         let is_last = status.role == Role::Leader;
-        let (others, started) = (Mutex::default(), Instant::now());
-        let defragmented = this_member(&mut etcd, &status, if is_last { quiet } else { &others }).await;
+        let started = Instant::now();
+        let defragmented = this_member(&mut etcd, &status, quiet).await;
         metrics.defragmented(etcd.endpoint(), defragmented.is_ok(), started.elapsed());
         done.push(defragmented?);
         if is_last {

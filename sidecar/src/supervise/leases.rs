@@ -19,6 +19,8 @@ const TLS_ENABLED: &str = "member.etcd.gardener.cloud/tls-enabled";
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 /// How often it is looked whether there are new backups.
 const LOOK_PERIOD: Duration = Duration::from_secs(1);
+/// How often a lease that somebody else writes at the same time is read again.
+const MOST_ATTEMPTS: u32 = 3;
 /// Between two tries to write what could not be written.
 const RETRY_PERIOD: Duration = Duration::from_secs(10);
 
@@ -65,8 +67,11 @@ async fn beat(supervisor: &Supervisor, leases: &Leases) {
     loop {
         tick.tick().await;
         let observed = supervisor.observed();
-        // What cannot be asked is not known to live: its lease runs out.
+        // What cannot be asked, or knows no leader, is not known to live: its lease runs out.
         let (Some(role), Some(status)) = (observed.role, &observed.status) else { continue };
+        if status.leader_id == 0 {
+            continue;
+        }
         let written = writer.write(&member.name, &heartbeat(role, status, is_tls, Utc::now())).await;
         writer.tell(&member.name, &written);
     }
@@ -133,11 +138,11 @@ fn heartbeat(role: Role, status: &Status, is_tls: bool, at: DateTime<Utc>) -> Va
     patch
 }
 
-/// Whether a lease has a later revision. One that was also taken before is of what was there before a restore.
+/// Whether a lease has a later revision. One that is known to have been taken before is of what was there before a restore.
 fn is_newer(spec: &LeaseSpec, revision: i64, taken: DateTime<Utc>) -> bool {
     let held = spec.holder_identity.as_ref().and_then(|held| held.parse::<i64>().ok());
     let renewed_ms = spec.renew_time.as_ref().map(|time| time.0.as_millisecond());
-    held.is_some_and(|held| held > revision) && renewed_ms.is_some_and(|renewed| renewed >= taken.timestamp_millis())
+    held.is_some_and(|held| held > revision) && renewed_ms.is_none_or(|renewed| renewed >= taken.timestamp_millis())
 }
 
 /// What a delta's lease is to have: the last revision, and when it was seen that the store has all.
@@ -180,33 +185,34 @@ impl<'l> Writer<'l> {
         call("renew the lease", name, api.patch(name, &PatchParams::default(), &Patch::Merge(patch))).await.map(drop)
     }
 
-    /// Writes a full snapshot's, unless the lease has a newer one. Somebody else may write it at the same time.
+    /// Writes a full snapshot's, unless the lease has a newer one.
     async fn raise(&mut self, name: &str, (revision, unix_ms): (i64, i64)) -> Result<()> {
+        let taken = DateTime::from_timestamp_millis(unix_ms).unwrap_or_default();
+        self.change(name, |spec| (!is_newer(spec, revision, taken)).then(|| held(&revision.to_string(), taken))).await
+    }
+
+    /// Writes a delta's. Where there is none since the full snapshot, it keeps the revision that it has.
+    async fn follow(&mut self, name: &str, delta: Option<(i64, i64)>) -> Result<()> {
+        self.change(name, |spec| Some(of_delta(spec, delta, Utc::now()))).await
+    }
+
+    /// Writes what follows from what is there, unless it is nothing. Somebody else may write it at the same time, and what was
+    /// sent earlier may arrive later.
+    async fn change(&mut self, name: &str, decide: impl Fn(&LeaseSpec) -> Option<Value>) -> Result<()> {
         let api = self.api().await?;
+        let mut attempt = 1;
         loop {
             let lease = call("read the lease", name, api.get(name)).await?;
-            let taken = DateTime::from_timestamp_millis(unix_ms).unwrap_or_default();
-            if lease.spec.as_ref().is_some_and(|spec| is_newer(spec, revision, taken)) {
-                return Ok(());
-            }
-            let mut patch = held(&revision.to_string(), taken);
+            let Some(mut patch) = decide(&lease.spec.unwrap_or_default()) else { return Ok(()) };
             patch["metadata"] = json!({"resourceVersion": lease.metadata.resource_version});
             let patched = tokio::time::timeout(CALL_DEADLINE, async {
                 api.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await
             });
             match patched.await {
-                Ok(Err(kube::Error::Api(status))) if status.code == 409 => {}
+                Ok(Err(kube::Error::Api(status))) if status.code == 409 && attempt < MOST_ATTEMPTS => attempt += 1,
                 patched => return answered("renew the lease", name, patched).map(drop),
             }
         }
-    }
-
-    /// Writes a delta's. Where there is none since the full snapshot, it keeps the revision that it has.
-    async fn follow(&mut self, name: &str, delta: Option<(i64, i64)>) -> Result<()> {
-        let api = self.api().await?;
-        let lease = call("read the lease", name, api.get(name)).await?;
-        let patch = of_delta(&lease.spec.unwrap_or_default(), delta, Utc::now());
-        self.write(name, &patch).await
     }
 
     fn tell(&mut self, name: &str, written: &Result<()>) {
@@ -249,6 +255,8 @@ mod tests {
         assert!(!is_newer(&spec("9", 100), 5, at(200)), "a restored cluster begins below what was before");
         assert!(!is_newer(&spec("5", 100), 5, at(50)) && !is_newer(&LeaseSpec::default(), 5, at(1)));
         assert!(!is_newer(&spec("etcd-main-0", 100), 5, at(50)));
+        let undated = LeaseSpec { holder_identity: Some("9".into()), ..LeaseSpec::default() };
+        assert!(is_newer(&undated, 5, at(200)) && !is_newer(&undated, 12, at(200)));
     }
 
     #[test]

@@ -72,8 +72,15 @@ impl Gone {
                 let started = Instant::now();
                 let removed = etcd.remove_member(member.id).await;
                 settings.metrics.member_removed(removed.is_ok(), started.elapsed());
-                removed?;
-                tracing::warn!(name = member.name, "a member that is not configured and not reached is removed");
+                // A cluster refuses it while too few of the others run; it is asked again at the next look.
+                match removed {
+                    Ok(()) => {
+                        tracing::warn!(name = member.name, "a member that nobody configures or reaches is removed");
+                    }
+                    Err(error) => {
+                        tracing::warn!(name = member.name, %error, "a member that is gone is not removed yet");
+                    }
+                }
             }
         }
         Ok(())

@@ -281,7 +281,10 @@ impl Supervisor {
         let settings = compact::Settings { timeline: None, discard_history, work_dir: work_dir.to_owned() };
         let stop = self.stop.child_token();
         let _gone = stop.clone().drop_guard();
-        let compacted = compact::compact(&self.in_the_background(store), &settings, &stop).await?;
+        let store = self.in_the_background(store);
+        // A task of its own: who asked for it may go away, and what it has uploaded is then to be removed.
+        let merging = self.tasks.spawn(async move { compact::compact(&store, &settings, &stop).await });
+        let compacted = merging.await.map_err(|error| Error::task(&error))??;
         tracing::info!(object = compacted.object, revision = compacted.revision, "deltas are merged");
         Ok(compacted)
     }
@@ -345,7 +348,10 @@ impl Supervisor {
         let mut done = Vec::new();
         for member in etcd.members().await?.into_iter().filter(|member| member.id != status.member_id) {
             let flags = EtcdFlags { endpoints: member.client_urls.clone(), ..self.settings.etcd.clone() };
-            let defragmented = async { Etcd::connect(&flags).await?.0.defragment().await };
+            let defragmented = async {
+                let _quiet = self.settings.quiet.lock().await;
+                Etcd::connect(&flags).await?.0.defragment().await
+            };
             match defragmented.await {
                 Ok(()) => done.push(member.id),
                 Err(error) => tracing::warn!(%error, name = member.name, "a member is not defragmented"),
