@@ -41,7 +41,7 @@ pub enum Error {
 
 /// Every field, as `--set` names it. The environment has each as `SIDECAR_` and its path in capitals, such as
 /// `SIDECAR_SNAPSHOTS_DELTA_PERIOD`.
-pub const FIELDS: [&str; 41] = [
+pub const FIELDS: [&str; 42] = [
     "member.etcdConfig",
     "etcd.endpoints",
     "etcd.clusterEndpoints",
@@ -78,6 +78,7 @@ pub const FIELDS: [&str; 41] = [
     "server.peers.key",
     "server.insecure",
     "server.etcdWrapper",
+    "server.openSnapshots",
     "safety.mayStartEmpty",
     "kubernetes.namespace",
     "kubernetes.heartbeatPeriod",
@@ -478,11 +479,20 @@ pub struct Server {
     pub insecure: bool,
     /// Answer gardener/etcd-wrapper over HTTP, without a client's certificate, which it has not.
     pub etcd_wrapper: bool,
+    /// Take snapshots for whoever asks at `/snapshot/…`, as Gardener and etcd-druid do, without a client's certificate.
+    pub open_snapshots: bool,
 }
 
 impl Default for Server {
     fn default() -> Self {
-        Self { listen: "127.0.0.1:8080".to_owned(), tls: None, peers: None, insecure: false, etcd_wrapper: false }
+        Self {
+            listen: "127.0.0.1:8080".to_owned(),
+            tls: None,
+            peers: None,
+            insecure: false,
+            etcd_wrapper: false,
+            open_snapshots: false,
+        }
     }
 }
 
@@ -687,6 +697,7 @@ mod tests {
                 _ if field.ends_with("nsecure")
                     || field.ends_with("Empty")
                     || field.ends_with("Wrapper")
+                    || field.ends_with("openSnapshots")
                     || field.ends_with("Space") =>
                 {
                     "true"

@@ -1,12 +1,13 @@
 //! Calling a sidecar.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use proto::sidecar::sidecar_client::SidecarClient;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
-use crate::{Error, Result, small_file};
+use crate::rotation::{Pems, Rotating};
+use crate::{Error, Result};
 
 /// For a connection, and again for the handshake on it.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
@@ -26,6 +27,9 @@ pub struct ApiFlags {
     /// Key of the client certificate.
     #[arg(long, env = "SIDECAR_KEY", value_name = "FILE", requires = "cert")]
     pub key: Option<PathBuf>,
+    /// What the files had when they could be used.
+    #[arg(skip)]
+    pub(crate) rotating: Rotating<ClientTlsConfig>,
 }
 
 impl ApiFlags {
@@ -38,16 +42,13 @@ impl ApiFlags {
         if !self.sidecar.starts_with("https://") {
             return Ok(endpoint);
         }
-        let read = |path: &Path| small_file::read(path).map_err(Error::io("read the certificate", path.display()));
-        // A connection's own deadline is over when the handshake begins.
-        let tls = ClientTlsConfig::new().timeout(CONNECT_DEADLINE);
-        let mut tls = match &self.cacert {
-            Some(path) => tls.ca_certificate(Certificate::from_pem(read(path)?)),
-            None => tls.with_native_roots(),
+        let read = || Pems::read(self.cacert.as_ref(), self.cert.as_ref(), self.key.as_ref());
+        let make = |pems: &Pems| {
+            // A connection's own deadline is over when the handshake begins.
+            let tls = client_tls(pems, CONNECT_DEADLINE, true);
+            endpoint.clone().tls_config(tls.clone()).map(|_| tls).map_err(bad)
         };
-        if let (Some(cert), Some(key)) = (&self.cert, &self.key) {
-            tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
-        }
+        let tls = self.rotating.newest("to call sidecars with", read, make)?;
         endpoint.tls_config(tls).map_err(bad)
     }
 
@@ -58,6 +59,25 @@ impl ApiFlags {
         })?;
         Ok(SidecarClient::new(channel))
     }
+}
+
+/// TLS towards a server; its CA, where it is verified, is the system's when none is given.
+pub(crate) fn client_tls(pems: &Pems, handshake_deadline: Duration, verifies: bool) -> ClientTlsConfig {
+    let tls = ClientTlsConfig::new().timeout(handshake_deadline);
+    let tls = match &pems.ca {
+        Some(ca) => tls.ca_certificate(Certificate::from_pem(ca)),
+        None if verifies => tls.with_native_roots(),
+        None => tls,
+    };
+    match &pems.identity {
+        Some((cert, key)) => tls.identity(Identity::from_pem(cert, key)),
+        None => tls,
+    }
+}
+
+/// One that nobody else has.
+pub fn request_id() -> String {
+    format!("{:032x}", rand::random::<u128>())
 }
 
 /// What an answer of the sidecar's means.

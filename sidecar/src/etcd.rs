@@ -15,12 +15,14 @@ use etcd_client::{Client, ConnectOptions, GetOptions, WatchOptions};
 use sha2::{Digest, Sha256};
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic::metadata::{Ascii, MetadataValue};
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
 pub use maintenance::Alarm;
 pub use members::Listed;
 
-use crate::{Error, Result, small_file};
+use crate::client::client_tls;
+use crate::rotation::{Pems, Rotating};
+use crate::{Error, Result};
 
 /// More than etcd sends in one message: request limit 1.5 MiB by default, watch fragments about as much.
 const MOST_MESSAGE_BYTES: usize = 512 << 20;
@@ -65,6 +67,9 @@ pub struct EtcdFlags {
     /// How long to wait for a connection and for small requests, in seconds.
     #[arg(long, default_value_t = 5, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub command_timeout: u64,
+    /// What the files had when they could be used.
+    #[arg(skip)]
+    pub(crate) rotating: Rotating<ClientTlsConfig>,
 }
 
 /// A string that does not show itself.
@@ -140,24 +145,26 @@ impl EtcdFlags {
         if !url.starts_with("https://") {
             return Ok(endpoint);
         }
-        let read = |path: &PathBuf| small_file::read(path).map_err(Error::io("read", path.display()));
-        // An etcd that starts listens before it accepts, which it does only with a quorum.
-        let mut tls = ClientTlsConfig::new().timeout(self.timeout());
-        tls = match &self.cacert {
-            // Nothing is verified, so there is nothing to verify with; tonic refuses both together.
-            _ if self.insecure_skip_tls_verify => tls,
-            Some(path) => tls.ca_certificate(Certificate::from_pem(read(path)?)),
-            None => tls.with_native_roots(),
+        let with = |endpoint: Endpoint, tls| {
+            if self.insecure_skip_tls_verify {
+                endpoint.tls_config_with_verifier(tls, Arc::new(AcceptAnything))
+            } else {
+                endpoint.tls_config(tls)
+            }
         };
-        if let (Some(cert), Some(key)) = (&self.cert, &self.key) {
-            tls = tls.identity(Identity::from_pem(read(cert)?, read(key)?));
-        }
-        let endpoint = if self.insecure_skip_tls_verify {
-            endpoint.tls_config_with_verifier(tls, Arc::new(AcceptAnything))
-        } else {
-            endpoint.tls_config(tls)
+        let bad =
+            |error: tonic::transport::Error| Error::invalid(format!("TLS to {text}: {}", crate::error::chain(&error)));
+        // Where nothing is verified there is nothing to verify with; tonic refuses both together.
+        let verifies = !self.insecure_skip_tls_verify;
+        let ca = self.cacert.as_ref().filter(|_| verifies);
+        let read = || Pems::read(ca, self.cert.as_ref(), self.key.as_ref());
+        let make = |pems: &Pems| {
+            // An etcd that starts listens before it accepts, which it does only with a quorum.
+            let tls = client_tls(pems, self.timeout(), verifies);
+            with(endpoint.clone(), tls.clone()).map(|_| tls).map_err(bad)
         };
-        endpoint.map_err(|error| Error::invalid(format!("TLS to {text}: {}", crate::error::chain(&error))))
+        let tls = self.rotating.newest("to call etcd with", read, make)?;
+        with(endpoint, tls).map_err(bad)
     }
 }
 

@@ -11,7 +11,7 @@ use proto::sidecar as api;
 use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 
-use crate::client::{ApiFlags, failed};
+use crate::client::{ApiFlags, failed, request_id};
 use crate::{Error, Result};
 
 /// An etcd that fails within this has not come to serve for long.
@@ -80,7 +80,7 @@ async fn once(settings: &Settings, stop: &CancellationToken, insist: &Cancellati
     let ran_ms = u64::try_from(ran.as_millis()).unwrap_or(u64::MAX);
     tracing::info!(code, ran_ms, "etcd has ended");
     let report = async {
-        let ended = api::ReportExitRequest { code: code.into(), ran_ms };
+        let ended = api::ReportExitRequest { code: code.into(), ran_ms, request_id: request_id() };
         settings.api.connect().await?.report_exit(ended).await.map_err(failed("report how etcd ended"))
     };
     match tokio::time::timeout(REPORT_DEADLINE, report).await {
@@ -93,9 +93,10 @@ async fn once(settings: &Settings, stop: &CancellationToken, insist: &Cancellati
 
 /// Waits for the sidecar and for what it does, for as long as that takes; what etcd is to be started with.
 async fn prepare(settings: &Settings) -> Result<String> {
-    let mut delay = Duration::from_millis(200);
+    // Where the connection breaks, what was done for it is not done again.
+    let (mut delay, id) = (Duration::from_millis(200), request_id());
     loop {
-        let error = match ask(settings).await {
+        let error = match ask(settings, &id).await {
             Ok(yaml) => return Ok(yaml),
             Err(error) if error.class().passes(false) => error,
             Err(error) => return Err(error),
@@ -106,11 +107,12 @@ async fn prepare(settings: &Settings) -> Result<String> {
     }
 }
 
-async fn ask(settings: &Settings) -> Result<String> {
+async fn ask(settings: &Settings, id: &str) -> Result<String> {
     let mut client = settings.api.connect().await?;
-    let mut told = client.initialize(api::InitializeRequest {}).await.map_err(not_yet)?.into_inner();
+    let request = api::InitializeRequest { request_id: id.to_owned() };
+    let mut told = client.initialize(request).await.map_err(not_yet("initialize"))?.into_inner();
     let (mut outcome, mut told_of, mut told_at) = (None, String::new(), Instant::now());
-    while let Some(progress) = told.message().await.map_err(not_yet)? {
+    while let Some(progress) = told.message().await.map_err(not_yet("initialize"))? {
         // Numbers move all the time; what is new otherwise is of interest.
         let moves = progress.done > 0 || progress.total > 0;
         if !moves || progress.phase != told_of || told_at.elapsed() > PROGRESS_PERIOD {
@@ -130,13 +132,14 @@ async fn ask(settings: &Settings) -> Result<String> {
     tracing::info!(action = ?outcome.action(), revision = outcome.revision, "{}", outcome.reason);
     let mut request = tonic::Request::new(api::GetEtcdConfigRequest {});
     request.set_timeout(CALL_DEADLINE);
-    Ok(client.get_etcd_config(request).await.map_err(failed("get etcd's configuration"))?.into_inner().yaml)
+    // Somebody may have begun another initialization since.
+    Ok(client.get_etcd_config(request).await.map_err(not_yet("get etcd's configuration"))?.into_inner().yaml)
 }
 
 /// Only an outcome says that etcd must not start: what keeps an initialization from one, such as a restore by hand that is at
 /// work there, passes.
-fn not_yet(status: tonic::Status) -> Error {
-    match failed("initialize")(status) {
+fn not_yet(what: &str) -> impl Fn(tonic::Status) -> Error + '_ {
+    move |status| match failed(what)(status) {
         Error::Precondition { what } => Error::Unanswered { what },
         error => error,
     }

@@ -37,6 +37,7 @@ pub mod pace;
 pub mod restore;
 pub mod retention;
 mod room;
+mod rotation;
 mod scratch;
 pub mod server;
 mod small_file;

@@ -61,6 +61,8 @@ pub struct Settings {
     pub peers: ApiFlags,
     /// Whether etcd-wrapper is answered, which shows no certificate.
     pub etcd_wrapper: bool,
+    /// Whether whoever asks the predecessor for a snapshot needs none.
+    pub open_snapshots: bool,
 }
 
 /// Serves until `stop` is cancelled.
@@ -72,12 +74,21 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
     if !needs_certificate {
         tracing::warn!(%listen, "the API is served without TLS: everybody who reaches it may call everything");
     }
+    let access = gardener::Access {
+        is_tls: needs_certificate,
+        is_wrapper_answered: settings.etcd_wrapper,
+        are_snapshots_open: settings.open_snapshots,
+    };
+    if needs_certificate && settings.open_snapshots {
+        tracing::warn!(%listen, "snapshots are taken for everybody who reaches the API: /snapshot/… needs no certificate");
+    }
     let api = SidecarServer::new(Api::new(supervisor.clone())).max_decoding_message_size(MOST_REQUEST_BYTES);
     let api = InterceptedService::new(api, service::known_only(needs_certificate));
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<SidecarServer<Api>>().await;
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(DESCRIPTOR)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
         .build_v1()
         .map_err(|error| Error::Bug { what: format!("describe the API: {error}") })?;
     let reflection = InterceptedService::new(reflection, service::known_only(needs_certificate));
@@ -85,11 +96,8 @@ pub async fn serve(settings: Settings, supervisor: Arc<Supervisor>, stop: Cancel
     let mut router = routes.into_axum_router().merge(service::probes(supervisor.clone()));
     let port = listener.local_addr().map_err(Error::io("listen on", listen))?.port();
     let peers = gardener::Peers { api: settings.peers, port, is_tls: needs_certificate };
-    router = router.merge(gardener::snapshots(supervisor.clone(), peers));
-    router = router.merge(page::routes(supervisor.clone(), needs_certificate));
-    if settings.etcd_wrapper {
-        router = router.merge(gardener::routes(supervisor));
-    }
+    router = router.merge(gardener::routes(&supervisor, peers, access));
+    router = router.merge(page::routes(supervisor, needs_certificate));
     let router = router.layer(axum::middleware::from_fn(service::not_found));
     let router = router.layer(axum::middleware::from_fn(connection::keep));
     tracing::info!(listen = %listener.local_addr().map_err(Error::io("listen on", listen))?, "the API is served");

@@ -155,8 +155,8 @@ pub struct Supervisor {
     settings: Settings,
     phase: watch::Sender<Phase>,
     observed: watch::Sender<Observed>,
-    /// Held while it is decided whether an initialization begins.
-    beginning: Mutex<()>,
+    /// Request id of the last initialization. Held while it is decided whether another begins.
+    beginning: Mutex<String>,
     /// Held by a backup until it has ended, for it may have a delta to bring home, and by an initialization.
     data: Arc<tokio::sync::Mutex<()>>,
     /// Ends the backup that runs.
@@ -262,15 +262,20 @@ impl Supervisor {
         }
     }
 
-    /// Begins an initialization unless one runs; how far it is. While an etcd has the data nothing is touched, and what is known
-    /// of it still holds: only who asks hears that.
-    pub fn initialize(self: &Arc<Self>) -> watch::Receiver<Phase> {
-        let _one = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_running = matches!(&*self.phase.borrow(), Phase::Running(_));
-        if !is_running {
+    /// Begins an initialization, unless one runs or the last one was asked for with the same id and lets etcd start; how far it
+    /// is. While an etcd has the data nothing is touched, and what is known of it still holds: only who asks hears that.
+    pub fn initialize(self: &Arc<Self>, id: &str) -> watch::Receiver<Phase> {
+        let mut last = self.beginning.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_begun = match &*self.phase.borrow() {
+            Phase::Running(_) => true,
+            Phase::Ready(_) => !id.is_empty() && *last == id,
+            Phase::New | Phase::Refused(_) | Phase::Failed(_) => false,
+        };
+        if !is_begun {
             if let Err(error) = datadir::hold(&self.settings.initialize.member.data_dir) {
                 return watch::channel(Phase::Refused(Outcome::in_use(&error))).1;
             }
+            id.clone_into(&mut last);
             self.phase.send_replace(Phase::Running(Step::Check));
             let this = self.clone();
             self.tasks.spawn(async move { this.run_initialization().await });

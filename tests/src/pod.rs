@@ -261,7 +261,7 @@ impl Pod {
     /// Asks for an initialization once its API answers; how it ended.
     pub async fn initialize(&self) -> Result<api::Outcome> {
         let mut client = eventually(LONG, || self.client(true)).await?;
-        let mut told = client.initialize(api::InitializeRequest {}).await?.into_inner();
+        let mut told = client.initialize(api::InitializeRequest::default()).await?.into_inner();
         let mut outcome = None;
         while let Some(progress) = told.message().await? {
             outcome = progress.outcome.or(outcome);
@@ -296,13 +296,18 @@ impl Pod {
 
     /// A client of its API, with a certificate or without.
     pub async fn client(&self, with_certificate: bool) -> Result<SidecarClient<Channel>> {
+        self.channel(with_certificate).await.map(SidecarClient::new)
+    }
+
+    /// A connection to its API, with a certificate or without.
+    pub async fn channel(&self, with_certificate: bool) -> Result<Channel> {
         let endpoint = Endpoint::from_shared(self.url())?.connect_timeout(Duration::from_secs(5));
         let endpoint = match &self.tls {
             None => endpoint,
             Some(tls) if with_certificate => endpoint.tls_config(tls.of_client()?)?,
             Some(tls) => endpoint.tls_config(tls.of_stranger()?)?,
         };
-        Ok(SidecarClient::new(endpoint.connect().await?))
+        Ok(endpoint.connect().await?)
     }
 }
 

@@ -72,8 +72,8 @@ async fn what_is_shown_is_understood() -> Result<()> {
     );
     let (server, default) = (read.server, proto::config::Server::default());
     ensure!(
-        (server.listen, server.insecure, server.etcd_wrapper)
-            == (default.listen, default.insecure, default.etcd_wrapper)
+        (server.listen, server.insecure, server.etcd_wrapper, server.open_snapshots)
+            == (default.listen, default.insecure, default.etcd_wrapper, default.open_snapshots)
     );
     let (kubernetes, default) = (read.kubernetes.context("no section")?, proto::config::Kubernetes::default());
     ensure!((kubernetes.namespace, kubernetes.heartbeat_period) == (default.namespace, default.heartbeat_period));

@@ -65,8 +65,14 @@ async fn a_backup_takes_up_new_certificates() -> Result<()> {
     backup.logs("connected", Duration::from_secs(30)).await?;
     Certificates::issue(&dir.path().join("tls"))?;
     etcd.stop()?;
-    let _etcd = member.spawn()?;
+    let mut etcd = member.spawn()?;
     backup.logs_times("connected", 2, Duration::from_secs(60)).await?;
+    // What cannot be used changes nothing.
+    std::fs::write(tls.client().0, "not a certificate")?;
+    etcd.stop()?;
+    let _etcd = member.spawn()?;
+    backup.logs_times("connected", 3, Duration::from_secs(60)).await?;
+    backup.logs("the ones before stay in use", Duration::from_secs(5)).await?;
     backup.terminate().await?.expect(0)?;
     Ok(())
 }

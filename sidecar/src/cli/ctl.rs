@@ -49,7 +49,7 @@ enum Level {
 #[derive(Debug, Subcommand)]
 enum Call {
     /// Have the data looked at, and restored where it must be. Exit code 12 when etcd must not start.
-    Initialize,
+    Initialize(Once),
     /// The configuration that etcd is to be started with.
     GetEtcdConfig,
     /// Say how etcd ended.
@@ -59,6 +59,8 @@ enum Call {
         /// How long it ran, in milliseconds.
         #[arg(long, default_value_t = 0, value_name = "N")]
         ran_ms: u64,
+        #[command(flatten)]
+        once: Once,
     },
     /// Where the sidecar, its member and its backups stand.
     Status,
@@ -178,8 +180,8 @@ pub(super) async fn run(args: Args, output: Output) -> Result<u8> {
 async fn call(client: &mut SidecarClient<Channel>, call: Call, printer: Printer) -> Result<u8> {
     let fail = failed("call");
     match call {
-        Call::Initialize => {
-            let stream = client.initialize(api::InitializeRequest {}).await.map_err(fail)?.into_inner();
+        Call::Initialize(Once { request_id }) => {
+            let stream = client.initialize(api::InitializeRequest { request_id }).await.map_err(fail)?.into_inner();
             let mut action = api::Action::Unspecified;
             printer.each(stream, |told| action = told.outcome.as_ref().map_or(action, api::Outcome::action)).await?;
             return Ok(if action == api::Action::Refuse { Class::Precondition.exit_code() } else { 0 });
@@ -188,8 +190,9 @@ async fn call(client: &mut SidecarClient<Channel>, call: Call, printer: Printer)
             let config = client.get_etcd_config(api::GetEtcdConfigRequest {}).await.map_err(fail)?.into_inner();
             write_out(format!("{}\n", config.yaml.trim_end()).as_bytes())?;
         }
-        Call::ReportExit { code, ran_ms } => {
-            drop(client.report_exit(api::ReportExitRequest { code, ran_ms }).await.map_err(fail)?);
+        Call::ReportExit { code, ran_ms, once: Once { request_id } } => {
+            let ended = api::ReportExitRequest { code, ran_ms, request_id };
+            drop(client.report_exit(ended).await.map_err(fail)?);
         }
         Call::Status => printer.one(&client.status(api::StatusRequest {}).await.map_err(fail)?.into_inner())?,
         Call::TakeSnapshot { kind, once } => {

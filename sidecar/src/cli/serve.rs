@@ -172,6 +172,7 @@ pub(super) fn settings(config: &SidecarConfig, store: Option<Store>) -> Result<s
         user: config.etcd.user.clone().map(Secret::from),
         password: password.transpose()?,
         command_timeout: 5,
+        rotating: crate::rotation::Rotating::default(),
     };
     let full_schedule = parse_schedule("snapshots.fullSchedule", &config.snapshots.full_schedule)?;
     let Snapshots { delta_period, delta_max_bytes, .. } = config.snapshots;
@@ -318,5 +319,6 @@ pub(super) fn server_settings(config: &SidecarConfig) -> Result<server::Settings
             ..ApiFlags::default()
         },
     );
-    Ok(server::Settings { listen, tls, peers, etcd_wrapper: server.etcd_wrapper })
+    let (etcd_wrapper, open_snapshots) = (server.etcd_wrapper, server.open_snapshots);
+    Ok(server::Settings { listen, tls, peers, etcd_wrapper, open_snapshots })
 }

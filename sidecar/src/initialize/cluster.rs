@@ -190,6 +190,7 @@ mod tests {
                 user: None,
                 password: None,
                 command_timeout: 1,
+                rotating: crate::rotation::Rotating::default(),
             };
             let looked = tokio::time::timeout(Duration::from_secs(10), look(&others, &member, None)).await;
             assert_eq!(looked.map(|(live, _)| live).ok(), Some(expected), "{scheme} {port}");

@@ -1,30 +1,32 @@
 //! What gardener/etcd-wrapper asks of its sidecar before it starts etcd, with the predecessor's exact texts.
 //!
 //! It polls `/initialization/status` each second; `New` has it call `/initialization/start`, `Successful` has it get `/config`,
-//! anything else has it wait. A failure is told once, success until the configuration was fetched: whoever asks after that
-//! begins anew, as one whose etcd was restarted must. The check is always the full one, whatever `mode` is asked for.
+//! anything else has it wait. How one ended is told once: whoever asks after that begins anew, as one whose etcd was restarted
+//! must. The check is always the full one, whatever `mode` is asked for.
 //!
-//! None of these needs a certificate, for etcd-wrapper has none; they are served only where that is configured. An
-//! initialization touches nothing while etcd runs, and the configuration has no secrets in it.
+//! And what others ask of the predecessor: `/snapshot/full` and `/snapshot/delta` take one, `/snapshot/latest` tells the newest.
+//! A member that does not lead has the leader's sidecar take it, and answers 405 when that cannot be.
 //!
-//! And what others ask of the predecessor, which needs a certificate where TLS is on: `/snapshot/full` and `/snapshot/delta`
-//! take one, `/snapshot/latest` tells the newest. A member that does not lead has the leader's sidecar take it, and answers 405
-//! when that cannot be.
+//! As the predecessor does, all of it answers to any method. Unlike there it needs a certificate where TLS is on; but
+//! etcd-wrapper has none, nor has Gardener, so both kinds can be opened to all. An initialization touches nothing while etcd
+//! runs, and the configuration has no secrets in it.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use axum::Router;
 use axum::extract::Request;
-use axum::http::StatusCode;
-use axum::routing::get;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::IntoResponse;
+use axum::routing::any;
 use chrono::{DateTime, SecondsFormat};
 use proto::sidecar as api;
 use serde::Serialize;
 
 use super::connection::Peer;
 use crate::catalog::ObjectName;
-use crate::client::{ApiFlags, failed};
+use crate::client::{self, ApiFlags, failed};
 use crate::etcd::Etcd;
 use crate::snapshotter::{Kind, Taken};
 use crate::supervise::{Phase, Supervisor};
@@ -33,7 +35,7 @@ use crate::{Class, Error};
 /// How far etcd-wrapper is with an initialization.
 struct Handshake {
     supervisor: Arc<Supervisor>,
-    /// Whether the end of the last initialization was told, and its success made use of.
+    /// Whether the end of the last initialization was told.
     end_was_told: AtomicBool,
     /// Whether it has yet to be told that nothing was begun, for an etcd has the data.
     in_use_untold: AtomicBool,
@@ -46,8 +48,7 @@ impl Handshake {
         }
         match &*self.supervisor.phase().borrow() {
             Phase::Running(_) => "Progress",
-            // Whoever else looks must not take it from who waits for it.
-            Phase::Ready(_) if !self.end_was_told.load(Ordering::SeqCst) => "Successful",
+            Phase::Ready(_) if !self.end_was_told.swap(true, Ordering::SeqCst) => "Successful",
             Phase::Refused(_) | Phase::Failed(_) if !self.end_was_told.swap(true, Ordering::SeqCst) => "Failed",
             Phase::New | Phase::Ready(_) | Phase::Refused(_) | Phase::Failed(_) => "New",
         }
@@ -61,21 +62,16 @@ impl Handshake {
             Phase::Ready(_) | Phase::Refused(_) | Phase::Failed(_) => self.end_was_told.load(Ordering::SeqCst),
         };
         if is_new {
-            match &*self.supervisor.initialize().borrow() {
+            match &*self.supervisor.initialize("").borrow() {
                 Phase::Refused(refused) if refused.in_use => self.in_use_untold.store(true, Ordering::SeqCst),
                 _ => self.end_was_told.store(false, Ordering::SeqCst),
             }
         }
     }
 
-    fn config(&self) -> (StatusCode, String) {
-        match self.supervisor.etcd_config() {
-            Some(config) => {
-                self.end_was_told.store(true, Ordering::SeqCst);
-                (StatusCode::OK, config)
-            }
-            None => (StatusCode::INTERNAL_SERVER_ERROR, "no initialization has succeeded\n".to_owned()),
-        }
+    fn config(&self) -> Answer {
+        let none = || (StatusCode::INTERNAL_SERVER_ERROR, "no initialization has succeeded\n".to_owned());
+        self.supervisor.etcd_config().map_or_else(none, |config| (StatusCode::OK, config))
     }
 }
 
@@ -179,14 +175,18 @@ impl Peers {
         let answers = |(code, text): Answer| (code, format!("the leader's sidecar, at {sidecar}: {text}"));
         let api = ApiFlags { sidecar: sidecar.clone(), ..self.api.clone() };
         let kind = if kind == Kind::Full { api::Kind::Full } else { api::Kind::Delta };
-        let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: String::new() };
-        let mut client = api.connect().await.map_err(|error| answers(not_allowed(&error)))?;
-        let taken = client.take_snapshot(request).await.map_err(|status| {
-            // What it did not say itself is of the connection.
-            let is_unreached = std::error::Error::source(&status).is_some();
-            let error = failed("take a snapshot")(status);
-            answers(if is_unreached { not_allowed(&error) } else { refused(&error) })
-        })?;
+        // Where the connection broke it may have been taken: with the same id it is not taken twice.
+        let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: client::request_id() };
+        let mut attempt = 0;
+        let taken = loop {
+            let mut client = api.connect().await.map_err(|error| answers(not_allowed(&error)))?;
+            match client.take_snapshot(request.clone()).await {
+                Ok(taken) => break taken,
+                // What it did not say itself is of the connection.
+                Err(status) if attempt == 0 && std::error::Error::source(&status).is_some() => attempt += 1,
+                Err(status) => return Err(answers(refused(&failed("take a snapshot")(status)))),
+            }
+        };
         let Some(taken) = taken.into_inner().snapshots.pop() else { return Ok(None) };
         let name = ObjectName::parse(&taken.name);
         let unknown =
@@ -234,7 +234,11 @@ async fn latest(supervisor: &Supervisor) -> Answer {
         }))
     };
     match looked.await {
-        Ok(Some((full, deltas))) => json(&Latest { full_snapshot: Some(full), delta_snapshots: Some(deltas) }),
+        Ok(Some((full, deltas))) => {
+            // A list of Go that nothing was put into.
+            let delta_snapshots = Some(deltas).filter(|deltas: &Vec<_>| !deltas.is_empty());
+            json(&Latest { full_snapshot: Some(full), delta_snapshots })
+        }
         Ok(None) => json(&Latest { full_snapshot: None, delta_snapshots: None }),
         Err(error) => refused(&error),
     }
@@ -249,19 +253,46 @@ fn parse_bool(text: &str) -> Option<bool> {
     }
 }
 
-/// What is asked of its backups.
-pub(super) fn snapshots(supervisor: Arc<Supervisor>, peers: Peers) -> Router {
-    let needs_certificate = peers.is_tls;
-    let check = move |request: &Request| {
-        let denied = || (StatusCode::UNAUTHORIZED, "this call needs a client certificate\n".to_owned());
-        if needs_certificate && !Peer::is_known(request.extensions()) { Err(denied()) } else { Ok(()) }
-    };
+/// Who may ask, and over what.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Access {
+    pub is_tls: bool,
+    /// Whether everybody may ask before etcd starts, as etcd-wrapper does,
+    pub is_wrapper_answered: bool,
+    /// and for snapshots, as Gardener does.
+    pub are_snapshots_open: bool,
+}
+
+impl Access {
+    /// Lets only those in who may be, with the headers of the predecessor.
+    fn guard(self, router: Router, is_open: bool) -> Router {
+        if !self.is_tls {
+            return router;
+        }
+        router.layer(middleware::from_fn(move |request: Request, next: Next| async move {
+            let mut response = if is_open || Peer::is_known(request.extensions()) {
+                next.run(request).await
+            } else {
+                (StatusCode::UNAUTHORIZED, "this call needs a client certificate\n").into_response()
+            };
+            let headers = response.headers_mut();
+            headers.insert(header::STRICT_TRANSPORT_SECURITY, HeaderValue::from_static("max-age=31536000"));
+            headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static("default-src 'self'"));
+            response
+        }))
+    }
+}
+
+/// Everything that the predecessor answers.
+pub(super) fn routes(supervisor: &Arc<Supervisor>, peers: Peers, access: Access) -> Router {
+    let handshake = access.guard(handshake(supervisor.clone()), access.is_wrapper_answered);
+    handshake.merge(access.guard(snapshots(supervisor.clone(), peers), access.are_snapshots_open))
+}
+
+fn snapshots(supervisor: Arc<Supervisor>, peers: Peers) -> Router {
     let (of_full, of_delta, of_latest) = (supervisor.clone(), supervisor.clone(), supervisor);
     let (leader_for_full, leader_for_delta) = (peers.clone(), peers);
     let full = move |request: Request| async move {
-        if let Err(denied) = check(&request) {
-            return denied;
-        }
         let pairs = url::form_urlencoded::parse(request.uri().query().unwrap_or_default().as_bytes());
         // The first counts, and an empty one as none.
         let asked = pairs.filter(|(name, _)| name == "final").map(|(_, value)| value).next();
@@ -271,25 +302,15 @@ pub(super) fn snapshots(supervisor: Arc<Supervisor>, peers: Peers) -> Router {
             asked => take(&of_full, &leader_for_full, Kind::Full, asked.flatten().unwrap_or(false)).await,
         }
     };
-    let delta = move |request: Request| async move {
-        match check(&request) {
-            Ok(()) => take(&of_delta, &leader_for_delta, Kind::Delta, false).await,
-            Err(denied) => denied,
-        }
-    };
-    let latest = move |request: Request| async move {
-        match check(&request) {
-            Ok(()) => latest(&of_latest).await,
-            Err(denied) => denied,
-        }
-    };
+    let delta = move || async move { take(&of_delta, &leader_for_delta, Kind::Delta, false).await };
+    let latest = move || async move { latest(&of_latest).await };
     Router::new()
-        .route("/snapshot/full", get(full.clone()).post(full))
-        .route("/snapshot/delta", get(delta.clone()).post(delta))
-        .route("/snapshot/latest", get(latest))
+        .route("/snapshot/full", any(full))
+        .route("/snapshot/delta", any(delta))
+        .route("/snapshot/latest", any(latest))
 }
 
-pub(super) fn routes(supervisor: Arc<Supervisor>) -> Router {
+fn handshake(supervisor: Arc<Supervisor>) -> Router {
     let handshake =
         Arc::new(Handshake { supervisor, end_was_told: AtomicBool::new(false), in_use_untold: AtomicBool::new(false) });
     let (status, start, config) = (handshake.clone(), handshake.clone(), handshake);
@@ -298,7 +319,7 @@ pub(super) fn routes(supervisor: Arc<Supervisor>) -> Router {
         std::future::ready(())
     };
     Router::new()
-        .route("/initialization/status", get(move || std::future::ready(status.status())))
-        .route("/initialization/start", get(start.clone()).post(start))
-        .route("/config", get(move || std::future::ready(config.config())))
+        .route("/initialization/status", any(move || std::future::ready(status.status())))
+        .route("/initialization/start", any(start))
+        .route("/config", any(move || std::future::ready(config.config())))
 }

@@ -14,6 +14,14 @@ const KEPT: Duration = Duration::from_secs(600);
 /// Ids remembered at once; beyond, the oldest are forgotten.
 const MOST: usize = 1024;
 
+/// Whether it can be an id.
+pub(super) fn check(id: &str) -> Result<(), Status> {
+    if id.len() > 256 {
+        return Err(Status::invalid_argument("the request id is longer than 256 bytes"));
+    }
+    Ok(())
+}
+
 /// `None` until it is done.
 type Answer<T> = Option<Result<T, Status>>;
 
@@ -49,9 +57,7 @@ impl<T: Clone + Send + Sync + 'static> Remembered<T> {
         if id.is_empty() {
             return work.await.map(Response::new);
         }
-        if id.len() > 256 {
-            return Err(Status::invalid_argument("the request id is longer than 256 bytes"));
-        }
+        check(id)?;
         let (mut answer, begun) = self.entry(id, request)?;
         if let Some(begun) = begun {
             let ending = Ending { entries: self.0.clone(), id: id.to_owned(), begun };

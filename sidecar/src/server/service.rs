@@ -16,7 +16,7 @@ use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status};
 
 use super::connection::Peer;
-use super::remembered::Remembered;
+use super::remembered::{self, Remembered};
 use crate::catalog::{Catalog, Delta, Full, ObjectName, Restorable, Timeline};
 use crate::etcd::Role;
 use crate::initialize::{Cause, Decision, Outcome, Part, Step};
@@ -32,6 +32,7 @@ const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset
 /// Who answers.
 pub(super) struct Api {
     supervisor: Arc<Supervisor>,
+    exited: Remembered<api::ReportExitResponse>,
     taken: Remembered<api::TakeSnapshotResponse>,
     compacted: Remembered<api::CompactResponse>,
     defragmented: Remembered<api::DefragmentResponse>,
@@ -85,9 +86,9 @@ fn status(error: &Error) -> Status {
 
 impl Api {
     pub(super) fn new(supervisor: Arc<Supervisor>) -> Self {
-        let (taken, compacted) = (Remembered::default(), Remembered::default());
+        let (exited, taken, compacted) = (Remembered::default(), Remembered::default(), Remembered::default());
         let (defragmented, prepared) = (Remembered::default(), Remembered::default());
-        Self { supervisor, taken, compacted, defragmented, prepared }
+        Self { supervisor, exited, taken, compacted, defragmented, prepared }
     }
 
     fn store(&self) -> Result<&Store, Status> {
@@ -141,7 +142,8 @@ fn outcome(outcome: &Outcome) -> api::Outcome {
 fn step(step: &Step) -> api::InitializeProgress {
     let (done, total) = if let Step::Restore(far) = step { (far.done, far.total) } else { (0, 0) };
     let (phase, text) = (step.phase().to_owned(), step.to_string());
-    api::InitializeProgress { phase, text, done, total, outcome: None }
+    let step = api::Step::from_str_name(&format!("STEP_{}", phase.to_ascii_uppercase())).unwrap_or_default();
+    api::InitializeProgress { phase, text, done, total, outcome: None, step: step.into() }
 }
 
 /// What a phase tells a caller of `Initialize`; `true` when nothing follows.
@@ -152,6 +154,7 @@ fn progress(phase: &Phase) -> (Result<api::InitializeProgress, Status>, bool) {
         done: 0,
         total: 0,
         outcome: Some(outcome(ended)),
+        step: api::Step::End.into(),
     };
     match phase {
         Phase::New => (Ok(step(&Step::Check)), false),
@@ -228,8 +231,10 @@ impl Sidecar for Api {
     type ListSnapshotsStream = Streamed<api::Snapshot>;
     type VerifyStream = Streamed<api::VerifyProgress>;
 
-    async fn initialize(&self, _: Request<api::InitializeRequest>) -> Answer<Self::InitializeStream> {
-        Ok(Response::new(until_it_ended(self.supervisor.initialize())))
+    async fn initialize(&self, request: Request<api::InitializeRequest>) -> Answer<Self::InitializeStream> {
+        let id = &request.get_ref().request_id;
+        remembered::check(id)?;
+        Ok(Response::new(until_it_ended(self.supervisor.initialize(id))))
     }
 
     async fn get_etcd_config(&self, _: Request<api::GetEtcdConfigRequest>) -> Answer<api::EtcdConfig> {
@@ -240,9 +245,13 @@ impl Sidecar for Api {
     }
 
     async fn report_exit(&self, request: Request<api::ReportExitRequest>) -> Answer<api::ReportExitResponse> {
-        let api::ReportExitRequest { code, ran_ms } = request.into_inner();
-        self.supervisor.etcd_ended(code, ran_ms);
-        Ok(Response::new(api::ReportExitResponse {}))
+        let (whole, supervisor) = (request.get_ref().encode_to_vec(), self.supervisor.clone());
+        let api::ReportExitRequest { code, ran_ms, request_id } = request.into_inner();
+        let work = async move {
+            supervisor.etcd_ended(code, ran_ms);
+            Ok(api::ReportExitResponse {})
+        };
+        self.exited.once(&request_id, whole, self.supervisor.tasks(), work).await
     }
 
     async fn status(&self, _: Request<api::StatusRequest>) -> Answer<api::StatusResponse> {
@@ -408,9 +417,9 @@ pub(super) fn probes(supervisor: Arc<Supervisor>) -> Router {
             Phase::Running(_) | Phase::Failed(_) => false,
         };
         std::future::ready(if is_ready {
-            (StatusCode::OK, "{\"health\":true}\n")
+            (StatusCode::OK, "{\"health\":true}")
         } else {
-            (StatusCode::SERVICE_UNAVAILABLE, "{\"health\":false}\n")
+            (StatusCode::SERVICE_UNAVAILABLE, "{\"health\":false}")
         })
     };
     // Which has no secrets: Prometheus has no certificate by default.
@@ -422,7 +431,7 @@ pub(super) fn probes(supervisor: Arc<Supervisor>) -> Router {
     };
     Router::new()
         .route("/metrics", get(metrics))
-        .route("/healthz", get(|| std::future::ready("{\"health\":true}\n")))
+        .route("/healthz", get(|| std::future::ready("{\"health\":true}")))
         .route("/readyz", get(ready))
 }
 

@@ -1,7 +1,7 @@
 //! Certificates of the API, read again when they change.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustls::pki_types::pem::PemObject;
@@ -12,7 +12,8 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use crate::{Error, Result, small_file};
+use crate::rotation::{Pems, Rotating};
+use crate::{Error, Result};
 
 /// Who has not shaken hands by then goes.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
@@ -28,21 +29,15 @@ pub struct Files {
     pub client_ca: PathBuf,
 }
 
-/// What the files had.
-#[derive(PartialEq, Eq)]
-struct Content {
-    cert: Vec<u8>,
-    key: Vec<u8>,
-    client_ca: Vec<u8>,
-}
-
-impl Content {
-    fn read(files: &Files) -> Result<Self> {
-        let read = |path: &Path| small_file::read(path).map_err(Error::io("read the certificate", path.display()));
-        Ok(Self { cert: read(&files.cert)?, key: read(&files.key)?, client_ca: read(&files.client_ca)? })
+impl Files {
+    fn read(&self) -> Result<Pems> {
+        Pems::read(Some(&self.client_ca), Some(&self.cert), Some(&self.key))
     }
 
-    fn config(&self, files: &Files) -> Result<ServerConfig> {
+    fn config(&self, pems: &Pems) -> Result<Arc<ServerConfig>> {
+        let (Some(ca), Some((cert, key))) = (&pems.ca, &pems.identity) else {
+            return Err(Error::Bug { what: "certificates of the API were not read".into() });
+        };
         let bad = |path: &Path, what: String| Error::invalid(format!("{}: {what}", path.display()));
         let certificates = |pem: &[u8], path: &Path| {
             let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
@@ -52,59 +47,47 @@ impl Content {
                 Err(error) => Err(bad(path, error.to_string())),
             }
         };
-        let chain = certificates(&self.cert, &files.cert)?;
-        let key = PrivateKeyDer::from_pem_slice(&self.key).map_err(|error| bad(&files.key, error.to_string()))?;
+        let chain = certificates(cert, &self.cert)?;
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| bad(&self.key, error.to_string()))?;
         let mut roots = RootCertStore::empty();
-        for certificate in certificates(&self.client_ca, &files.client_ca)? {
-            roots.add(certificate).map_err(|error| bad(&files.client_ca, error.to_string()))?;
+        for certificate in certificates(ca, &self.client_ca)? {
+            roots.add(certificate).map_err(|error| bad(&self.client_ca, error.to_string()))?;
         }
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         // Probes have none. What needs one asks for it.
         let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone());
         let verifier = verifier.allow_unauthenticated().build();
-        let verifier = verifier.map_err(|error| bad(&files.client_ca, error.to_string()))?;
+        let verifier = verifier.map_err(|error| bad(&self.client_ca, error.to_string()))?;
         let config = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
         let config = config.map_err(|error| Error::Bug { what: format!("TLS versions: {error}") })?;
         let config = config.with_client_cert_verifier(verifier).with_single_cert(chain, key);
-        let mut config = config.map_err(|error| bad(&files.cert, error.to_string()))?;
+        let mut config = config.map_err(|error| bad(&self.cert, error.to_string()))?;
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        Ok(config)
+        Ok(Arc::new(config))
     }
 }
 
 /// Takes connections with the newest usable certificates.
 pub(super) struct Acceptor {
     files: Files,
-    current: Mutex<(Content, Arc<ServerConfig>)>,
+    rotating: Rotating<Arc<ServerConfig>>,
 }
 
 impl Acceptor {
     /// Fails when the files cannot be used now.
     pub(super) fn new(files: Files) -> Result<Self> {
-        let content = Content::read(&files)?;
-        let config = Arc::new(content.config(&files)?);
-        Ok(Self { files, current: Mutex::new((content, config)) })
+        let this = Self { files, rotating: Rotating::default() };
+        this.newest()?;
+        Ok(this)
     }
 
-    /// Files are small and connections few: each looks. What cannot be used is reported and leaves what was used before.
-    fn newest(&self) -> Arc<ServerConfig> {
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        match Content::read(&self.files) {
-            Ok(content) if content == current.0 => {}
-            Ok(content) => match content.config(&self.files) {
-                Ok(config) => {
-                    tracing::info!("the API's certificates have changed and are used from now on");
-                    *current = (content, Arc::new(config));
-                }
-                Err(error) => tracing::error!(%error, "the API's new certificates cannot be used; the old ones stay"),
-            },
-            Err(error) => tracing::error!(%error, "the API's certificates cannot be read; the old ones stay"),
-        }
-        current.1.clone()
+    /// Files are small and connections few: each looks.
+    fn newest(&self) -> Result<Arc<ServerConfig>> {
+        self.rotating.newest("of the API", || self.files.read(), |pems| self.files.config(pems))
     }
 
     pub(super) async fn accept(&self, stream: TcpStream) -> std::io::Result<TlsStream<TcpStream>> {
-        let accepting = TlsAcceptor::from(self.newest()).accept(stream);
-        tokio::time::timeout(HANDSHAKE_DEADLINE, accepting).await?
+        let config = self.newest().map_err(std::io::Error::other)?;
+        tokio::time::timeout(HANDSHAKE_DEADLINE, TlsAcceptor::from(config).accept(stream)).await?
     }
 }

@@ -15,7 +15,7 @@ async fn callers_show_a_certificate() -> Result<()> {
     };
     let mut nobody = pod.client(false).await?;
     ensure!(refused(nobody.status(api::StatusRequest {}).await) == tonic::Code::Unauthenticated);
-    let initialize = nobody.initialize(api::InitializeRequest {}).await.map(drop);
+    let initialize = nobody.initialize(api::InitializeRequest::default()).await.map(drop);
     ensure!(initialize.is_err_and(|status| status.code() == tonic::Code::Unauthenticated));
     let mut somebody = pod.client(true).await?;
     ensure!(refused(somebody.status(api::StatusRequest {}).await) == tonic::Code::Ok);
@@ -39,13 +39,25 @@ async fn callers_show_a_certificate() -> Result<()> {
     std::fs::write(place.join("server.crt"), "not a certificate")?;
     ensure!(refused(pod.client(true).await?.status(api::StatusRequest {}).await) == tonic::Code::Ok);
     std::fs::write(place.join("server.crt"), &old)?;
+    let expired = Certificates::issue_until(&dir.path().join("expired"), &["127.0.0.1"], 2020)?;
+    let (cert, key) = expired.server();
+    let old_key = std::fs::read(place.join("server.key"))?;
+    std::fs::copy(key, place.join("server.key"))?;
+    std::fs::copy(cert, place.join("server.crt"))?;
+    ensure!(refused(pod.client(true).await?.status(api::StatusRequest {}).await) == tonic::Code::Ok);
+    ensure!(serving.log().contains("the new certificate of the API has expired"), "{}", serving.log());
+    std::fs::write(place.join("server.crt"), &old)?;
+    std::fs::write(place.join("server.key"), &old_key)?;
     let mut stranger = pod.clone();
     stranger.tls = Some(Certificates::issue(&dir.path().join("others"))?);
     ensure!(stranger.client(true).await.is_err(), "a client trusts a server of another CA");
     Certificates::issue(&place)?;
     ensure!(refused(pod.client(true).await?.status(api::StatusRequest {}).await) == tonic::Code::Ok);
     ensure!(refused(somebody.status(api::StatusRequest {}).await) == tonic::Code::Ok);
-    ensure!(serving.log().contains("certificates have changed") && serving.log().contains("the old ones stay"));
+    ensure!(
+        serving.log().contains("certificates of the API have changed")
+            && serving.log().contains("the ones before stay in use")
+    );
     drop(silent);
     launched.terminate().await?.expect(STOPPED)?;
     serving.terminate().await?.expect(0)?;

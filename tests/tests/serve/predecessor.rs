@@ -1,5 +1,7 @@
 //! What gardener/etcd-backup-restore answered, and what it left in a store.
 
+use serde_json::json;
+
 use super::*;
 
 /// The predecessor's etcd-wrapper, as it asks: status until it is `New`, start, status until `Successful`, configuration.
@@ -33,6 +35,7 @@ async fn who_asks_as_etcd_wrapper_gets_its_answers() -> Result<()> {
             Ok(())
         };
         eventually(LONG, successful).await?;
+        ensure!(ask("/initialization/status").await? == told("New"), "how it ended is told once");
         let (status, config) = ask("/config").await?;
         ensure!(status == 200 && config.contains(&pod.member.initial_cluster), "{config}");
     }
@@ -47,6 +50,24 @@ async fn who_asks_as_etcd_wrapper_gets_its_answers() -> Result<()> {
     };
     eventually(LONG, failed).await?;
     ensure!(ask("/initialization/status").await? == told("New") && ask("/config").await?.0 == 500);
+    serving.terminate().await?.expect(0)?;
+    // Where it is not configured, it needs a certificate like everybody. The environment counts before the file.
+    let mut serving = pod.serve()?.env("SIDECAR_SERVER_ETCD_WRAPPER", "false").spawn()?;
+    serving.logs("the API is served", LONG).await?;
+    for path in ["/initialization/status", "/initialization/start", "/config"] {
+        ensure!(ask(path).await?.0 == 401, "{path}");
+    }
+    let known = pod.http()?.get(format!("{}/initialization/status", pod.url())).send().await?;
+    ensure!(known.status() == 200 && known.text().await? == "New");
+    serving.terminate().await?.expect(0)?;
+    // And flags before the environment.
+    let wrapper = ["--set", "server.etcdWrapper=true", "--set", "server.openSnapshots=true"];
+    let mut serving = pod.serve()?.env("SIDECAR_SERVER_ETCD_WRAPPER", "false").args(wrapper).spawn()?;
+    serving.logs("snapshots are taken for everybody who reaches the API", LONG).await?;
+    serving.logs("the API is served", LONG).await?;
+    ensure!(ask("/config").await?.0 == 500);
+    // Without a store nobody can take one.
+    ensure!(ask("/snapshot/full").await?.0 == 405);
     serving.terminate().await?.expect(0)?;
     Ok(())
 }
@@ -81,7 +102,32 @@ async fn the_predecessors_calls_are_answered() -> Result<()> {
     ask(&known, "/snapshot/full?final=perhaps", 400).await?;
     let full: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/full?final=true", 200).await?)?;
     ensure!(full["kind"] == "Full" && full["isFinal"] == true && full["startRevision"] == 0, "{full}");
+    for (field, value) in [
+        ("immutabilityExpriyTime", json!("0001-01-01T00:00:00Z")),
+        ("versionID", json!(null)),
+        ("snapDir", json!("")),
+        ("prefix", json!("")),
+        ("compressionSuffix", json!(".zst")),
+        ("isChunk", json!(false)),
+    ] {
+        ensure!(full.get(field) == Some(&value), "{field} is not {value} in {full}");
+    }
+    let created = full["createdOn"].as_str().map(chrono::DateTime::parse_from_rfc3339);
+    ensure!(matches!(created, Some(Ok(_))) && full["snapName"].is_string(), "{full}");
     ensure!(ask(&known, "/snapshot/delta", 200).await? == "null");
+    let alone: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/latest", 200).await?)?;
+    ensure!(alone["fullSnapshot"]["startRevision"] == 0 && alone["deltaSnapshots"].is_null(), "{alone}");
+    // It answers to any method, and with these headers.
+    for method in ["POST", "PUT"] {
+        let answer = known.request(method.parse()?, format!("{}/snapshot/latest", pod.url())).send().await?;
+        ensure!(answer.status() == 200, "{method}: {}", answer.status());
+        for (header, value) in
+            [("strict-transport-security", "max-age=31536000"), ("content-security-policy", "default-src 'self'")]
+        {
+            ensure!(answer.headers().get(header).is_some_and(|told| told == value), "{:?}", answer.headers());
+        }
+    }
+    ensure!(ask(&nobody, "/healthz", 200).await? == "{\"health\":true}");
     Workload::of(1).run(&mut etcd).await?;
     let delta: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/delta", 200).await?)?;
     ensure!(delta["kind"] == "Incr" && delta["lastRevision"].as_i64() > Some(2), "{delta}");

@@ -1,0 +1,127 @@
+//! Certificates in files that somebody replaces while they are used: what cannot be used is said, and what was used before stays.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use chrono::Utc;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+
+use crate::{Error, Result, small_file};
+
+/// What the files of one end of TLS have.
+#[derive(Clone, PartialEq, Eq)]
+pub(crate) struct Pems {
+    /// Whom the other end must be signed by.
+    pub ca: Option<Vec<u8>>,
+    /// Our certificate and its key.
+    pub identity: Option<(Vec<u8>, Vec<u8>)>,
+}
+
+impl Pems {
+    /// Reads them.
+    pub(crate) fn read(ca: Option<&PathBuf>, cert: Option<&PathBuf>, key: Option<&PathBuf>) -> Result<Self> {
+        let read = |path: &Path| small_file::read(path).map_err(Error::io("read the certificate", path.display()));
+        let identity = cert.zip(key).map(|(cert, key)| Ok::<_, Error>((read(cert)?, read(key)?)));
+        Ok(Self { ca: ca.map(|path| read(path)).transpose()?, identity: identity.transpose()? })
+    }
+
+    /// Whether our certificate is no longer valid. One that cannot be read is not known to be.
+    pub(crate) fn has_expired(&self) -> bool {
+        let Some((cert, _)) = &self.identity else { return false };
+        let first = CertificateDer::pem_slice_iter(cert).next().and_then(Result::ok);
+        let parsed = first.as_ref().and_then(|der| x509_parser::parse_x509_certificate(der).ok());
+        parsed.is_some_and(|(_, parsed)| parsed.validity().not_after.timestamp() < Utc::now().timestamp())
+    }
+}
+
+/// What was made of the files when they could be used last.
+pub(crate) struct Rotating<T>(Arc<Mutex<Option<(Pems, T)>>>);
+
+impl<T> Clone for Rotating<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<T> Default for Rotating<T> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<T> std::fmt::Debug for Rotating<T> {
+    /// Keys are in it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Rotating").finish_non_exhaustive()
+    }
+}
+
+impl<T: Clone> Rotating<T> {
+    /// What `make` makes of the files as they are now. Where they cannot be used, or our certificate in them has expired and the
+    /// one before has not, what was made before. `what` they are for is said in the log.
+    pub(crate) fn newest(
+        &self,
+        what: &str,
+        read: impl FnOnce() -> Result<Pems>,
+        make: impl FnOnce(&Pems) -> Result<T>,
+    ) -> Result<T> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let stay = "the ones before stay in use";
+        let pems = match (read(), &*kept) {
+            (Ok(pems), Some((before, made))) if pems == *before => return Ok(made.clone()),
+            (Ok(pems), Some((before, made))) if pems.has_expired() && !before.has_expired() => {
+                tracing::error!("the new certificate {what} has expired; {stay}");
+                return Ok(made.clone());
+            }
+            (Ok(pems), _) => pems,
+            (Err(error), Some((_, made))) => {
+                tracing::error!(%error, "the certificates {what} cannot be read; {stay}");
+                return Ok(made.clone());
+            }
+            (Err(error), None) => return Err(error),
+        };
+        if pems.has_expired() {
+            tracing::error!("the certificate {what} has expired: renew it");
+        }
+        match (make(&pems), &*kept) {
+            (Ok(made), before) => {
+                if before.is_some() {
+                    tracing::info!("the certificates {what} have changed and are used from now on");
+                }
+                *kept = Some((pems, made.clone()));
+                Ok(made)
+            }
+            (Err(error), Some((_, made))) => {
+                tracing::error!(%error, "the new certificates {what} cannot be used; {stay}");
+                Ok(made.clone())
+            }
+            (Err(error), None) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_used_leaves_what_was() -> Result<()> {
+        let rotating = Rotating::<Vec<u8>>::default();
+        let pems = |ca: &[u8]| Pems { ca: Some(ca.to_vec()), identity: None };
+        let make = |pems: &Pems| match pems.ca.as_deref() {
+            Some(b"bad") | None => Err(Error::invalid("bad")),
+            Some(ca) => Ok(ca.to_vec()),
+        };
+        let missing = || Pems::read(Some(&PathBuf::from("/nowhere/ca.crt")), None, None);
+        assert!(
+            rotating.newest("here", missing, make).is_err_and(|error| error.to_string().contains("/nowhere/ca.crt"))
+        );
+        assert!(rotating.newest("here", || Ok(pems(b"bad")), make).is_err());
+        for (read, made) in [("one", "one"), ("bad", "one"), ("two", "two"), ("bad", "two"), ("one", "one")] {
+            assert_eq!(rotating.newest("here", || Ok(pems(read.as_bytes())), make)?, made.as_bytes());
+        }
+        assert_eq!(rotating.clone().newest("here", missing, make)?, b"one");
+        Ok(())
+    }
+}
