@@ -256,6 +256,8 @@ impl Supervisor {
 
     /// What etcd is to be started with; `None` while it must not be.
     pub fn etcd_config(&self) -> Option<String> {
+        // etcd may run from here on, and what was found of its data is no answer any more.
+        self.beginning.lock().unwrap_or_else(PoisonError::into_inner).clear();
         match &*self.phase.borrow() {
             Phase::Ready(outcome) => Some(self.settings.initialize.member.etcd_config(outcome.joins.as_deref())),
             _ => None,
