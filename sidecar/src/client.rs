@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use proto::sidecar::sidecar_client::SidecarClient;
-use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 
 use crate::rotation::{Pems, Rotating};
 use crate::{Error, Result};
@@ -45,7 +45,7 @@ impl ApiFlags {
         let read = || Pems::read(self.cacert.as_ref(), self.cert.as_ref(), self.key.as_ref());
         let make = |pems: &Pems| {
             // A connection's own deadline is over when the handshake begins.
-            let tls = client_tls(pems, CONNECT_DEADLINE, true);
+            let tls = pems.of_client(CONNECT_DEADLINE, true);
             endpoint.clone().tls_config(tls.clone()).map(|_| tls).map_err(bad)
         };
         let tls = self.rotating.newest("to call sidecars with", read, make)?;
@@ -58,20 +58,6 @@ impl ApiFlags {
             what: format!("connect to the sidecar at {}: {}", self.sidecar, crate::error::chain(&error)),
         })?;
         Ok(SidecarClient::new(channel))
-    }
-}
-
-/// TLS towards a server; its CA, where it is verified, is the system's when none is given.
-pub(crate) fn client_tls(pems: &Pems, handshake_deadline: Duration, verifies: bool) -> ClientTlsConfig {
-    let tls = ClientTlsConfig::new().timeout(handshake_deadline);
-    let tls = match &pems.ca {
-        Some(ca) => tls.ca_certificate(Certificate::from_pem(ca)),
-        None if verifies => tls.with_native_roots(),
-        None => tls,
-    };
-    match &pems.identity {
-        Some((cert, key)) => tls.identity(Identity::from_pem(cert, key)),
-        None => tls,
     }
 }
 

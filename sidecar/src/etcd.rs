@@ -20,7 +20,6 @@ use tonic::transport::{Channel, ClientTlsConfig, Endpoint};
 pub use maintenance::Alarm;
 pub use members::Listed;
 
-use crate::client::client_tls;
 use crate::rotation::{Pems, Rotating};
 use crate::{Error, Result};
 
@@ -160,7 +159,7 @@ impl EtcdFlags {
         let read = || Pems::read(ca, self.cert.as_ref(), self.key.as_ref());
         let make = |pems: &Pems| {
             // An etcd that starts listens before it accepts, which it does only with a quorum.
-            let tls = client_tls(pems, self.timeout(), verifies);
+            let tls = pems.of_client(self.timeout(), verifies);
             with(endpoint.clone(), tls.clone()).map(|_| tls).map_err(bad)
         };
         let tls = self.rotating.newest("to call etcd with", read, make)?;

@@ -5,9 +5,12 @@
 //! predecessor wrote; [`object`] opens either. [`etcd`] and [`store`] reach the two worlds outside. [`snapshotter`] moves
 //! data from the first to the second, [`restore`] from the second to a data directory; [`verify`] proves that it could.
 //! [`compact`], [`copy`] and [`gc`] keep a store in shape without any etcd; what goes is decided by [`retention`], which is
-//! pure. `kinship` tells whose a store is. [`initialize`] decides, before etcd starts, what becomes of its data; [`supervise`] does that when it is asked to, and
-//! has the member backed up while it leads; [`server`] is how both are asked, [`launch`] who asks and then starts etcd.
-//! What is not urgent keeps to a [`pace`]. [`doctor`] says whether a configuration fits the world; [`cli`] is what a person types.
+//! pure. `kinship` tells whose a store is. [`initialize`] decides, before etcd starts, what becomes of its data; [`supervise`]
+//! does that when it is asked to, and has the member backed up while it leads; [`server`] is how both are asked, [`launch`] who
+//! asks and then starts etcd. `rotation` keeps certificates that work when files with others take their place. What is not
+//! urgent keeps to a [`pace`]. [`doctor`] says whether a configuration fits the world; [`cli`] is what a person types.
+//!
+//! What nobody outside calls is public all the same: so it is documented, and built into the documentation.
 //!
 //! # Invariants
 //! - An object is put once and never overwritten; its name says which revisions it holds. Only [`gc`] deletes backups.

@@ -2,10 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use chrono::Utc;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
 use crate::{Error, Result, small_file};
 
@@ -24,6 +26,20 @@ impl Pems {
         let read = |path: &Path| small_file::read(path).map_err(Error::io("read the certificate", path.display()));
         let identity = cert.zip(key).map(|(cert, key)| Ok::<_, Error>((read(cert)?, read(key)?)));
         Ok(Self { ca: ca.map(|path| read(path)).transpose()?, identity: identity.transpose()? })
+    }
+
+    /// TLS towards a server. Its CA, where it is verified, is the system's when none is given.
+    pub(crate) fn of_client(&self, handshake_deadline: Duration, verifies: bool) -> ClientTlsConfig {
+        let tls = ClientTlsConfig::new().timeout(handshake_deadline);
+        let tls = match &self.ca {
+            Some(ca) => tls.ca_certificate(Certificate::from_pem(ca)),
+            None if verifies => tls.with_native_roots(),
+            None => tls,
+        };
+        match &self.identity {
+            Some((cert, key)) => tls.identity(Identity::from_pem(cert, key)),
+            None => tls,
+        }
     }
 
     /// Whether our certificate is no longer valid. One that cannot be read is not known to be.

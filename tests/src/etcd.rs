@@ -126,7 +126,8 @@ impl Member {
             .args(["--listen-client-urls", &self.client_url(), "--advertise-client-urls", &self.client_url()])
             .args(["--listen-peer-urls", &self.peer_url(), "--initial-advertise-peer-urls", &self.peer_url()])
             .args(["--initial-cluster", &self.initial_cluster, "--initial-cluster-token", "etcd-cluster"])
-            .args(["--logger=zap", "--log-level=warn", "--heartbeat-interval=50", "--election-timeout=500"])
+            .args(["--logger=zap", "--log-level=warn"])
+            .args(self.election())
             .args(security("", self.tls.as_ref()))
             .args(security("peer-", self.peer_tls.as_ref()))
             .args(&self.flags)
@@ -136,6 +137,15 @@ impl Member {
             .stderr(log);
         let child = command.spawn().with_context(|| format!("start etcd {}", self.minor))?;
         Ok(Etcd { member: self.clone(), child: Some(child), log_path })
+    }
+
+    /// One alone leads at once; several on one disk must not hold an election because that was slow.
+    fn election(&self) -> [&'static str; 2] {
+        if self.initial_cluster.contains(',') {
+            ["--heartbeat-interval=100", "--election-timeout=1500"]
+        } else {
+            ["--heartbeat-interval=50", "--election-timeout=500"]
+        }
     }
 
     /// Starts it and waits until it serves.

@@ -57,6 +57,13 @@ pub fn free_port() -> Result<u16> {
     bail!("no free port")
 }
 
+/// Bytes that do not compress.
+pub fn noise(bytes: usize) -> Vec<u8> {
+    let mut noise = vec![0; bytes];
+    rand::fill(&mut noise);
+    noise
+}
+
 /// Tries until it works, for so long at most.
 pub async fn eventually<T, F: Future<Output = Result<T>>>(
     limit: Duration,
@@ -64,7 +71,9 @@ pub async fn eventually<T, F: Future<Output = Result<T>>>(
 ) -> Result<T> {
     let deadline = Instant::now() + limit;
     loop {
-        match attempt().await {
+        // An attempt may hang itself.
+        let tried = tokio::time::timeout(limit + Duration::from_secs(60), attempt()).await;
+        match tried.unwrap_or_else(|_| Err(anyhow::anyhow!("an attempt does not end"))) {
             Ok(value) => return Ok(value),
             Err(error) if Instant::now() > deadline => return Err(error.context(format!("not within {limit:?}"))),
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,

@@ -78,7 +78,7 @@ impl Machine {
             Pid::from_raw(first.parse()?).context("no pid")
         };
         this.first = Some(eventually(Duration::from_secs(10), children).await?);
-        eventually(Duration::from_secs(20), || async { this.systemctl(&["is-active", "default.target"]).await })
+        eventually(Duration::from_secs(120), || async { this.systemctl(&["is-active", "default.target"]).await })
             .await
             .with_context(|| std::fs::read_to_string(dir.join("systemd.log")).unwrap_or_default())?;
         Ok(this)

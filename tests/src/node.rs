@@ -165,7 +165,9 @@ impl Node {
             let Some(pid) = line.split_whitespace().nth(1).and_then(|pid| Pid::from_raw(pid.parse().ok()?)) else {
                 continue;
             };
-            let command = std::fs::read_to_string(format!("/proc/{}/cmdline", pid.as_raw_nonzero()))?;
+            // One may have ended since.
+            let command =
+                std::fs::read_to_string(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap_or_default();
             if command.contains(word) {
                 return Ok(kill_process(pid, Signal::KILL)?);
             }

@@ -203,9 +203,9 @@ impl Pod {
         Ok(environment.fold(command, |command, (name, value)| command.env(name, value)))
     }
 
-    /// Starts `sidecar serve` and waits until it serves.
+    /// Starts `sidecar serve`, with no full snapshot because an hour begins, and waits until it serves.
     pub async fn start_serve(&self) -> Result<Running> {
-        let mut serving = self.serve()?.spawn()?;
+        let mut serving = self.serve()?.args(["--set", "snapshots.fullSchedule="]).spawn()?;
         serving.logs("the API is served", LONG).await?;
         Ok(serving)
     }
@@ -250,7 +250,7 @@ impl Pod {
     pub async fn etcd(&self) -> Result<Client> {
         let url = self.member.client_url();
         let connect = || async {
-            let options = self.member.connect_options()?.with_timeout(Duration::from_secs(5));
+            let options = self.member.connect_options()?.with_timeout(Duration::from_secs(15));
             let mut client = Client::connect([url.clone()], Some(options)).await?;
             client.get("ready", None).await?;
             anyhow::Ok(client)

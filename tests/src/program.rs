@@ -11,6 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
+use tokio::task::JoinHandle;
 
 /// A command line.
 #[derive(Debug, Clone)]
@@ -156,7 +157,7 @@ impl Sidecar {
         let lines = Arc::new(Mutex::new(String::new()));
         let stderr = child.stderr.take().context("no standard error")?;
         let copy = lines.clone();
-        tokio::spawn(async move {
+        let reading = tokio::spawn(async move {
             let mut reader = BufReader::new(stderr).lines();
             while let Ok(Some(line)) = reader.next_line().await {
                 if let Ok(mut lines) = copy.lock() {
@@ -165,7 +166,7 @@ impl Sidecar {
                 }
             }
         });
-        Ok(Running { child, lines })
+        Ok(Running { child, lines, reading })
     }
 }
 
@@ -174,9 +175,15 @@ impl Sidecar {
 pub struct Running {
     child: Child,
     lines: Arc<Mutex<String>>,
+    reading: JoinHandle<()>,
 }
 
 impl Running {
+    /// Waits until all that it has logged is read; what it has started may hold that up.
+    async fn read_to_end(&mut self) {
+        drop(tokio::time::timeout(Duration::from_secs(5), &mut self.reading).await);
+    }
+
     /// What it logged so far.
     pub fn log(&self) -> String {
         self.lines.lock().map(|lines| lines.clone()).unwrap_or_default()
@@ -192,6 +199,10 @@ impl Running {
         let deadline = tokio::time::Instant::now() + limit;
         while self.log().matches(text).count() < times {
             if let Some(status) = self.child.try_wait()? {
+                if !self.reading.is_finished() {
+                    self.read_to_end().await;
+                    continue;
+                }
                 bail!("sidecar ended with {status} before it logged {text:?}:\n{}", self.log());
             }
             ensure!(
@@ -225,7 +236,9 @@ impl Running {
     pub async fn wait(&mut self) -> Result<Ended> {
         let status = tokio::time::timeout(Duration::from_secs(60), self.child.wait()).await;
         let status = status.with_context(|| format!("sidecar did not end:\n{}", self.log()))??;
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        if !self.reading.is_finished() {
+            self.read_to_end().await;
+        }
         Ok(Ended { code: status.code().unwrap_or(-1), stdout: String::new(), stderr: self.log() })
     }
 

@@ -48,9 +48,9 @@ impl Store {
         if member.auth { command.args(["--user", &format!("{}:{}", ROOT.0, ROOT.1)]) } else { command }
     }
 
-    /// Backs a member up for ever, with a delta so often.
+    /// Backs a member up for ever, with a delta so often, and no full snapshot because an hour begins.
     pub fn follow(&self, member: &Member, period: &str) -> Sidecar {
-        self.snapshot(member).args(["--delta-period", period])
+        self.snapshot(member).args(["--full-schedule", "", "--delta-period", period])
     }
 
     /// Takes one snapshot: `full` or `delta`.

@@ -111,7 +111,7 @@ async fn who_says_nothing_keeps_nobody_out() -> Result<()> {
     ensure!(pod.http()?.get(format!("{}/healthz", pod.url())).send().await?.status() == 200);
     // One that has shown a certificate stays, whoever comes.
     known.status(api::StatusRequest {}).await?;
-    ensure!(asked.elapsed() < Duration::from_secs(5), "it took {:?}", asked.elapsed());
+    ensure!(asked.elapsed() < Duration::from_secs(9), "it took {:?}", asked.elapsed());
     drop(silent);
     serving.terminate().await?.expect(0)?;
     Ok(())

@@ -34,7 +34,7 @@ async fn backup(minor: &str, store: &Store, dir: &Path) -> Result<(Member, Etcd,
     let mut client = etcd.client().await?;
     let workload = |seed| Workload { seed, rounds: 30, compact: true, large: seed == 2, defragment: false };
     workload(1).run(&mut client).await?;
-    let mut backup = store.follow(&member, "200ms").args(["--full-schedule", ""]).spawn()?;
+    let mut backup = store.follow(&member, "200ms").spawn()?;
     backup.logs("full snapshot is in the store", Duration::from_secs(60)).await?;
     for seed in 2..5 {
         workload(seed).run(&mut client).await?;
@@ -107,7 +107,7 @@ async fn history_is_discarded_when_asked_for() -> Result<()> {
     let store = minio.store("backups/here");
     let (member, mut etcd, mut client) = backup("3.6", &store, dir.path()).await?;
     for n in 0..20u32 {
-        let value: Vec<u8> = (0..1_000_000).map(|_| rand::random()).collect();
+        let value = tests::noise(1_000_000);
         client.put(format!("/blob/{n}"), value, None).await?;
     }
     store.once("delta", &member).run().await?.expect(0)?;

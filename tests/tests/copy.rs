@@ -25,7 +25,7 @@ async fn backup(dir: &Path) -> Result<(Store, Member, State)> {
     }
     // Several parts.
     for n in 0..20u32 {
-        let value: Vec<u8> = (0..1_000_000).map(|_| rand::random()).collect();
+        let value = tests::noise(1_000_000);
         client.put(format!("/blob/{n}"), value, None).await?;
     }
     store.once("full", &member).run().await?.expect(0)?;

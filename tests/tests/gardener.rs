@@ -90,6 +90,7 @@ async fn what_it_wrote_is_restored(minor: &str) -> Result<()> {
     let mut scene = Scene::new(minor).await?;
     let workload = |seed| Workload { seed, rounds: 12, compact: false, large: false, defragment: false };
     workload(1).run(&mut scene.client).await?;
+    tests::workload::expire(&mut scene.client).await?;
     scene.gardener.full(&scene.member, &["--tree", "v1", "--codec", "lzw"]).await?;
     let mut last = scene.revision().await?;
     let places: [&[&str]; 4] =
@@ -187,7 +188,7 @@ async fn ebr_1044_full_newer_than_the_first_delta() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn ebr_1045_and_1046_leases_that_expire_during_restore() -> Result<()> {
     let mut scene = Scene::new("3.6").await?;
-    scene.client.lease_grant(3, Some(LeaseGrantOptions::new().with_id(77))).await?;
+    scene.client.lease_grant(8, Some(LeaseGrantOptions::new().with_id(77))).await?;
     scene.client.put("/masterleases/a", "held", Some(PutOptions::new().with_lease(77))).await?;
     scene.write_to(10).await?;
     scene.gardener.full(&scene.member, &[]).await?;
@@ -196,9 +197,9 @@ async fn ebr_1045_and_1046_leases_that_expire_during_restore() -> Result<()> {
     scene.gardener.delta(&scene.member, 11, 12, &[]).await?;
     let expected = scene.state().await?;
     ensure!(expected.revision == 12 && expected.leases.contains_key(&77), "the lease expired too early");
-    tokio::time::sleep(Duration::from_secs(5)).await;
+    tokio::time::sleep(Duration::from_secs(10)).await;
     let found = scene.restores(&expected, &[]).await?;
-    ensure!(found.leases.get(&77) == Some(&3), "{:?}", found.leases);
+    ensure!(found.leases.get(&77) == Some(&8), "{:?}", found.leases);
     Ok(())
 }
 
@@ -439,7 +440,7 @@ async fn every_flipped_byte_is_found_or_harmless() -> Result<()> {
 async fn what_we_write_for_it_it_reads() -> Result<()> {
     let mut scene = Scene::new("3.5").await?;
     scene.write_to(10).await?;
-    let layout = ["--layout", "gardener-v2", "--full-schedule", ""];
+    let layout = ["--layout", "gardener-v2"];
     let mut backup = scene.store.follow(&scene.member, "300ms").args(layout).spawn()?;
     backup.logs("full snapshot is in the store", Duration::from_secs(60)).await?;
     let workload = |seed| Workload { seed, rounds: 12, compact: false, large: seed == 2, defragment: false };
@@ -472,7 +473,7 @@ async fn what_we_write_for_it_it_reads() -> Result<()> {
 async fn what_it_cannot_replay_is_in_a_full() -> Result<()> {
     let mut scene = Scene::new("3.5").await?;
     scene.write_to(10).await?;
-    let layout = ["--layout", "gardener-v2", "--full-schedule", ""];
+    let layout = ["--layout", "gardener-v2"];
     let mut backup = scene.store.follow(&scene.member, "300ms").args(layout).spawn()?;
     backup.logs("full snapshot is in the store", Duration::from_secs(60)).await?;
     let puts: Vec<TxnOp> = (0..8u32).map(|n| TxnOp::put(format!("big/{n}"), vec![b'x'; 1_000_000], None)).collect();

@@ -83,10 +83,13 @@ async fn leases_tell_of_member_and_backups() -> Result<()> {
     ensure!((-1..30).contains(&off), "it is renewed to when the snapshot was taken: {off} s off");
     // Without etcd nobody says that it lives.
     launched.terminate().await?;
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    let stopped = lease(&kubernetes, &pod.member.name).await?;
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    ensure!(renewed(&lease(&kubernetes, &pod.member.name).await?)? == renewed(&stopped)?);
+    let stays = || async {
+        let stopped = lease(&kubernetes, &pod.member.name).await?;
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        ensure!(renewed(&lease(&kubernetes, &pod.member.name).await?)? == renewed(&stopped)?, "it is renewed still");
+        Ok(())
+    };
+    eventually(LONG, stays).await?;
     serving.terminate().await?.expect(0)?;
     drop(server);
     drop(their_etcd);

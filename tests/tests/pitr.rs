@@ -94,7 +94,7 @@ async fn a_time_is_restored() -> Result<()> {
     let mut times = Vec::new();
     for n in 1..8u32 {
         client.put("x", n.to_string(), None).await?;
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        tokio::time::sleep(Duration::from_millis(1500)).await;
         times.push((now(), n, 2 + i64::from(n)));
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

@@ -16,10 +16,10 @@ use tests::proxy::{Fault, Message, Proxy, forward};
 use tests::state;
 use tests::store::Store;
 
-/// Of 1 MB each. Random bytes do not compress.
+/// Of 1 MB each.
 async fn write_blobs(client: &mut Client, blobs: u32) -> Result<()> {
     for n in 0..blobs {
-        let value: Vec<u8> = (0..1_000_000).map(|_| rand::random()).collect();
+        let value = tests::noise(1_000_000);
         client.put(format!("/blob/{n}"), value, None).await?;
     }
     Ok(())

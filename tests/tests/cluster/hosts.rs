@@ -36,11 +36,14 @@ async fn leadership_moves(dir: &std::path::Path, network: &Network) -> Result<()
         let leader = cluster.leader().await?;
         if round % 2 == 1 {
             // Without a word to its sidecar.
-            let mut client = cluster.client(leader).await?;
-            let own = client.status().await?.leader();
-            let others = client.member_list().await?;
-            let other = others.members().iter().map(etcd_client::Member::id).find(|id| *id != own);
-            client.move_leader(other.context("no other")?).await?;
+            eventually(LONG, || async {
+                let mut client = cluster.client(cluster.leader().await?).await?;
+                let own = client.status().await?.leader();
+                let others = client.member_list().await?;
+                let other = others.members().iter().map(etcd_client::Member::id).find(|id| *id != own);
+                Ok(client.move_leader(other.context("no other")?).await?)
+            })
+            .await?;
             eventually(LONG, || async {
                 ensure!(cluster.leader().await? != leader, "{leader} leads still");
                 Ok(())

@@ -395,7 +395,7 @@ async fn what_one_member_alone_has_is_not_backed_up() -> Result<()> {
     cluster.start_one(damaged)?;
     cluster.settled().await?;
     eventually(LONG, || async {
-        cluster.client(leader).await?.move_leader(id.context("no id")?).await?;
+        cluster.client(cluster.leader().await?).await?.move_leader(id.context("no id")?).await?;
         Ok(())
     })
     .await?;

@@ -77,7 +77,7 @@ async fn a_full_from_before_a_hole_does_not_span_it() -> Result<()> {
     let (place, away) = (dir.path().join("store"), dir.path().join("away"));
     std::fs::create_dir(&place)?;
     let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(Store::directory(&place)))?;
-    pod.more += "snapshots: {deltaPeriod: 1s, deltaMaxBytes: 1048576, fullBytesPerSecond: 1048576}\n";
+    pod.more += "snapshots: {deltaPeriod: 1s, deltaMaxBytes: 1048576, fullBytesPerSecond: 524288}\n";
     let mut serving = pod.start_serve().await?;
     let (launched, mut client) = pod.start_etcd().await?;
     serving.logs("full snapshot is in the store", LONG).await?;
@@ -102,7 +102,7 @@ async fn a_full_from_before_a_hole_does_not_span_it() -> Result<()> {
     ended.says("no full snapshot was done that the last changes could follow")?;
     launched.terminate().await?;
     // The next run takes one, and all is well.
-    pod.more = pod.more.replace("fullBytesPerSecond: 1048576", "fullBytesPerSecond: 0");
+    pod.more = pod.more.replace("fullBytesPerSecond: 524288", "fullBytesPerSecond: 0");
     let mut serving = pod.start_serve().await?;
     let (launched, mut client) = pod.start_etcd().await?;
     serving.logs("full snapshot is in the store", LONG).await?;

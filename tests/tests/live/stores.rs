@@ -18,7 +18,7 @@ async fn a_store_that_dies_half_way_loses_nothing() -> Result<()> {
     let mut client = etcd.client().await?;
     // Random bytes do not compress: the full has several parts.
     for n in 0..40u32 {
-        let value: Vec<u8> = (0..1_000_000).map(|_| rand::random()).collect();
+        let value = tests::noise(1_000_000);
         client.put(format!("/blob/{n}"), value, None).await?;
     }
     let mut backup = store.follow(&member, "300ms").spawn()?;

@@ -174,9 +174,10 @@ async fn who_never_ends_a_request_goes() -> Result<()> {
             }
         }));
     }
-    let answered = tokio::time::timeout(Duration::from_secs(5), reqwest::get(format!("{}/healthz", pod.url()))).await;
+    let answered = tokio::time::timeout(Duration::from_secs(20), reqwest::get(format!("{}/healthz", pod.url()))).await;
     ensure!(answered??.status() == 200);
     pod.ctl(["status"]).run().await?.expect(0)?;
+    ensure!(!slow.iter().any(tokio::task::JoinHandle::is_finished), "they were not let in");
     let ended = tokio::time::timeout(Duration::from_secs(100), futures::future::join_all(slow)).await;
     ended.context("slow clients are still there")?;
     serving.terminate().await?.expect(0)?;

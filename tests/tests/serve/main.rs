@@ -133,7 +133,9 @@ async fn killed_while_it_begins(minor: &str) -> Result<()> {
     for after_ms in [0, 3, 6, 10, 15, 25, 60, 150, 400, 900] {
         let mut launched = pod.start_launch()?;
         launched.running()?.logs("etcd is started", LONG).await?;
+        let begun = std::time::Instant::now();
         while !data.join("member/snap/db").exists() {
+            ensure!(begun.elapsed() < LONG, "etcd does not begin: {}", launched.log());
             tokio::task::yield_now().await;
         }
         tokio::time::sleep(Duration::from_millis(after_ms)).await;
@@ -310,7 +312,7 @@ async fn a_store_that_is_away_is_waited_for() -> Result<()> {
     pod.etcd().await?.put("x", "2", None).await?;
     let started = std::time::Instant::now();
     serving.terminate().await?.expect(1)?.says("not backed up")?;
-    ensure!(started.elapsed() < Duration::from_secs(28), "{:?}", started.elapsed());
+    ensure!(started.elapsed() < Duration::from_secs(45), "{:?}", started.elapsed());
     launched.terminate().await?.expect(STOPPED)?;
     Ok(())
 }
@@ -525,6 +527,7 @@ async fn every_call_can_be_made() -> Result<()> {
     let full = eventually(LONG, full).await?;
     ensure!(full.contains("KIND_FULL"), "{full}");
     Workload::of(2).run(&mut client).await?;
+    tests::workload::expire(&mut client).await?;
     let again = call(&["take-snapshot", "full", "--request-id", "one"], 0).await?.stdout;
     ensure!(again == full, "{again} instead of {full}");
     call(&["take-snapshot", "delta", "--request-id", "one"], 2).await?;
@@ -546,7 +549,8 @@ async fn every_call_can_be_made() -> Result<()> {
     let compacted = call(&["compact", "--request-id", "two"], 0).await?.json()?;
     ensure!(compacted["name"].as_str().is_some_and(|name| name.contains("/full/")), "{compacted}");
     ensure!(call(&["compact", "--request-id", "two"], 0).await?.json()? == compacted);
-    let sizes = call(&["defragment"], 0).await?.json()?;
+    // It refuses while etcd is slow to answer.
+    let sizes = eventually(LONG, || async { call(&["defragment"], 0).await?.json() }).await?;
     ensure!(sizes["after"].as_i64() > Some(0) && sizes["after"].as_i64() <= sizes["before"].as_i64(), "{sizes}");
     Workload::of(3).run(&mut client).await?;
     let prepared = call(&["prepare-shutdown"], 0).await?.json()?;

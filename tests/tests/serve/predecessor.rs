@@ -129,6 +129,7 @@ async fn the_predecessors_calls_are_answered() -> Result<()> {
     }
     ensure!(ask(&nobody, "/healthz", 200).await? == "{\"health\":true}");
     Workload::of(1).run(&mut etcd).await?;
+    tests::workload::expire(&mut etcd).await?;
     let delta: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/delta", 200).await?)?;
     ensure!(delta["kind"] == "Incr" && delta["lastRevision"].as_i64() > Some(2), "{delta}");
     let latest: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/latest", 200).await?)?;
