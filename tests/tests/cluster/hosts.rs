@@ -110,6 +110,15 @@ async fn cut_off(dir: &std::path::Path, network: &Network) -> Result<()> {
         eventually(LONG, taken).await?;
     }
 
+    // Unless that one is not there.
+    cluster.serving.remove(first).kill9().await?;
+    let pod = &cluster.pods[(first + 1) % 3];
+    let answer = pod.http()?.get(format!("{}/snapshot/full", pod.url())).send().await?;
+    let (code, text) = (answer.status(), answer.text().await?);
+    ensure!(code == 405 && text.contains("the leader's sidecar"), "{code} {text}");
+    cluster.serving.insert(first, cluster.pods[first].start_serve().await?);
+    cluster.back_up().await?;
+
     // From the store: it goes on to lead, and what is written meanwhile comes home afterwards.
     network.cut(first, &STORE.to_string())?;
     let mut client = cluster.client(first).await?;
