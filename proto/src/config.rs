@@ -32,7 +32,7 @@ pub enum Error {
         what: String,
     },
     /// What is needed is nowhere.
-    #[error("{0} is missing")]
+    #[error("{0} is missing: give a file with --config, or --set {0}=…")]
     Missing(&'static str),
     /// A URL has what must not be seen; it is not repeated.
     #[error("{0} has a user, a password or a query in its URL: credentials have files and variables of their own")]
@@ -96,13 +96,19 @@ pub fn variable(field: &str) -> String {
     std::iter::once("SIDECAR_").flat_map(str::chars).chain(words).collect()
 }
 
+/// Variables that say other things.
+const OTHER_VARIABLES: [&str; 5] = ["SIDECAR_CONFIG", "SIDECAR_URL", "SIDECAR_CACERT", "SIDECAR_CERT", "SIDECAR_KEY"];
+
 /// Of these variables, those that are named like one of a field and are none: probably misspelt. They are not refused, for
-/// Kubernetes makes variables of its own for a service that is called like that.
+/// somebody else may have made them. Kubernetes makes some for each service, such as one that is called like that.
 pub fn misspelt(variables: impl Iterator<Item = String>) -> Vec<String> {
     let known: Vec<String> = FIELDS.iter().map(|field| variable(field)).collect();
+    let is_of_service = |name: &str| name.contains("_SERVICE_") || name.ends_with("_PORT") || name.contains("_PORT_");
     let is_like_one = |name: &String| {
-        let section = |field: &&str| format!("{}_", variable(field.split('.').next().unwrap_or_default()));
-        !known.contains(name) && FIELDS.iter().any(|field| name.starts_with(&section(field)))
+        name.starts_with("SIDECAR_")
+            && !known.contains(name)
+            && !OTHER_VARIABLES.contains(&name.as_str())
+            && !is_of_service(name)
     };
     variables.filter(is_like_one).collect()
 }
@@ -725,8 +731,9 @@ mod tests {
             }
         }
         assert_eq!(variable("snapshots.deltaMaxBytes"), "SIDECAR_SNAPSHOTS_DELTA_MAX_BYTES");
-        let names = ["SIDECAR_SNAPSHOTS_DELTA_PERIODD", "SIDECAR_STORE_URL", "SIDECAR_CONFIG", "SIDECAR_STORE", "PATH"];
-        assert_eq!(misspelt(names.into_iter().map(str::to_owned)), names[..1]);
+        let wrong = ["SIDECAR_SNAPSHOTS_DELTA_PERIODD", "SIDECAR_SNAPSHOT_DELTA_PERIOD", "SIDECAR_STORE"];
+        let right = ["SIDECAR_STORE_URL", "SIDECAR_CONFIG", "PATH", "SIDECAR_PORT", "SIDECAR_STORE_SERVICE_HOST"];
+        assert_eq!(misspelt(wrong.into_iter().chain(right).map(str::to_owned)), wrong);
         for (set, said) in [
             ("a.b=c", "there is no field"),
             ("store.url", "field=value"),

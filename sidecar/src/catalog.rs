@@ -450,6 +450,9 @@ impl History {
     }
 }
 
+/// Notes of members that lost their data, under a prefix of backups.
+const RECOVERY: &str = "recovery/";
+
 /// Everything under a store's prefix.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Catalog {
@@ -517,6 +520,7 @@ impl Catalog {
                 }
                 Some(ObjectName::Timeline { timeline }) => drop(catalog.timelines.entry(timeline).or_default()),
                 Some(uploading @ ObjectName::Uploading { .. }) => catalog.uploading.push((uploading, size)),
+                None if name.starts_with(RECOVERY) => {}
                 None => catalog.foreign.push((name, size)),
             }
         }
@@ -651,6 +655,7 @@ mod tests {
             "t00000001/other/x",
         ];
         assert_eq!(Catalog::new(names.map(|name| (name.to_owned(), 0))).foreign.len(), names.len());
+        assert!(Catalog::new([("recovery/t00000001.json".to_owned(), 14)]).foreign.is_empty());
     }
 
     proptest! {

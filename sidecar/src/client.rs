@@ -55,9 +55,26 @@ impl ApiFlags {
     /// Connects anew: files are read again, so rotated certificates are used.
     pub async fn connect(&self) -> Result<SidecarClient<Channel>> {
         let channel = self.endpoint()?.connect().await.map_err(|error| Error::Unanswered {
-            what: format!("connect to the sidecar at {}: {}", self.sidecar, crate::error::chain(&error)),
+            what: format!(
+                "connect to the sidecar at {}: {}{}",
+                self.sidecar,
+                crate::error::chain(&error),
+                hint(&error)
+            ),
         })?;
         Ok(SidecarClient::new(channel))
+    }
+}
+
+/// What to do about a connection that fails for a reason which does not tell.
+fn hint(error: &dyn std::error::Error) -> &'static str {
+    let text = crate::error::chain(error);
+    if text.contains("UnknownIssuer") {
+        "; name the CA that has signed its certificate with --cacert"
+    } else if text.contains("frame with invalid size") {
+        "; it may be served over TLS: try https://"
+    } else {
+        ""
     }
 }
 
@@ -70,7 +87,8 @@ pub fn request_id() -> String {
 pub fn failed(what: &str) -> impl Fn(tonic::Status) -> Error + '_ {
     move |status| {
         // What a connection broke by says what to do, such as that a certificate was refused.
-        let cause = std::error::Error::source(&status).map(|cause| format!(": {}", crate::error::chain(cause)));
+        let cause =
+            std::error::Error::source(&status).map(|cause| format!(": {}{}", crate::error::chain(cause), hint(cause)));
         let cause = cause.unwrap_or_default();
         let text = format!("{what}: the sidecar answers {:?}: {}{cause}", status.code(), status.message());
         match status.code() {

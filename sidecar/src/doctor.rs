@@ -361,6 +361,7 @@ async fn etcd(flags: &EtcdFlags, endpoint: &str, ports: &[u16]) -> (Vec<Finding>
     findings.push(match auth {
         Ok(false) => Finding::good("auth", "off"),
         Ok(true) => Finding::good("auth", "its state can be read, so the user may back up"),
+        Err(error) if status.leader_id == 0 => Finding::bad("auth", format!("{error}: the cluster has no leader")),
         Err(error) => Finding::bad("auth", format!("{error}: the user that backs up needs the role root")),
     });
     findings.extend(status.alarms.iter().map(|(member, alarm)| {

@@ -45,6 +45,7 @@ pub struct Settings {
 /// Initializes, runs etcd to its end, and returns its exit code. An etcd that fails soon after its start is sent back to
 /// initialization a few times: its data is looked at again. When `insist` is cancelled after `stop`, etcd is killed.
 pub async fn launch(settings: &Settings, stop: &CancellationToken, insist: &CancellationToken) -> Result<u8> {
+    may_write(&settings.config)?;
     for failures in 1.. {
         let (code, ran) = once(settings, stop, insist).await?;
         // Killed, it does not say anything about its data: whoever killed it, or the lack of memory, is to be seen outside.
@@ -142,6 +143,19 @@ fn not_yet(what: &str) -> impl Fn(tonic::Status) -> Error + '_ {
     move |status| match failed(what)(status) {
         Error::Precondition { what } => Error::Unanswered { what },
         error => error,
+    }
+}
+
+/// Refuses to write over what somebody else wrote: the sidecar gives JSON.
+fn may_write(path: &Path) -> Result<()> {
+    match std::fs::read(path) {
+        Ok(text) if !text.trim_ascii().is_empty() && !text.trim_ascii_start().starts_with(b"{") => {
+            Err(Error::precondition(format!(
+                "{} is there and was not written by launch; say with --config where the configuration for etcd is to be written",
+                path.display()
+            )))
+        }
+        _ => Ok(()),
     }
 }
 

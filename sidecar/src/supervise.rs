@@ -106,6 +106,8 @@ pub struct Observed {
     pub last_exit: Option<LastExit>,
     /// That it cannot be reached.
     pub unreached: Option<Unreached>,
+    /// That another cluster backs up into the store as well.
+    pub shared: Option<String>,
 }
 
 /// A member that should be there and is not.
@@ -416,6 +418,7 @@ impl Supervisor {
         let missing = self.owed.lock().unwrap_or_else(PoisonError::into_inner).missing.clone();
         missing
             .or_else(|| self.settings.metrics.trouble())
+            .or_else(|| self.observed.borrow().shared.clone())
             .or_else(|| self.unreached_for_long())
             .or_else(|| self.observed.borrow().leaderless())
     }
@@ -558,7 +561,12 @@ impl Supervisor {
 
     /// Takes note of an etcd that is to run and is not there, and says so once it has had the time to start.
     fn see_whether_reached(&self, error: Option<&Error>) {
-        let is_to_run = matches!(&*self.phase.borrow(), Phase::Ready(_));
+        let is_to_run = match &*self.phase.borrow() {
+            Phase::Ready(_) => true,
+            // A sidecar that was restarted beside an etcd.
+            Phase::New => self.settings.initialize.member.data_dir.join("member").exists(),
+            Phase::Running(_) | Phase::Refused(_) | Phase::Failed(_) => false,
+        };
         self.observed.send_modify(|observed| {
             let before = observed.unreached.take();
             let Some(error) = error.filter(|_| is_to_run) else { return };

@@ -372,7 +372,7 @@ fn decide_what(facts: &Facts) -> (Decision, String) {
             }
             if let (Live::Nobody, Some(only_here)) = (facts.live, &damaged.only_here) {
                 let why = format!(
-                    "{what}, and {only_here}: move the member directory away to have it restored, or make a member of its database with `sidecar restore --skip-hash-check --snapshot-file …/member/snap/db`"
+                    "{what}, and {only_here}: move the member directory away to have it restored, or keep what it has with `sidecar restore --snapshot-file DIR/member/snap/db --skip-hash-check --data-dir DIR --replace --name NAME --initial-cluster NAME=PEER-URL`"
                 );
                 let decision = if of_one { Decision::Refuse { may_pass: false } } else { Decision::Wait };
                 return (decision, why);
@@ -453,7 +453,7 @@ fn without_data(what: &str, facts: &Facts, may_start_empty: bool) -> (Decision, 
         }
         Backups::NotConfigured if may_start_empty => (Decision::Bootstrap, format!("{what}, and no store is given")),
         Backups::Empty | Backups::Begun | Backups::NotConfigured => {
-            refuse(false, "there is nothing to restore; move the data away, or allow to start empty")
+            refuse(false, "there is nothing to restore; move the data away, or set safety.mayStartEmpty")
         }
     }
 }
@@ -485,9 +485,9 @@ fn one_of_several(what: &str, facts: &Facts, is_absent: bool) -> (Decision, Stri
         }
         (Live::Serves { us: Place::Alive, .. }, _) => is_alive(what),
         (Live::Serves { .. }, _) => (Decision::Join, format!("{what}; it comes back to its cluster as a learner")),
-        (Live::NoQuorum { .. }, Backups::Upto { .. }) | (Live::NoQuorum { knows_us: true }, _) => {
-            wait("the other members have no quorum; when they have, it comes back to them")
-        }
+        (Live::NoQuorum { .. }, Backups::Upto { .. }) | (Live::NoQuorum { knows_us: true }, _) => wait(
+            "the other members have no quorum; when they have, it comes back to them. If they never will, a person decides: see the README for a cluster of which one member has its data still",
+        ),
         (_, Backups::Unknown { why }) => {
             let why = format!("{what}, no other member serves, and whether there are backups cannot be told: {why}");
             (Decision::Refuse { may_pass: true }, why)
@@ -510,7 +510,7 @@ fn one_of_several(what: &str, facts: &Facts, is_absent: bool) -> (Decision, Stri
             facts.lost, facts.replicas
         )),
         (_, Backups::Upto { .. }) => wait(&format!(
-            "no other member serves; {} of {} members say that they lost their data, and one that has it may have more than the backups",
+            "no other member serves; {} of {} members say that they lost their data, and one that has it may have more than the backups. If that is lost for good, say so by starting it without data, or restore all with `sidecar restore --all-members`",
             facts.lost, facts.replicas
         )),
         (_, Backups::Empty | Backups::NotConfigured) if is_absent => {

@@ -100,7 +100,11 @@ impl Place<'_> {
         })?;
         match (directory.is_dir(), open) {
             (true, _) => {}
-            (false, Open::Existing) => return Err(Error::missing(format!("store {url}: there is no such directory"))),
+            (false, Open::Existing) => {
+                return Err(Error::missing(format!(
+                    "store {url}: there is no such directory; make it, or mount it: one that is missing is not taken for empty"
+                )));
+            }
             (false, Open::Create) => {
                 std::fs::create_dir_all(&directory).map_err(Error::io("create", directory.display()))?;
             }

@@ -23,6 +23,10 @@ use crate::{Error, Result};
 
 /// How often it is looked whether a tail of deltas has grown long, and whether a cron schedule has come due.
 const LOOK_PERIOD: Duration = Duration::from_secs(30);
+/// How often it is looked whether the store is ours alone,
+const WHOSE_PERIOD: Duration = Duration::from_secs(60);
+/// in so many of its newest timelines.
+const MOST_TIMELINES: usize = 8;
 /// After something has failed, it is tried again after so long, and with each further time after twice as long up to this.
 const LEAST_BACKOFF: Duration = Duration::from_secs(30);
 const MOST_BACKOFF: Duration = Duration::from_secs(4 * 3600);
@@ -76,6 +80,16 @@ pub struct Verified {
 pub(super) fn start(supervisor: &Arc<Supervisor>) {
     let upkeep = supervisor.settings.upkeep.clone();
     if let Some(store) = supervisor.settings.initialize.store.clone() {
+        let looked = store.clone();
+        supervisor.repeat(
+            "look whose the newest backups are",
+            When::Every(WHOSE_PERIOD),
+            Lasts::WhileLeading,
+            move |this| {
+                let store = looked.clone();
+                async move { this.look_whose(&store).await }
+            },
+        );
         if let Some((retention, period)) = upkeep.retention {
             let store = store.clone();
             supervisor.repeat(
@@ -239,6 +253,42 @@ impl Supervisor {
             );
         }
         Ok(is_ours)
+    }
+
+    /// Notices that another cluster has begun to back up where ours does: a restore would take what is newest there.
+    async fn look_whose(&self, store: &Store) -> Result<()> {
+        let Some(ours) = self.observed.borrow().status.as_ref().map(|status| status.cluster_id) else { return Ok(()) };
+        // A store that cannot be listed is said already.
+        let Some(Ok(catalog)) = self.listed().await else { return Ok(()) };
+        let (mut newest, mut shared) = (None, None);
+        for (timeline, history) in catalog.timelines.iter().rev().take(MOST_TIMELINES) {
+            match store.whose(*timeline, history).await {
+                // What came before ours is what ours was restored from.
+                Ok(Some(whose)) if whose == ours => {
+                    shared = newest;
+                    break;
+                }
+                Ok(Some(theirs)) => newest = newest.or(Some((*timeline, theirs))),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::debug!(%error, timeline, "whose a timeline is cannot be told");
+                    return Ok(());
+                }
+            }
+        }
+        let shared = shared.map(|(timeline, theirs)| {
+            format!(
+                "timeline {timeline} of store {} was begun after ours by cluster {theirs:x}, and a restore takes the newest: give each cluster a prefix of its own, and move that timeline away",
+                store.url()
+            )
+        });
+        if let Some(shared) = &shared
+            && self.observed.borrow().shared.is_none()
+        {
+            tracing::error!("{shared}");
+        }
+        self.observed.send_modify(|observed| observed.shared = shared);
+        Ok(())
     }
 
     async fn collect(&self, store: &Store, retention: Retention) -> Result<()> {
