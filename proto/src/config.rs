@@ -144,10 +144,14 @@ impl SidecarConfig {
         }
         for set in sets {
             let (field, value) = set.split_once('=').unwrap_or((set, ""));
-            let from = format!("--set {field}");
             if field.len() == set.len() {
-                return Err(refused(&from, "it is not field=value".into()));
+                // Where the value begins is not known.
+                let end =
+                    field.find(|letter: char| !letter.is_ascii_alphabetic() && letter != '.').unwrap_or(field.len());
+                let known = FIELDS.iter().find(|known| **known == &field[..end]).map_or("", |known| known);
+                return Err(refused(&format!("--set {known}…"), "it is not field=value".into()));
             }
+            let from = format!("--set {field}");
             if !FIELDS.contains(&field) {
                 return Err(refused(&from, format!("there is no field {field}; there are {}", FIELDS.join(", "))));
             }
@@ -177,16 +181,28 @@ impl SidecarConfig {
         let store = self.store.iter().map(|store| ("store.url", &store.url));
         let endpoints = self.etcd.endpoints.iter().map(|url| ("etcd.endpoints", url));
         let others = self.etcd.cluster_endpoints.iter().map(|url| ("etcd.clusterEndpoints", url));
-        let has_secret = |url: &str| {
-            let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
-            let authority = rest.split('/').next().unwrap_or_default();
-            authority.contains('@') || url.contains('?')
-        };
-        match store.chain(endpoints).chain(others).find(|(_, url)| has_secret(url)) {
+        let found = store.filter(|(_, url)| may_show_secret(url, true));
+        let reached = endpoints.chain(others).filter(|(_, url)| may_show_secret(url, false));
+        match found.chain(reached).next() {
             Some((field, _)) => Err(Error::Secret(field)),
             None => Ok(()),
         }
     }
+}
+
+/// Whether a URL may have a user, a password, a query or a fragment, however it is written: what reads it later may read it in
+/// another way.
+fn may_show_secret(url: &str, is_store: bool) -> bool {
+    let lower = url.to_ascii_lowercase();
+    if lower.contains(['?', '#', '\\']) || lower.contains("%3f") || lower.contains(char::is_control) {
+        return true;
+    }
+    if !is_store {
+        return lower.contains('@');
+    }
+    // A prefix or a directory may have one.
+    let rest = lower.split_once(':').map_or(lower.as_str(), |(_, rest)| rest).trim_start_matches('/');
+    !lower.starts_with("file:") && rest.split('/').next().is_some_and(|first| first.contains('@'))
 }
 
 /// A value as a person writes it: a list has commas, a number or a truth value is one where it reads as one.
@@ -601,6 +617,13 @@ mod tests {
             ("store.url=az://container/a?sig=hidden", "store.url"),
             ("etcd.endpoints=http://a:1,https://root:hidden@b:2", "etcd.endpoints"),
             ("etcd.clusterEndpoints=hidden@b:2", "etcd.clusterEndpoints"),
+            ("etcd.endpoints=https:///root:hidden@a:1", "etcd.endpoints"),
+            ("etcd.endpoints=https:/root:hidden@a:1", "etcd.endpoints"),
+            ("etcd.endpoints=https:\\/root:hidden@a:1", "etcd.endpoints"),
+            ("etcd.endpoints=https://a:1#hidden", "etcd.endpoints"),
+            ("store.url=s3:///key:hidden@bucket/a", "store.url"),
+            ("store.url=s3:/key:hidden@bucket/a", "store.url"),
+            ("store.url=az://container/a%3Fsig=hidden", "store.url"),
         ] {
             let refused = SidecarConfig::layered(Some(LEAST), |_| None, &[set.to_owned()]);
             let said = refused.map_err(|error| error.to_string());
@@ -610,6 +633,8 @@ mod tests {
             ("etcd: {password: hidden}", "etcd.user=root"),
             ("store: {url: 's3://key:hidden@bucket/a'}\nsnapshots:\n  fullSchedule: x\n  deltas: 1", "etcd.user=root"),
             ("etcd: {user: root}", "etcd.password=hidden"),
+            ("etcd: {user: root}", "etcd.password:hidden"),
+            ("etcd: {user: root}", "hidden"),
         ] {
             let refused = SidecarConfig::layered(Some(&format!("{LEAST}\n{yaml}\n")), |_| None, &[set.to_owned()]);
             let said = refused.map_err(|error| error.to_string());

@@ -12,8 +12,6 @@ use std::sync::Arc;
 use chrono::{DateTime, Utc};
 use etcd_format::datadir;
 use proto::config::SidecarConfig;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::Serialize;
 
 use crate::error::is_refused;
@@ -22,7 +20,7 @@ use crate::human::bytes as amount;
 use crate::initialize::{self, Data, Member};
 use crate::room::{Room, existing};
 use crate::store::Store;
-use crate::{Class, Error, Result, kinship, small_file, supervise};
+use crate::{Class, Error, Result, kinship, rotation, small_file, supervise};
 
 /// A certificate that has no more time than this is worth knowing of.
 const SOON: chrono::TimeDelta = chrono::TimeDelta::days(14);
@@ -198,12 +196,8 @@ impl Pair {
     fn validity(&self) -> Result<(DateTime<Utc>, DateTime<Utc>)> {
         let read = |path: &Path| small_file::read(path).map_err(Error::io("read", path.display()));
         let bad = |path: &Path, what: &dyn std::fmt::Display| Error::invalid(format!("{}: {what}", path.display()));
-        let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&read(&self.path)?).collect();
-        let chain = chain.map_err(|error| bad(&self.path, &error))?;
+        let chain = rotation::certificates(&read(&self.path)?, &self.path)?;
         let at = |time: x509_parser::time::ASN1Time| DateTime::from_timestamp(time.timestamp(), 0).unwrap_or_default();
-        if chain.is_empty() {
-            return Err(bad(&self.path, &"no certificate is in it"));
-        }
         if let Some(Ok((_, own))) = chain.first().map(|own| x509_parser::parse_x509_certificate(own))
             && let Some(lacks) = self.uses.iter().find_map(|of| of.lacks(&own))
         {
@@ -217,7 +211,7 @@ impl Pair {
             times.push((from, until));
         }
         if let Some(key) = &self.key {
-            let private = PrivateKeyDer::from_pem_slice(&read(key)?).map_err(|error| bad(key, &error))?;
+            let private = rotation::private_key(&read(key)?, key)?;
             let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
             let both = rustls::sign::CertifiedKey::from_der(chain, private, &provider);
             both.map_err(|error| bad(key, &format!("it is not the key of {}: {error}", self.path.display())))?;

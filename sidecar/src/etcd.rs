@@ -120,7 +120,7 @@ impl EtcdFlags {
             format!("http://{text}")
         };
         let parsed = url::Url::parse(&url).ok();
-        if parsed.as_ref().is_some_and(|url| !url.username().is_empty() || url.password().is_some()) {
+        if text.contains('@') {
             return Err(Error::invalid(
                 "an endpoint must not have credentials; give --user, and ETCDCTL_PASSWORD in the environment",
             ));

@@ -45,7 +45,7 @@ pub struct Settings {
 /// Initializes, runs etcd to its end, and returns its exit code. An etcd that fails soon after its start is sent back to
 /// initialization a few times: its data is looked at again. When `insist` is cancelled after `stop`, etcd is killed.
 pub async fn launch(settings: &Settings, stop: &CancellationToken, insist: &CancellationToken) -> Result<u8> {
-    may_write(&settings.config)?;
+    may_write(&settings.config, None)?;
     for failures in 1.. {
         let (code, ran) = once(settings, stop, insist).await?;
         // Killed, it does not say anything about its data: whoever killed it, or the lack of memory, is to be seen outside.
@@ -67,6 +67,7 @@ async fn once(settings: &Settings, stop: &CancellationToken, insist: &Cancellati
         yaml = prepare(settings) => yaml?,
         () = stop.cancelled() => return Err(Error::Cancelled),
     };
+    may_write(&settings.config, Some(&yaml))?;
     write_config(&settings.config, &yaml)?;
     let started = Instant::now();
     let mut etcd = Command::new(&settings.etcd)
@@ -146,15 +147,23 @@ fn not_yet(what: &str) -> impl Fn(tonic::Status) -> Error + '_ {
     }
 }
 
-/// Refuses to write over what somebody else wrote: the sidecar gives JSON.
-fn may_write(path: &Path) -> Result<()> {
-    match std::fs::read(path) {
-        Ok(text) if !text.trim_ascii().is_empty() && !text.trim_ascii_start().starts_with(b"{") => {
-            Err(Error::precondition(format!(
-                "{} is there and was not written by launch; say with --config where the configuration for etcd is to be written",
-                path.display()
-            )))
-        }
+/// Refuses to write over what somebody else wrote: a person, for what the sidecar gives is JSON, or the launcher of another
+/// member, whose etcd may be about to read it.
+fn may_write(path: &Path, yaml: Option<&str>) -> Result<()> {
+    let Ok(there) = std::fs::read(path) else { return Ok(()) };
+    let place = "say with --config where the configuration for etcd is to be written";
+    let data_dir = |json: &[u8]| {
+        let parsed = serde_json::from_slice::<serde_json::Value>(json).ok()?;
+        Some(parsed.get("data-dir")?.as_str()?.to_owned())
+    };
+    if !there.trim_ascii().is_empty() && !there.trim_ascii_start().starts_with(b"{") {
+        return Err(Error::precondition(format!("{} is there and was not written by launch; {place}", path.display())));
+    }
+    match (data_dir(&there), yaml.and_then(|yaml| data_dir(yaml.as_bytes()))) {
+        (Some(theirs), Some(ours)) if theirs != ours => Err(Error::precondition(format!(
+            "{} is of a member whose data is in {theirs}, not in {ours}; {place}, or delete it",
+            path.display()
+        ))),
         _ => Ok(()),
     }
 }

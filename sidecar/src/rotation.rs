@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use chrono::Utc;
-use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
 use crate::{Error, Result, small_file};
@@ -21,11 +21,19 @@ pub(crate) struct Pems {
 }
 
 impl Pems {
-    /// Reads them.
+    /// Reads them. What is no certificate, or no key, is refused here: what has no CA in it would be no CA at all.
     pub(crate) fn read(ca: Option<&PathBuf>, cert: Option<&PathBuf>, key: Option<&PathBuf>) -> Result<Self> {
         let read = |path: &Path| small_file::read(path).map_err(Error::io("read the certificate", path.display()));
-        let identity = cert.zip(key).map(|(cert, key)| Ok::<_, Error>((read(cert)?, read(key)?)));
-        Ok(Self { ca: ca.map(|path| read(path)).transpose()?, identity: identity.transpose()? })
+        let bundle = |path: &Path| {
+            let pem = read(path)?;
+            certificates(&pem, path).map(|_| pem)
+        };
+        let identity = cert.zip(key).map(|(cert, key)| {
+            let pem = read(key)?;
+            private_key(&pem, key)?;
+            Ok::<_, Error>((bundle(cert)?, pem))
+        });
+        Ok(Self { ca: ca.map(|path| bundle(path)).transpose()?, identity: identity.transpose()? })
     }
 
     /// TLS towards a server. Its CA, where it is verified, is the system's when none is given.
@@ -42,13 +50,35 @@ impl Pems {
         }
     }
 
-    /// Whether our certificate is no longer valid. One that cannot be read is not known to be.
-    pub(crate) fn has_expired(&self) -> bool {
+    /// Whether our certificate is not valid now. One that cannot be read is not known to be.
+    pub(crate) fn is_out_of_time(&self) -> bool {
         let Some((cert, _)) = &self.identity else { return false };
         let first = CertificateDer::pem_slice_iter(cert).next().and_then(Result::ok);
         let parsed = first.as_ref().and_then(|der| x509_parser::parse_x509_certificate(der).ok());
-        parsed.is_some_and(|(_, parsed)| parsed.validity().not_after.timestamp() < Utc::now().timestamp())
+        parsed.is_some_and(|(_, parsed)| {
+            let (from, until) = (parsed.validity().not_before.timestamp(), parsed.validity().not_after.timestamp());
+            !(from..=until).contains(&Utc::now().timestamp())
+        })
     }
+}
+
+/// The certificates in a file. What the library says of one that is damaged has its bytes, and a key may be among them.
+pub(crate) fn certificates(pem: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>> {
+    let bad = |what: &str| Error::invalid(format!("{}: {what}", path.display()));
+    let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
+    match read {
+        Ok(read) if !read.is_empty() => Ok(read),
+        Ok(_) => Err(bad("no certificate is in it")),
+        Err(_) => Err(bad("it is damaged: a PEM section does not begin or end as it should, or is not base64")),
+    }
+}
+
+/// The key in a file.
+pub(crate) fn private_key(pem: &[u8], path: &Path) -> Result<PrivateKeyDer<'static>> {
+    PrivateKeyDer::from_pem_slice(pem).map_err(|_| {
+        let what = "no private key that is not encrypted is in it as PEM, with its lines as they were made";
+        Error::invalid(format!("{}: {what}", path.display()))
+    })
 }
 
 /// What was made of the files when they could be used last.
@@ -74,8 +104,8 @@ impl<T> std::fmt::Debug for Rotating<T> {
 }
 
 impl<T: Clone> Rotating<T> {
-    /// What `make` makes of the files as they are now. Where they cannot be used, or our certificate in them has expired and the
-    /// one before has not, what was made before. `what` they are for is said in the log.
+    /// What `make` makes of the files as they are now. Where they cannot be used, or our certificate in them is not valid now and the
+    /// one before is, what was made before. `what` they are for is said in the log.
     pub(crate) fn newest(
         &self,
         what: &str,
@@ -86,8 +116,8 @@ impl<T: Clone> Rotating<T> {
         let stay = "the ones before stay in use";
         let pems = match (read(), &*kept) {
             (Ok(pems), Some((before, made))) if pems == *before => return Ok(made.clone()),
-            (Ok(pems), Some((before, made))) if pems.has_expired() && !before.has_expired() => {
-                tracing::error!("the new certificate {what} has expired; {stay}");
+            (Ok(pems), Some((before, made))) if pems.is_out_of_time() && !before.is_out_of_time() => {
+                tracing::error!("the new certificate {what} is not valid now; {stay}");
                 return Ok(made.clone());
             }
             (Ok(pems), _) => pems,
@@ -97,8 +127,8 @@ impl<T: Clone> Rotating<T> {
             }
             (Err(error), None) => return Err(error),
         };
-        if pems.has_expired() {
-            tracing::error!("the certificate {what} has expired: renew it");
+        if pems.is_out_of_time() {
+            tracing::error!("the certificate {what} is not valid now: renew it, or set this machine's clock");
         }
         match (make(&pems), &*kept) {
             (Ok(made), before) => {
@@ -139,5 +169,20 @@ mod tests {
         }
         assert_eq!(rotating.clone().newest("here", missing, make)?, b"one");
         Ok(())
+    }
+
+    #[test]
+    fn nothing_of_a_damaged_key_is_quoted() {
+        let path = Path::new("tls.key");
+        for pem in [
+            "-----BEGIN PRIVATE KEY-----c2VjcmV0-----END PRIVATE KEY-----",
+            "-----BEGIN EC PRIVATE KEY-----\nc2VjcmV0",
+            "secret",
+        ] {
+            for error in [private_key(pem.as_bytes(), path).err(), certificates(pem.as_bytes(), path).err()] {
+                let text = error.map(|error| error.to_string()).unwrap_or_default();
+                assert!(text.starts_with("tls.key: ") && !text.contains("c2Vj") && !text.contains("99, 50"), "{text}");
+            }
+        }
     }
 }

@@ -146,6 +146,9 @@ pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> 
     }
 }
 
+/// An interruption that may be over before somebody who has asked for a snapshot would ask again.
+const SOON: Duration = Duration::from_secs(3);
+
 /// Backs up until `stop` is cancelled. Trouble with etcd or the store is waited out; only what cannot pass ends the run.
 /// Meanwhile it takes what is asked for.
 pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut Requests) -> Result<()> {
@@ -184,6 +187,13 @@ pub async fn run(settings: &Settings, stop: &CancellationToken, requests: &mut R
         }
         settings.metrics.interrupted(&error);
         tracing::warn!(%error, retry_in = ?delay, "backup is interrupted; go on from what the store has");
+        // Who has asked meanwhile does not wait for what takes longer.
+        if delay > SOON {
+            while let Ok(request) = requests.try_recv() {
+                let what = format!("nothing is backed up now: {error}");
+                drop(request.reply.send(Err(Error::Unanswered { what })));
+            }
+        }
         tokio::select! {
             () = tokio::time::sleep(delay) => {}
             () = stop.cancelled() => return all_saved(unsaved),

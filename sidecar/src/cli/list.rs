@@ -217,7 +217,8 @@ fn table(listing: &Listing) -> String {
         say(format!("unfinished upload: {} ({})", upload.name, bytes(upload.bytes)));
     }
     for foreign in &listing.foreign {
-        say(format!("not ours: {} ({})", foreign.name, bytes(foreign.bytes)));
+        // Anybody may have named it, for a terminal too.
+        say(format!("not ours: {} ({})", foreign.name.escape_debug(), bytes(foreign.bytes)));
     }
     text
 }

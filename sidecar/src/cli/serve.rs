@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use proto::config::{Defragmentation, RetentionPolicy, SidecarConfig, Snapshots, misspelt};
+use proto::config::{Defragmentation, FIELDS, RetentionPolicy, SidecarConfig, Snapshots, misspelt, variable};
 use tokio_util::sync::CancellationToken;
 
 use super::snapshot::parse_schedule;
@@ -71,9 +71,17 @@ impl ConfigFlags {
         for variable in misspelt(std::env::vars_os().filter_map(|(name, _)| name.into_string().ok())) {
             tracing::warn!(variable, "the environment has what looks like a field of the configuration, and is none");
         }
+        if let Some(name) = FIELDS.iter().map(|field| variable(field)).find(|name| is_not_text(name)) {
+            return Err(Error::invalid(format!("the variable {name} is not UTF-8")));
+        }
         let config = SidecarConfig::layered(text.as_deref(), |name| std::env::var(name).ok(), &self.set);
         config.map_err(|error| Error::invalid(format!("{place}: {error}")))
     }
+}
+
+/// It would be passed over.
+fn is_not_text(name: &str) -> bool {
+    matches!(std::env::var(name), Err(std::env::VarError::NotUnicode(_)))
 }
 
 pub(super) async fn run(args: Args, stop: CancellationToken) -> Result<u8> {

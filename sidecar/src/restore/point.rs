@@ -257,6 +257,9 @@ fn known_between(
             "the time lies between revisions {before} and {after}, and what changed between the two is not in store {url}: restore one of them with --revision, or give another time"
         ))),
         (Some(revision), _) => Ok(revision),
+        (None, _) if fulls().any(|(_, is_by_then)| is_by_then) => Err(Error::missing(format!(
+            "the times in store {url} go back and forth, as of a clock that was wrong, so that this one cannot be found: name a revision with --revision (`sidecar list` shows which there are)"
+        ))),
         (None, _) => Err(Error::missing(format!(
             "nothing was backed up by that time: the oldest full snapshot in store {url} is of a later one"
         ))),

@@ -4,15 +4,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{RootCertStore, ServerConfig};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use crate::rotation::{Pems, Rotating};
+use crate::rotation::{Pems, Rotating, certificates, private_key};
 use crate::{Error, Result};
 
 /// Who has not shaken hands by then goes.
@@ -39,16 +37,7 @@ impl Files {
             return Err(Error::Bug { what: "certificates of the API were not read".into() });
         };
         let bad = |path: &Path, what: String| Error::invalid(format!("{}: {what}", path.display()));
-        let certificates = |pem: &[u8], path: &Path| {
-            let read: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem).collect();
-            match read {
-                Ok(read) if !read.is_empty() => Ok(read),
-                Ok(_) => Err(bad(path, "no certificate is in it".into())),
-                Err(error) => Err(bad(path, error.to_string())),
-            }
-        };
-        let chain = certificates(cert, &self.cert)?;
-        let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| bad(&self.key, error.to_string()))?;
+        let (chain, key) = (certificates(cert, &self.cert)?, private_key(key, &self.key)?);
         let mut roots = RootCertStore::empty();
         for certificate in certificates(ca, &self.client_ca)? {
             roots.add(certificate).map_err(|error| bad(&self.client_ca, error.to_string()))?;

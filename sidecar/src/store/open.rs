@@ -47,7 +47,11 @@ impl Store {
         // What cannot be parsed is not shown: it may have credentials in it.
         let parsed = Url::parse(url)
             .map_err(|error| Error::invalid(format!("the store is not a URL ({error}); {SUPPORTED}")))?;
-        if parsed.query().is_some()
+        // With another number of slashes what stands before an @ is read as a part of the path.
+        let first = parsed.path().trim_start_matches('/').split('/').next().unwrap_or_default();
+        let is_hidden = parsed.scheme() != "file" && parsed.host_str().is_none_or(str::is_empty) && first.contains('@');
+        if is_hidden
+            || parsed.query().is_some()
             || parsed.fragment().is_some()
             || !parsed.username().is_empty()
             || parsed.password().is_some()

@@ -15,10 +15,12 @@ use crate::{Class, Error, Result};
 const PART_BYTES: usize = 8 << 20;
 /// Names tried for one object.
 const MOST_NAMES: i64 = 100;
-/// How long after a request an object may appear that it made,
+/// How long after a request, whose answer was not waited for, an object may appear that it made;
 const LATE: Duration = Duration::from_secs(60);
+/// after one that was answered, or cut off,
+const SOON: Duration = Duration::from_secs(2);
 /// and how often it is looked.
-const LOOK_PERIOD: Duration = Duration::from_secs(2);
+const LOOK_PERIOD: Duration = Duration::from_secs(1);
 /// How long cleaning up behind an upload that was given up may take.
 const ABORT_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -230,7 +232,12 @@ impl Store {
     ) -> Result<()> {
         let Err(source) = made else { return Ok(()) };
         let exists = matches!(source, object_store::Error::AlreadyExists { .. });
-        let may_be_late = exists || store_class(&source) == Class::Transient;
+        let late = match store_class(&source) {
+            Class::Transient if crate::error::chain(&source).contains("timed out") => LATE,
+            Class::Transient => SOON,
+            _ if exists => LATE,
+            _ => Duration::ZERO,
+        };
         let asked = Instant::now();
         loop {
             match self.inner.head(&self.path(name)).await {
@@ -238,7 +245,7 @@ impl Store {
                     tracing::debug!(object = name, error = %source, "it is there nevertheless");
                     return Ok(());
                 }
-                Err(object_store::Error::NotFound { .. }) if may_be_late && asked.elapsed() < LATE => {
+                Err(object_store::Error::NotFound { .. }) if asked.elapsed() < late => {
                     tokio::time::sleep(LOOK_PERIOD).await;
                 }
                 Err(object_store::Error::NotFound { .. }) if exists => return Err(self.comes_and_goes(&name)),

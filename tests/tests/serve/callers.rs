@@ -45,7 +45,7 @@ async fn callers_show_a_certificate() -> Result<()> {
     std::fs::copy(key, place.join("server.key"))?;
     std::fs::copy(cert, place.join("server.crt"))?;
     ensure!(refused(pod.client(true).await?.status(api::StatusRequest {}).await) == tonic::Code::Ok);
-    ensure!(serving.log().contains("the new certificate of the API has expired"), "{}", serving.log());
+    ensure!(serving.log().contains("the new certificate of the API is not valid now"), "{}", serving.log());
     std::fs::write(place.join("server.crt"), &old)?;
     std::fs::write(place.join("server.key"), &old_key)?;
     let mut stranger = pod.clone();
