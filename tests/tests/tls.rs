@@ -58,21 +58,34 @@ async fn a_backup_takes_up_new_certificates() -> Result<()> {
     let mut etcd = member.spawn()?;
     let store = Store::directory(&dir.path().join("store"));
     let snapshot = store.command("snapshot").args(["--endpoints", &url, "--delta-period", "100ms"]);
-    let snapshot = snapshot.args(["--cacert".to_owned(), text(&tls.ca())]).args(client(&tls));
+    let place = dir.path().join("ours");
+    let ours = Certificates::mixed(&place, &[&tls], &tls)?;
+    let snapshot = snapshot.args(["--cacert".to_owned(), text(&ours.ca())]).args(client(&ours));
     let ready = || async { snapshot.clone().args(["--once", "full"]).run().await?.expect(0) };
     tests::eventually(Duration::from_secs(30), ready).await?;
     let mut backup = snapshot.spawn()?;
     backup.logs("connected", Duration::from_secs(30)).await?;
     Certificates::issue(&dir.path().join("tls"))?;
+    Certificates::mixed(&place, &[&tls], &tls)?;
     etcd.stop()?;
-    let mut etcd = member.spawn()?;
+    etcd = member.spawn()?;
     backup.logs_times("connected", 2, Duration::from_secs(60)).await?;
-    // What cannot be used changes nothing.
-    std::fs::write(tls.client().0, "not a certificate")?;
-    etcd.stop()?;
-    let _etcd = member.spawn()?;
-    backup.logs_times("connected", 3, Duration::from_secs(60)).await?;
-    backup.logs("the ones before stay in use", Duration::from_secs(5)).await?;
+    // What cannot be used changes nothing: no certificate, no CA at all, a key that lost its lines.
+    let (cert, key) = ours.client();
+    for (times, (path, text)) in (3..).zip([
+        (cert, "not a certificate".to_owned()),
+        (ours.ca(), String::new()),
+        (key.clone(), std::fs::read_to_string(&key)?.replace('\n', "")),
+    ]) {
+        let before = std::fs::read(&path)?;
+        std::fs::write(&path, text)?;
+        etcd.stop()?;
+        etcd = member.spawn()?;
+        backup.logs_times("connected", times, Duration::from_secs(60)).await?;
+        std::fs::write(&path, before)?;
+    }
+    let log = backup.log();
+    ensure!(log.contains("the ones before stay in use") && !log.contains("[80, 82, 73"), "{log}");
     backup.terminate().await?.expect(0)?;
     Ok(())
 }
