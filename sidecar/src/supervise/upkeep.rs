@@ -24,7 +24,7 @@ use crate::{Error, Result};
 /// How often it is looked whether a tail of deltas has grown long, and whether a cron schedule has come due.
 const LOOK_PERIOD: Duration = Duration::from_secs(30);
 /// How often it is looked whether the store is ours alone,
-const WHOSE_PERIOD: Duration = Duration::from_secs(60);
+const WHOSE_PERIOD: Duration = Duration::from_secs(30);
 /// in so many of its newest timelines.
 const MOST_TIMELINES: usize = 8;
 /// After something has failed, it is tried again after so long, and with each further time after twice as long up to this.

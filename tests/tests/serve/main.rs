@@ -565,6 +565,59 @@ async fn every_call_can_be_made() -> Result<()> {
     Ok(())
 }
 
+/// One that is restarted beside an etcd that it cannot reach says so, though nobody has asked it for anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restarted_sidecar_says_what_it_cannot_reach() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let pod = Pod::new(&dir.path().join("pod"), "3.6", Some(Store::directory(&dir.path().join("store"))))?;
+    let serving = pod.start_serve().await?;
+    let (launched, _) = pod.start_etcd().await?;
+    backed_up(&pod).await?;
+    serving.terminate().await?.expect(0)?;
+    let mut serving = pod.serve()?.args(["--set", "etcd.endpoints=http://127.0.0.1:1"]).spawn()?;
+    serving.logs("cannot be reached: nothing is backed up from here", LONG).await?;
+    let error = pod.status().await?.backup.map(|backup| backup.error).unwrap_or_default();
+    ensure!(error.contains("etcd cannot be reached"), "{error}");
+    launched.terminate().await?.expect(STOPPED)?;
+    serving.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// An empty member of another cluster gets the store of one that lives: it restores from there and begins a timeline. The other
+/// loses nothing, and hears of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_another_cluster_begins_to_use_is_told() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let store = Store::directory(&dir.path().join("store"));
+    let pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store.clone()))?;
+    let mut serving = pod.start_serve().await?;
+    let (launched, mut client) = pod.start_etcd().await?;
+    Workload::of(1).run(&mut client).await?;
+    backed_up(&pod).await?;
+    let other = Pod::new(&dir.path().join("other"), "3.6", Some(store.clone()))?;
+    let other_serving = other.start_serve().await?;
+    let (other_launched, _) = other.start_etcd().await?;
+    eventually(LONG, || async {
+        let listed = store.list().await?;
+        ensure!(listed["timelines"].as_array().is_some_and(|timelines| timelines.len() == 2), "{listed}");
+        Ok(())
+    })
+    .await?;
+    serving.logs("was begun after ours by cluster", 2 * LONG).await?;
+    let error = pod.status().await?.backup.map(|backup| backup.error).unwrap_or_default();
+    ensure!(error.contains("a restore takes the newest"), "{error}");
+    ensure!(!other_serving.log().contains("was begun after ours"), "{}", other_serving.log());
+    client.put("still", "backed up", None).await?;
+    pod.back_up(api::Kind::Delta).await?;
+    for launched in [launched, other_launched] {
+        launched.terminate().await?.expect(STOPPED)?;
+    }
+    for serving in [serving, other_serving] {
+        serving.terminate().await?.expect(0)?;
+    }
+    Ok(())
+}
+
 /// The store of another cluster, given to a sidecar beside an etcd that runs already: nothing is put there, until somebody says
 /// by hand that it is to be.
 #[tokio::test(flavor = "multi_thread")]
