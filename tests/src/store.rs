@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use crate::etcd::{Member, ROOT};
+use crate::etcd::{Etcd, Member, ROOT};
 use crate::program::Sidecar;
 use crate::proxy::Proxy;
 use crate::state::{self, State};
@@ -75,6 +75,13 @@ impl Store {
         }
         self.restore_member(member).run().await?.expect(0)?;
         state::of(member).await
+    }
+
+    /// That a member is restored to just what its etcd, which is killed, has now.
+    pub async fn brings_back(&self, etcd: &mut Etcd) -> Result<()> {
+        let before = state::read(&mut etcd.client().await?).await?;
+        etcd.kill9()?;
+        state::same(&before, &self.restore_and_read(&etcd.member).await?)
     }
 
     /// What `sidecar list` says.

@@ -624,9 +624,7 @@ async fn google_s_token_service_gives_credentials() -> Result<()> {
     let mut client = etcd.client().await?;
     client.put("x", "0", None).await?;
     store.once("full", &member).run().await?.expect(0)?;
-    let before = state::read(&mut client).await?;
-    etcd.kill9()?;
-    state::same(&before, &store.restore_and_read(&member).await?)?;
+    store.brings_back(&mut etcd).await?;
     std::fs::write(google.token(), "a-token-that-nobody-knows")?;
     let refused = store.command("list").run().await?.expect(1)?.says("the subject token is unknown")?;
     ensure!(!refused.stderr.contains("a-token-that-nobody-knows"), "{}", refused.stderr);

@@ -6,10 +6,10 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use tests::certificates::Certificates;
 use tests::etcd::{MINORS, Member};
+use tests::free_port;
 use tests::minio::Minio;
 use tests::program::Sidecar;
 use tests::store::Store;
-use tests::{free_port, state};
 
 fn text(path: &Path) -> String {
     path.display().to_string()
@@ -104,9 +104,7 @@ async fn the_store_may_have_its_own_ca() -> Result<()> {
     store.once("full", &member).run().await?.expect(0)?;
     client.put("x", "2", None).await?;
     store.once("delta", &member).run().await?.expect(0)?;
-    let before = state::read(&mut client).await?;
-    etcd.kill9()?;
-    state::same(&before, &store.restore_and_read(&member).await?)?;
+    store.brings_back(&mut etcd).await?;
     let other = Certificates::issue(&dir.path().join("other"))?;
     let list = |bundle: &Path| -> Sidecar { store.command("list").env("AWS_CA_BUNDLE", text(bundle)) };
     let refused = list(&other.ca()).run().await?.expect(1)?;

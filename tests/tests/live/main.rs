@@ -228,10 +228,7 @@ async fn a_restored_etcd_begins_a_new_timeline() -> Result<()> {
     // There is no full in the new timeline that a delta could follow.
     once("delta").run().await?.expect(12)?.says("begin a new timeline")?;
     once("full").run().await?.expect(0)?;
-    let before = state::read(&mut etcd.client().await?).await?;
-    etcd.kill9()?;
-    let after = store.restore_and_read(&member).await?;
-    state::same(&before, &after)
+    store.brings_back(&mut etcd).await
 }
 
 /// Where a timeline has a full snapshot alone, its hash says where the next one parts from it.
@@ -301,10 +298,7 @@ async fn a_second_restore_is_not_taken_for_the_first() -> Result<()> {
     put("n", 0, 90).await?;
     once("delta").run().await?.expect(12)?.says("this etcd was restored")?;
     once("full").run().await?.expect(0)?;
-    let before = state::read(&mut etcd.client().await?).await?;
-    etcd.kill9()?;
-    let after = store.restore_and_read(&member).await?;
-    state::same(&before, &after)
+    store.brings_back(&mut etcd).await
 }
 
 /// Asked to end while it is behind, a run receives first what etcd has.
@@ -322,9 +316,7 @@ async fn a_run_that_ends_has_everything() -> Result<()> {
         client.txn(Txn::new().and_then(puts)).await?;
     }
     backup.terminate().await?.expect(0)?;
-    let before = state::read(&mut client).await?;
-    etcd.kill9()?;
-    state::same(&before, &store.restore_and_read(&member).await?)
+    store.brings_back(&mut etcd).await
 }
 
 /// kill -9 of the backup at any time: the next one goes on from the store, and nothing is missing.

@@ -93,9 +93,7 @@ async fn a_damaged_delta_leads_to_a_full() -> Result<()> {
     backup.logs("an object that the chain needs is damaged", LONG).await?;
     backup.logs("full snapshot is in the store", LONG).await?;
     backup.terminate().await?.expect(0)?;
-    let before = state::read(&mut client).await?;
-    etcd.kill9()?;
-    state::same(&before, &store.restore_and_read(&member).await?)
+    store.brings_back(&mut etcd).await
 }
 
 /// While no key exists etcd hashes whatever rows there are: what a compaction took must not fail the proof.
@@ -152,9 +150,7 @@ async fn two_writers_do_not_harm_each_other() -> Result<()> {
     tests::workload::expire(&mut client).await?;
     first.terminate().await?.expect(0)?;
     second.terminate().await?.expect(0)?;
-    let before = state::read(&mut client).await?;
-    etcd.kill9()?;
-    state::same(&before, &store.restore_and_read(&member).await?)
+    store.brings_back(&mut etcd).await
 }
 
 /// A delta under a name that promises more than it has, and a store that is emptied: both lead to a new full.
@@ -190,9 +186,7 @@ async fn what_somebody_did_to_the_store_is_noticed() -> Result<()> {
     backup.logs_times("full snapshot is in the store", 2, LONG).await?;
     client.put("x", "5", None).await?;
     backup.terminate().await?.expect(0)?;
-    let before = state::read(&mut client).await?;
-    etcd.kill9()?;
-    state::same(&before, &store.restore_and_read(&member).await?)
+    store.brings_back(&mut etcd).await
 }
 
 /// Another cluster's store in the place of ours: a timeline of its own begins there, and theirs stays theirs.
@@ -280,9 +274,7 @@ async fn what_went_elsewhere_is_put_again() -> Result<()> {
     }
     backup.terminate().await?.expect(0)?;
     store.command("verify").args(["--level", "replay"]).run().await?.expect(0)?;
-    let before = state::read(&mut client).await?;
-    etcd.kill9()?;
-    state::same(&before, &store.restore_and_read(&member).await?)
+    store.brings_back(&mut etcd).await
 }
 
 /// A delta of another cluster in a timeline, from whatever wrote it there: a verification finds it, and what says whose the
@@ -341,9 +333,7 @@ async fn a_store_that_was_set_back_is_filled_up() -> Result<()> {
     client.put("x", "4", None).await?;
     backup.terminate().await?.expect(0)?;
     store.command("verify").args(["--level", "replay"]).run().await?.expect(0)?;
-    let before = state::read(&mut client).await?;
-    etcd.kill9()?;
-    state::same(&before, &store.restore_and_read(&member).await?)
+    store.brings_back(&mut etcd).await
 }
 
 /// Wrong bucket, wrong credentials, wrong endpoint.
