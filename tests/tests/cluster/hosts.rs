@@ -177,7 +177,7 @@ async fn cut_off(dir: &std::path::Path, network: &Network) -> Result<()> {
     }
     cluster.serving = try_join_all(cluster.pods.iter().map(Pod::start_serve)).await?;
     cluster.launch_all().await?;
-    let restored = (0..3).filter(|host| cluster.log(*host).contains("action=Restore")).count();
+    let restored = cluster.acted("Restore");
     ensure!(restored == 1, "restored {restored} times: {}", cluster.serve_logs());
     for host in 0..3 {
         state::same(&before, &state::read(&mut cluster.client(host).await?).await?)?;
