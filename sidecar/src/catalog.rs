@@ -107,6 +107,12 @@ impl ObjectName {
         matches!(self, Self::Full { .. }) || matches!(self, Self::Gardener(name) if name.is_full())
     }
 
+    /// The same, marked as the last of its cluster's where a name tells that; ours have it in their metadata.
+    #[must_use]
+    pub fn marked_final(self) -> Self {
+        if let Self::Gardener(name) = self { Self::Gardener(name.marked_final()) } else { self }
+    }
+
     /// When it was begun or closed, in Unix milliseconds; 0 of a description.
     pub fn unix_ms(&self) -> i64 {
         match self {

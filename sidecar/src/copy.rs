@@ -4,6 +4,7 @@
 //! leaves out what is there. Deltas are read ahead; a full snapshot streams through.
 
 use std::io::{BufReader, Read};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use chrono::Utc;
@@ -26,6 +27,8 @@ use crate::{Class, Error, Result, gardener};
 
 /// Deltas in memory at once.
 const DELTAS_AHEAD: usize = 4;
+/// A source is asked for its final snapshot so often.
+const FINAL_PERIOD: Duration = Duration::from_secs(5);
 /// Compressed bytes handed on at once.
 const PIECE_BYTES: usize = 512 << 10;
 
@@ -65,6 +68,49 @@ pub async fn copy(from: &Store, to: &Store, selection: Selection, stop: &Cancell
         job.timeline(&history, &destination, &mut copied).await?;
     }
     Ok(copied)
+}
+
+/// Fulls that are looked at for one that is marked as the last of its cluster; the schedule may have taken one since.
+const FULLS_FOR_FINAL: usize = 4;
+
+/// Waits until the source has a full snapshot that is marked as the last of its cluster, but no longer than that; whether it
+/// has. A store that is not there yet, or that fails for a while, is asked again.
+pub async fn wait_for_final(from: &Store, most: Duration, stop: &CancellationToken) -> Result<bool> {
+    let started = Instant::now();
+    loop {
+        match has_final(from).await {
+            Ok(true) => return Ok(true),
+            Ok(false) => tracing::info!("the source has no final snapshot yet"),
+            Err(error) if error.class().passes(true) => {
+                tracing::warn!(%error, "whether there is a final snapshot cannot be told");
+            }
+            Err(error) => return Err(error),
+        }
+        let left = most.saturating_sub(started.elapsed());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        tokio::select! {
+            () = tokio::time::sleep(FINAL_PERIOD.min(left)) => {}
+            () = stop.cancelled() => return Err(Error::Cancelled),
+        }
+    }
+}
+
+async fn has_final(from: &Store) -> Result<bool> {
+    let catalog = from.catalog().await?;
+    let Some((timeline, history)) = catalog.newest_restorable() else { return Ok(false) };
+    for full in history.fulls.iter().rev().take(FULLS_FOR_FINAL) {
+        let name = full.name(timeline);
+        let is_final = match name {
+            ObjectName::Gardener(name) => name.is_final(),
+            _ => from.meta(&name, full.size).await?.is_some_and(|meta| meta.is_final),
+        };
+        if is_final {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// What of each timeline is to be copied.

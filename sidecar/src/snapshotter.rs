@@ -82,6 +82,8 @@ pub struct Settings {
 pub enum Kind {
     /// A full snapshot.
     Full,
+    /// A full snapshot that is marked as the last of its cluster.
+    Final,
     /// Everything since the last backup, as a delta.
     Delta,
 }
@@ -120,7 +122,8 @@ async fn begin<'s>(
 pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> Result<Taken> {
     let mut session = begin(settings, stop, None).await?;
     match kind {
-        Kind::Full => Ok(Taken::Full(session.full_once(stop).await?)),
+        Kind::Full => Ok(Taken::Full(session.full_once(false, stop).await?)),
+        Kind::Final => Ok(Taken::Full(session.full_once(true, stop).await?)),
         Kind::Delta => match std::mem::take(&mut session.tip) {
             Tip::At(tip) => {
                 let taken = session.deltas_once(tip, stop).await?;
@@ -128,13 +131,13 @@ pub async fn once(settings: &Settings, kind: Kind, stop: &CancellationToken) -> 
                     tracing::warn!(
                         "a revision is too large for the predecessor's restore to replay; a full snapshot is taken as well"
                     );
-                    return Ok(Taken::Full(session.full_once(stop).await?));
+                    return Ok(Taken::Full(session.full_once(false, stop).await?));
                 }
                 if session.auth_changed().await? {
                     tracing::warn!(
                         "users, roles or auth have changed, which no delta holds; a full snapshot is taken as well"
                     );
-                    return Ok(Taken::Full(session.full_once(stop).await?));
+                    return Ok(Taken::Full(session.full_once(false, stop).await?));
                 }
                 Ok(if taken.is_empty() { Taken::Nothing(tip) } else { Taken::Deltas(taken) })
             }

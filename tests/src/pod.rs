@@ -276,7 +276,8 @@ impl Pod {
 
     /// Has a snapshot taken.
     pub async fn take(&self, kind: api::Kind, request_id: &str) -> Result<api::TakeSnapshotResponse> {
-        let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: request_id.to_owned() };
+        let request =
+            api::TakeSnapshotRequest { kind: kind.into(), request_id: request_id.to_owned(), is_final: false };
         Ok(self.client(true).await?.take_snapshot(request).await?.into_inner())
     }
 

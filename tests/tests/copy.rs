@@ -1,6 +1,7 @@
 //! From store to store, in every direction, and what does not arrive.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -11,6 +12,8 @@ use tests::state::{self, State};
 use tests::store::Store;
 use tests::workload::Workload;
 use tests::{file_url, objects};
+
+const LONG: Duration = Duration::from_secs(60);
 
 /// Two fulls with deltas after each, and what etcd had at the end.
 async fn backup(dir: &Path) -> Result<(Store, Member, State)> {
@@ -195,5 +198,32 @@ async fn two_histories_are_not_mixed_in_its_layout() -> Result<()> {
     let theirs = Gardener::new(&dir.path().join("theirs"));
     theirs.full(&other, &[]).await?;
     ensure!(copy(&theirs.store(), &target, &[], 12).await?.to_string().contains("another timeline 0"));
+    Ok(())
+}
+
+/// A cluster that goes elsewhere: its last full snapshot is waited for, and what there is is copied where it does not come.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_last_of_a_cluster_is_waited_for() -> Result<()> {
+    for layout in ["steward", "gardener-v2"] {
+        let dir = tempfile::tempdir()?;
+        let store = Store::directory(&dir.path().join("store"));
+        let member = Member::single("3.6", &dir.path().join("data"))?;
+        let mut etcd = member.start().await?;
+        let mut client = etcd.client().await?;
+        client.put("x", "1", None).await?;
+        let once = |kind| store.once(kind, &member).args(["--layout", layout]);
+        once("full").run().await?.expect(0)?;
+        let early = Store::directory(&dir.path().join("early"));
+        let copied = copy(&store, &early, &["--wait-for-final", "1s"], 11).await?;
+        ensure!(copied["copied"] == 1, "{copied}");
+
+        client.put("x", "2", None).await?;
+        let target = Store::directory(&dir.path().join("target"));
+        let mut copying = store.command("copy").args(["--to", &target.url, "--wait-for-final", "2m"]).spawn()?;
+        copying.logs("the source has no final snapshot yet", LONG).await?;
+        once("final").run().await?.expect(0)?;
+        copying.wait().await?.expect(0)?;
+        target.brings_back(&mut etcd).await?;
+    }
     Ok(())
 }

@@ -64,7 +64,8 @@ impl Deployed {
     async fn back_up(&self) -> Result<()> {
         let take = || async {
             let endpoint = Endpoint::from_static(self.api).tls_config(self.tls.of_client()?)?;
-            let request = api::TakeSnapshotRequest { kind: api::Kind::Full.into(), request_id: String::new() };
+            let request =
+                api::TakeSnapshotRequest { kind: api::Kind::Full.into(), request_id: String::new(), is_final: false };
             SidecarClient::new(endpoint.connect().await?).take_snapshot(request).await?;
             Ok(())
         };

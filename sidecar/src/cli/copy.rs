@@ -4,7 +4,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Output, StoreFlag, parse_time, print};
 use crate::catalog::{Layout, Timeline};
-use crate::copy::{Copied, Selection, copy};
+use crate::copy::{Copied, Selection, copy, wait_for_final};
 use crate::human::bytes;
 use crate::store::{Environment, Open, Store};
 use crate::{Class, Result};
@@ -30,16 +30,34 @@ pub struct Args {
     /// Write this layout, whatever the source has; one timeline at a time. From gardener-v2 to ours it becomes timeline 1.
     #[arg(long, value_enum)]
     layout: Option<Layout>,
+    /// Wait until the source has a full snapshot that was taken as the last of its cluster (`final`), but no longer than this.
+    /// What there is by then is copied all the same: exit code 11 where that one is missing.
+    #[arg(long, value_name = "DURATION", value_parser = proto::config::parse_duration)]
+    wait_for_final: Option<std::time::Duration>,
 }
 
 pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> Result<u8> {
     let source = Environment::of_process().for_source();
     let from = Store::open_in(&source, &args.store.store, Open::Existing)?;
     let to = Store::open(&args.to, Open::Create)?;
+    let is_final_missing = match args.wait_for_final {
+        Some(most) => !wait_for_final(&from, most, &stop).await?,
+        None => false,
+    };
     let selection = Selection { timeline: args.timeline, since_unix_ms: args.since, layout: args.layout };
     let copied = copy(&from, &to, selection, &stop).await?;
     print(output, &copied, table)?;
-    Ok(if copied.problems.is_empty() { 0 } else { Class::Corrupt.exit_code() })
+    if is_final_missing {
+        tracing::error!(
+            source = from.url(),
+            "the source has no final snapshot: later changes may be missing; copy again when it has"
+        );
+    }
+    Ok(match (copied.problems.is_empty(), is_final_missing) {
+        (false, _) => Class::Corrupt.exit_code(),
+        (true, true) => Class::Missing.exit_code(),
+        (true, false) => 0,
+    })
 }
 
 fn table(copied: &Copied) -> String {

@@ -67,6 +67,9 @@ enum Call {
     /// Take a snapshot now.
     TakeSnapshot {
         kind: Kind,
+        /// Mark the full snapshot as the last of a cluster that goes elsewhere.
+        #[arg(long = "final")]
+        is_final: bool,
         #[command(flatten)]
         once: Once,
     },
@@ -195,12 +198,12 @@ async fn call(client: &mut SidecarClient<Channel>, call: Call, printer: Printer)
             drop(client.report_exit(ended).await.map_err(fail)?);
         }
         Call::Status => printer.one(&client.status(api::StatusRequest {}).await.map_err(fail)?.into_inner())?,
-        Call::TakeSnapshot { kind, once } => {
+        Call::TakeSnapshot { kind, is_final, once } => {
             let kind = match kind {
                 Kind::Full => api::Kind::Full,
                 Kind::Delta => api::Kind::Delta,
             };
-            let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: once.request_id };
+            let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: once.request_id, is_final };
             let taken = client.take_snapshot(request).await.map_err(fail)?.into_inner();
             if printer.0 == Output::Table && taken.snapshots.is_empty() {
                 write_out(b"nothing has changed since the last backup\n")?;

@@ -49,6 +49,8 @@ pub struct Args {
 enum Once {
     /// A full snapshot.
     Full,
+    /// A full snapshot, marked as the last of a cluster that goes elsewhere.
+    Final,
     /// A delta.
     Delta,
 }
@@ -112,6 +114,7 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
             return Ok(0);
         }
         Some(Once::Full) => Kind::Full,
+        Some(Once::Final) => Kind::Final,
         Some(Once::Delta) => Kind::Delta,
     };
     let taken = snapshotter::once(&settings, kind, &stop).await?;

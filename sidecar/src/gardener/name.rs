@@ -46,6 +46,12 @@ impl Name {
         Self { tree, full: false, first, last, unix, codec, marked_final }
     }
 
+    /// The same, marked as the last of its cluster's.
+    #[must_use]
+    pub fn marked_final(self) -> Self {
+        Self { marked_final: Final::Last, ..self }
+    }
+
     /// Whether it is a full snapshot.
     pub fn is_full(&self) -> bool {
         self.full
@@ -147,6 +153,7 @@ mod tests {
             assert!(!parsed.is_full() && parsed.to_string() == name, "{name}");
         }
         assert_eq!(Name::full(5, 7).to_string(), "v2/Full-00000000-00000005-7.gz");
+        assert_eq!(Name::full(5, 7).marked_final().to_string(), "v2/Full-00000000-00000005-7.gz.final");
     }
 
     #[test]

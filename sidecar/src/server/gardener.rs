@@ -174,9 +174,10 @@ impl Peers {
         let sidecar = self.leader(supervisor).await.map_err(|error| not_allowed(&error))?;
         let answers = |(code, text): Answer| (code, format!("the leader's sidecar, at {sidecar}: {text}"));
         let api = ApiFlags { sidecar: sidecar.clone(), ..self.api.clone() };
-        let kind = if kind == Kind::Full { api::Kind::Full } else { api::Kind::Delta };
+        let is_final = kind == Kind::Final;
+        let kind = if kind == Kind::Delta { api::Kind::Delta } else { api::Kind::Full };
         // Where the connection broke it may have been taken: with the same id it is not taken twice.
-        let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: client::request_id() };
+        let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: client::request_id(), is_final };
         let mut attempt = 0;
         let taken = loop {
             let mut client = api.connect().await.map_err(|error| answers(not_allowed(&error)))?;
@@ -209,13 +210,13 @@ impl Peers {
     }
 }
 
-async fn take(supervisor: &Supervisor, peers: &Peers, kind: Kind, is_final: bool) -> Answer {
+async fn take(supervisor: &Supervisor, peers: &Peers, kind: Kind) -> Answer {
     match supervisor.take(kind).await {
-        Ok(Taken::Full(full)) => json(&snapshot(&full.name, "", is_final)),
+        Ok(Taken::Full(full)) => json(&snapshot(&full.name, "", full.is_final)),
         Ok(Taken::Deltas(deltas)) => json(&deltas.last().map(|delta| snapshot(&delta.name, "", false))),
         Ok(Taken::Nothing(_)) => json(&None::<Snapshot>),
         Err(_) if supervisor.follows() => match peers.take(supervisor, kind).await {
-            Ok(name) => json(&name.map(|name| snapshot(&name, "", is_final && name.is_full()))),
+            Ok(name) => json(&name.map(|name| snapshot(&name, "", kind == Kind::Final))),
             Err(answer) => answer,
         },
         Err(error) => refused(&error),
@@ -227,11 +228,17 @@ async fn latest(supervisor: &Supervisor) -> Answer {
         let store = supervisor.store()?;
         let catalog = store.catalog().await?;
         let chain = catalog.newest_chain();
+        let Some((timeline, chain)) = chain else { return Ok(None) };
         let prefix = store.url().splitn(4, '/').nth(3).unwrap_or_default().to_owned();
-        Ok::<_, Error>(chain.map(|(timeline, chain)| {
-            let deltas = chain.deltas.iter().map(|delta| snapshot(&delta.name(timeline), &prefix, false)).collect();
-            (snapshot(&chain.full.name(timeline), &prefix, false), deltas)
-        }))
+        let deltas = chain.deltas.iter().map(|delta| snapshot(&delta.name(timeline), &prefix, false)).collect();
+        let full = chain.full.name(timeline);
+        let is_final = match store.meta(&full, chain.full.size).await {
+            Ok(meta) => meta.is_some_and(|meta| meta.is_final),
+            // A verification tells.
+            Err(error) if error.class() == Class::Corrupt => false,
+            Err(error) => return Err(error),
+        };
+        Ok::<_, Error>(Some((snapshot(&full, &prefix, is_final), deltas)))
     };
     match looked.await {
         Ok(Some((full, deltas))) => {
@@ -299,10 +306,11 @@ fn snapshots(supervisor: Arc<Supervisor>, peers: Peers) -> Router {
         let asked = asked.filter(|value| !value.is_empty()).map(|value| parse_bool(&value));
         match asked {
             Some(None) => (StatusCode::BAD_REQUEST, "final is neither true nor false\n".to_owned()),
-            asked => take(&of_full, &leader_for_full, Kind::Full, asked.flatten().unwrap_or(false)).await,
+            asked if asked.flatten() == Some(true) => take(&of_full, &leader_for_full, Kind::Final).await,
+            _ => take(&of_full, &leader_for_full, Kind::Full).await,
         }
     };
-    let delta = move || async move { take(&of_delta, &leader_for_delta, Kind::Delta, false).await };
+    let delta = move || async move { take(&of_delta, &leader_for_delta, Kind::Delta).await };
     let latest = move || async move { latest(&of_latest).await };
     Router::new()
         .route("/snapshot/full", any(full))

@@ -315,10 +315,12 @@ impl Sidecar for Api {
     }
 
     async fn take_snapshot(&self, request: Request<api::TakeSnapshotRequest>) -> Answer<api::TakeSnapshotResponse> {
-        let kind = match request.get_ref().kind() {
-            api::Kind::Full => Kind::Full,
-            api::Kind::Delta => Kind::Delta,
-            api::Kind::Unspecified => return Err(Status::invalid_argument("say which kind: full or delta")),
+        let kind = match (request.get_ref().kind(), request.get_ref().is_final) {
+            (api::Kind::Full, false) => Kind::Full,
+            (api::Kind::Full, true) => Kind::Final,
+            (api::Kind::Delta, false) => Kind::Delta,
+            (api::Kind::Delta, true) => return Err(Status::invalid_argument("only a full snapshot can be final")),
+            (api::Kind::Unspecified, _) => return Err(Status::invalid_argument("say which kind: full or delta")),
         };
         let (id, whole) = (request.get_ref().request_id.clone(), request.get_ref().encode_to_vec());
         let supervisor = self.supervisor.clone();

@@ -37,6 +37,8 @@ pub struct TakenFull {
     pub size: u64,
     /// Bytes of etcd's snapshot.
     pub db_size: u64,
+    /// Whether it is marked as the last of its cluster.
+    pub is_final: bool,
 }
 
 pub(super) fn log_full(taken: &TakenFull) {
@@ -83,7 +85,8 @@ pub(super) async fn take(mut job: Job, stop: &CancellationToken) -> Result<Taken
     };
     let name = |attempt| {
         let unix_ms = unix_ms + attempt * job.layout.tick_ms();
-        job.layout.full(job.own.timeline, scanned.revision, unix_ms)
+        let name = job.layout.full(job.own.timeline, scanned.revision, unix_ms);
+        if job.meta.is_final { name.marked_final() } else { name }
     };
     let finished = tokio::select! {
         result = async {
@@ -106,6 +109,7 @@ pub(super) async fn take(mut job: Job, stop: &CancellationToken) -> Result<Taken
         auth_revision: scanned.auth_revision,
         size,
         db_size: scanned.bytes,
+        is_final: job.meta.is_final,
     })
 }
 

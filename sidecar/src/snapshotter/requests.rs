@@ -45,6 +45,8 @@ pub(super) struct Asked {
     deltas: Vec<Waiting>,
     /// For a full that has not begun; one that runs may lack what the asker has in mind.
     fulls: Vec<oneshot::Sender<Result<Taken>>>,
+    /// Whether one of these wants it to be the last.
+    wants_final: bool,
     full_under_way: Vec<oneshot::Sender<Result<Taken>>>,
 }
 
@@ -59,12 +61,13 @@ impl Asked {
         self.deltas.push(Waiting { target, taken: Vec::new(), reply });
     }
 
-    pub(super) fn full(&mut self, reply: oneshot::Sender<Result<Taken>>) {
+    pub(super) fn full(&mut self, is_final: bool, reply: oneshot::Sender<Result<Taken>>) {
         self.fulls.retain(|reply| !reply.is_closed());
         if self.fulls.len() >= MOST {
             drop(reply.send(Err(too_many())));
             return;
         }
+        self.wants_final |= is_final;
         self.fulls.push(reply);
     }
 
@@ -78,8 +81,10 @@ impl Asked {
         !self.fulls.is_empty()
     }
 
-    pub(super) fn full_begins(&mut self) {
+    /// Says whether it is to be marked as the last.
+    pub(super) fn full_begins(&mut self) -> bool {
         self.full_under_way.append(&mut self.fulls);
+        std::mem::take(&mut self.wants_final)
     }
 
     pub(super) fn full_ended(&mut self, ended: &Result<TakenFull>) {

@@ -19,7 +19,7 @@ use super::full::{self, TakenFull, log_full};
 use super::own::{Own, Whose};
 use super::pending::Pending;
 use super::requests::{Asked, Request, Requests};
-use super::{Kind, Settings, now_ms};
+use super::{Kind, Settings, Taken, now_ms};
 use crate::catalog::{Chain, History, ObjectName, Timeline};
 use crate::container::LAYOUT;
 use crate::etcd::{Etcd, Status};
@@ -106,6 +106,8 @@ pub(super) struct Session<'s> {
     asked: Asked,
     /// The full snapshot that deltas follow.
     base: Option<ObjectName>,
+    /// The last full that was marked as final in this session.
+    last_final: Option<TakenFull>,
     /// The last object of the chain: what `home` stands for.
     newest: Option<ObjectName>,
     /// A delta was lost: those after it would follow nothing.
@@ -145,12 +147,13 @@ impl Session<'_> {
         }
     }
 
-    async fn full_job(&mut self) -> full::Job {
+    async fn full_job(&mut self, is_final: bool) -> full::Job {
         // Before the snapshot: a change in between then shows as one after it.
         self.auth.rebase(&mut self.etcd).await;
         let mut meta = self.meta();
         meta.auth_fingerprint = self.auth.fingerprint().unwrap_or_default();
         meta.auth_state = self.auth.state();
+        meta.is_final = is_final;
         let (store, layout, own) = (self.settings.store.clone(), self.settings.layout, self.own());
         let quiet = self.settings.quiet.clone();
         let bytes_per_second = self.settings.full_bytes_per_second;
@@ -184,8 +187,8 @@ impl Session<'_> {
     }
 
     /// Takes a full snapshot.
-    pub async fn full_once(&mut self, stop: &CancellationToken) -> Result<TakenFull> {
-        full::take(self.full_job().await, stop).await
+    pub async fn full_once(&mut self, is_final: bool, stop: &CancellationToken) -> Result<TakenFull> {
+        full::take(self.full_job(is_final).await, stop).await
     }
 
     /// Takes everything after `tip` that etcd has now.
@@ -364,7 +367,12 @@ impl Session<'_> {
     /// Takes in what somebody wants now.
     async fn ask(&mut self, request: Request) -> Result<()> {
         match request.kind {
-            Kind::Full => self.asked.full(request.reply),
+            Kind::Full => self.asked.full(false, request.reply),
+            Kind::Final => match self.final_of_now().await? {
+                // Who has gone does not want it any more.
+                Some(taken) => drop(request.reply.send(Ok(Taken::Full(taken)))),
+                None => self.asked.full(true, request.reply),
+            },
             Kind::Delta => {
                 let target = self.etcd.current_status().await?.revision;
                 self.asked.delta(target, request.reply);
@@ -374,6 +382,15 @@ impl Session<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The last full that was marked as final, where nothing has changed since: who asks again gets that.
+    async fn final_of_now(&mut self) -> Result<Option<TakenFull>> {
+        let Some(taken) = self.last_final.clone().filter(|taken| self.newest == Some(taken.name)) else {
+            return Ok(None);
+        };
+        let is_current = self.etcd.current_status().await?.revision <= taken.revision;
+        Ok((is_current && !self.auth.changed(&mut self.etcd).await?).then_some(taken))
     }
 
     /// Asks for the TTLs of leases that the pending delta refers to first.
@@ -511,10 +528,10 @@ impl Session<'_> {
         }
         let Some((why, _)) = self.due.filter(|(_, from)| *from <= Instant::now()) else { return };
         self.due = None;
-        self.asked.full_begins();
+        let is_final = self.asked.full_begins();
         tasks.full = true;
         tracing::info!(why = why.because(), "take a full snapshot");
-        let (job, stop) = (self.full_job().await, tasks.stop_full.clone());
+        let (job, stop) = (self.full_job(is_final).await, tasks.stop_full.clone());
         let started = Instant::now();
         tasks.running.spawn(async move {
             let taken = full::take(job, &stop).await;
@@ -573,6 +590,7 @@ impl Session<'_> {
                 self.base = Some(taken.name);
                 // Deltas may have gone further meanwhile.
                 self.newest = self.newest.filter(|_| self.home > taken.revision).or(self.base);
+                self.last_final = Some(taken).filter(|taken| taken.is_final);
             }
             Done::Full(why, Err(error), _) => {
                 // Refused because auth was turned on since we connected: connect again, as the user that we were given.

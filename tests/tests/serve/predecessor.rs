@@ -117,6 +117,10 @@ async fn the_predecessors_calls_are_answered() -> Result<()> {
     ensure!(ask(&known, "/snapshot/delta", 200).await? == "null");
     let alone: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/latest", 200).await?)?;
     ensure!(alone["fullSnapshot"]["startRevision"] == 0 && alone["deltaSnapshots"].is_null(), "{alone}");
+    // It is kept with the backup, and who asks again gets the same until something changes.
+    ensure!(alone["fullSnapshot"]["isFinal"] == true, "{alone}");
+    let again: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/full?final=true", 200).await?)?;
+    ensure!(again["isFinal"] == true && again["snapName"] == full["snapName"], "{again} is not {full}");
     // It answers to any method, and with these headers.
     for method in ["POST", "PUT"] {
         let answer = known.request(method.parse()?, format!("{}/snapshot/latest", pod.url())).send().await?;
@@ -134,6 +138,8 @@ async fn the_predecessors_calls_are_answered() -> Result<()> {
     ensure!(delta["kind"] == "Incr" && delta["lastRevision"].as_i64() > Some(2), "{delta}");
     let latest: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/latest", 200).await?)?;
     ensure!(latest["fullSnapshot"]["kind"] == "Full", "{latest}");
+    let later: serde_json::Value = serde_json::from_str(&ask(&known, "/snapshot/full?final=true", 200).await?)?;
+    ensure!(later["isFinal"] == true && later["lastRevision"] == delta["lastRevision"], "{later}");
     let newest = latest["deltaSnapshots"].as_array().and_then(|deltas| deltas.last());
     ensure!(newest.is_some_and(|newest| newest["lastRevision"] == delta["lastRevision"]), "{latest}");
     let told = async || {
@@ -156,7 +162,8 @@ async fn the_predecessors_calls_are_answered() -> Result<()> {
     ensure!(plain.is_err(), "{plain:?}");
     ask(&nobody, "/healthz", 200).await?;
     let mut api = pod.client(true).await?;
-    let large = api::TakeSnapshotRequest { kind: api::Kind::Delta.into(), request_id: "x".repeat(1 << 20) };
+    let large =
+        api::TakeSnapshotRequest { kind: api::Kind::Delta.into(), request_id: "x".repeat(1 << 20), is_final: false };
     let refused = api.take_snapshot(large).await;
     ensure!(refused.is_err_and(|status| status.code() == tonic::Code::OutOfRange));
     drop(silent);

@@ -61,6 +61,7 @@ impl<'s> Session<'s> {
             known,
             base: None,
             newest: None,
+            last_final: None,
             lost: false,
             began_after: status_revision,
             hole_upto: 0,

@@ -64,7 +64,7 @@ fn usage(running: &Running) -> Result<Usage> {
 }
 
 async fn take(pod: &Pod, kind: api::Kind) -> Result<()> {
-    let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: String::new() };
+    let request = api::TakeSnapshotRequest { kind: kind.into(), request_id: String::new(), is_final: false };
     pod.client(true).await?.take_snapshot(request).await?;
     Ok(())
 }
