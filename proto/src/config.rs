@@ -5,12 +5,14 @@
 
 mod duration;
 mod fields;
+mod plain;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 pub use duration::parse as parse_duration;
 pub use fields::{FIELDS, misspelt, variable};
+pub use plain::{is_content, is_plain_address, is_plain_store};
 use serde::{Deserialize, Serialize};
 
 /// The version that this is.
@@ -36,9 +38,14 @@ pub enum Error {
     /// What is needed is nowhere.
     #[error("{0} is missing: give a file with --config, or --set {0}=…")]
     Missing(&'static str),
-    /// A URL has what must not be seen; it is not repeated.
-    #[error("{0} has a user, a password or a query in its URL: credentials have files and variables of their own")]
-    Secret(&'static str),
+    /// What must not be seen may be in it; it is not repeated.
+    #[error("{field} {what}")]
+    Secret {
+        /// Which field.
+        field: &'static str,
+        /// What it has, and what to do.
+        what: &'static str,
+    },
 }
 
 /// Reads a text. An error names line and column, and does not quote what stands there or around it: that may be a secret.
@@ -79,10 +86,14 @@ impl SidecarConfig {
                 let known = FIELDS.iter().find(|known| **known == &field[..end]).map_or("", |known| known);
                 return Err(refused(&format!("--set {known}…"), "it is not field=value".into()));
             }
-            let from = format!("--set {field}");
             if !FIELDS.contains(&field) {
-                return Err(refused(&from, format!("there is no field {field}; there are {}", FIELDS.join(", "))));
+                // What follows the name may be of the value.
+                let end = field.find(|letter: char| !letter.is_ascii_alphabetic() && letter != '.');
+                let name = &field[..end.unwrap_or(field.len())];
+                let what = format!("there is no field of that name; there are {}", FIELDS.join(", "));
+                return Err(refused(&format!("--set {name}…"), what));
             }
+            let from = format!("--set {field}");
             layers.push((from, field.to_owned(), value.to_owned()));
         }
         // Some fields only make sense together: what the last layer leaves wrong, the first to make it so is blamed for.
@@ -100,37 +111,9 @@ impl SidecarConfig {
         if config.member.etcd_config.as_os_str().is_empty() {
             return Err(Error::Missing("member.etcdConfig"));
         }
-        config.has_no_secrets()?;
+        plain::check(&config)?;
         Ok(config)
     }
-
-    /// A configuration is printed, logged and kept where many may read it.
-    fn has_no_secrets(&self) -> Result<(), Error> {
-        let store = self.store.iter().map(|store| ("store.url", &store.url));
-        let endpoints = self.etcd.endpoints.iter().map(|url| ("etcd.endpoints", url));
-        let others = self.etcd.cluster_endpoints.iter().map(|url| ("etcd.clusterEndpoints", url));
-        let found = store.filter(|(_, url)| may_show_secret(url, true));
-        let reached = endpoints.chain(others).filter(|(_, url)| may_show_secret(url, false));
-        match found.chain(reached).next() {
-            Some((field, _)) => Err(Error::Secret(field)),
-            None => Ok(()),
-        }
-    }
-}
-
-/// Whether a URL may have a user, a password, a query or a fragment, however it is written: what reads it later may read it in
-/// another way.
-fn may_show_secret(url: &str, is_store: bool) -> bool {
-    let lower = url.to_ascii_lowercase();
-    if lower.contains(['?', '#', '\\']) || lower.contains("%3f") || lower.contains(char::is_control) {
-        return true;
-    }
-    if !is_store {
-        return lower.contains('@');
-    }
-    // A prefix or a directory may have one.
-    let rest = lower.split_once(':').map_or(lower.as_str(), |(_, rest)| rest).trim_start_matches('/');
-    !lower.starts_with("file:") && rest.split('/').next().is_some_and(|first| first.contains('@'))
 }
 
 /// A value as a person writes it: a list has commas, a number or a truth value is one where it reads as one.
@@ -538,40 +521,6 @@ mod tests {
         assert!(SidecarConfig::parse(&other).is_err_and(|error| error.to_string().contains("/v9")));
     }
 
-    #[test]
-    fn credentials_in_urls_are_refused_and_not_repeated() {
-        for (set, field) in [
-            ("store.url=s3://key:hidden@bucket/a", "store.url"),
-            ("store.url=az://container/a?sig=hidden", "store.url"),
-            ("etcd.endpoints=http://a:1,https://root:hidden@b:2", "etcd.endpoints"),
-            ("etcd.clusterEndpoints=hidden@b:2", "etcd.clusterEndpoints"),
-            ("etcd.endpoints=https:///root:hidden@a:1", "etcd.endpoints"),
-            ("etcd.endpoints=https:/root:hidden@a:1", "etcd.endpoints"),
-            ("etcd.endpoints=https:\\/root:hidden@a:1", "etcd.endpoints"),
-            ("etcd.endpoints=https://a:1#hidden", "etcd.endpoints"),
-            ("store.url=s3:///key:hidden@bucket/a", "store.url"),
-            ("store.url=s3:/key:hidden@bucket/a", "store.url"),
-            ("store.url=az://container/a%3Fsig=hidden", "store.url"),
-        ] {
-            let refused = SidecarConfig::layered(Some(LEAST), |_| None, &[set.to_owned()]);
-            let said = refused.map_err(|error| error.to_string());
-            assert!(said.as_ref().is_err_and(|said| said.contains(field) && !said.contains("hidden")), "{said:?}");
-        }
-        for (yaml, set) in [
-            ("etcd: {password: hidden}", "etcd.user=root"),
-            ("store: {url: 's3://key:hidden@bucket/a'}\nsnapshots:\n  fullSchedule: x\n  deltas: 1", "etcd.user=root"),
-            ("etcd: {user: root}", "etcd.password=hidden"),
-            ("etcd: {user: root}", "etcd.password:hidden"),
-            ("etcd: {user: root}", "hidden"),
-        ] {
-            let refused = SidecarConfig::layered(Some(&format!("{LEAST}\n{yaml}\n")), |_| None, &[set.to_owned()]);
-            let said = refused.map_err(|error| error.to_string());
-            assert!(said.as_ref().is_err_and(|said| !said.contains("hidden")), "{said:?}");
-        }
-        let fine = ["store.url=file:///a@b".to_owned(), "etcd.endpoints=http://[::1]:2379".to_owned()];
-        assert!(SidecarConfig::layered(Some(LEAST), |_| None, &fine).is_ok());
-    }
-
     /// Of each: what the file has, the environment, a flag, and what follows.
     #[test]
     fn flags_count_before_the_environment_before_the_file() -> Result<(), Error> {
@@ -645,6 +594,8 @@ mod tests {
             let value = match field {
                 _ if field.ends_with("eriod") || field.ends_with("After") || field == "retention.deltas" => "3s",
                 _ if field.ends_with("policy") => "exponential",
+                "store.url" => "s3://a/b",
+                "etcd.endpoints" | "etcd.clusterEndpoints" => "http://a:1",
                 _ if field.ends_with("Bytes")
                     || field.ends_with("PerSecond")
                     || field.ends_with("ackups")

@@ -155,16 +155,24 @@ async fn until<T>(stop: &CancellationToken, work: impl Future<Output = Result<T>
     }
 }
 
+/// Who asks again sooner does not insist.
+const LEAST_INSISTING: std::time::Duration = std::time::Duration::from_millis(500);
+
 /// SIGTERM and SIGINT ask to stop; the second one ends the process at once.
 async fn cancel_on_signal(stop: CancellationToken, insist: Option<CancellationToken>) {
     use tokio::signal::unix::{SignalKind, signal};
     let (Ok(mut term), Ok(mut int)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
         return;
     };
+    let mut first: Option<std::time::Instant> = None;
     loop {
         tokio::select! {
             _ = term.recv() => {}
             _ = int.recv() => {}
+        }
+        // Some send it to a process and to its group, which are one wish.
+        if first.get_or_insert_with(std::time::Instant::now).elapsed() < LEAST_INSISTING && stop.is_cancelled() {
+            continue;
         }
         if let (true, Some(insist)) = (stop.is_cancelled(), &insist) {
             insist.cancel();

@@ -34,6 +34,11 @@ pub struct ApiFlags {
 
 impl ApiFlags {
     fn endpoint(&self) -> Result<Endpoint> {
+        if !proto::config::is_plain_address(&self.sidecar) {
+            // It is not shown: it may have credentials in it.
+            let what = "the sidecar's URL must be https://host:port, or http://host:port where it serves without TLS; who asks is told by a certificate";
+            return Err(Error::invalid(what));
+        }
         let bad = |error: tonic::transport::Error| {
             Error::invalid(format!("the sidecar at {}: {}", self.sidecar, crate::error::chain(&error)))
         };

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use futures::FutureExt;
+
 /// Shorthand for this crate's results.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -100,7 +102,7 @@ pub enum Error {
         source: etcd_format::Error,
     },
     /// A local file.
-    #[error("{op} {path}: {source}")]
+    #[error("{op} {path}: {source}{}", whose(source))]
     Io {
         /// What was attempted, as a verb.
         op: &'static str,
@@ -180,13 +182,27 @@ pub enum Error {
     },
 }
 
+/// What to do about a file that this user may not touch.
+fn whose(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => "; see whose it is, and which user this runs as",
+        _ => "",
+    }
+}
+
 impl Error {
     pub(crate) fn format(what: impl Into<String>) -> impl FnOnce(etcd_format::Error) -> Self {
         move |source| Self::Format { what: what.into(), source }
     }
 
     pub(crate) fn io(op: &'static str, path: impl std::fmt::Display) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { op, path: path.to_string(), source }
+        move |source| {
+            let path = path.to_string();
+            // Somebody may have given a key where its file was to be named.
+            let is_content = proto::config::is_content(&path);
+            let path = if is_content { "what is the content of a file: give its path".to_owned() } else { path };
+            Self::Io { op, path, source }
+        }
     }
 
     pub(crate) fn corrupt(what: impl Into<String>) -> Self {
@@ -203,6 +219,13 @@ impl Error {
 
     pub(crate) fn invalid(what: impl Into<String>) -> Self {
         Self::Invalid { what: what.into() }
+    }
+
+    /// Does it, and has a panic, which is a bug wherever it comes from, end the attempt instead of the task: whoever tries
+    /// again goes on, and says why.
+    pub(crate) async fn caught<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+        let panicked = |_| Self::Bug { what: "it panicked; the log says where".to_owned() };
+        std::panic::AssertUnwindSafe(work).catch_unwind().await.map_err(panicked)?
     }
 
     pub(crate) fn task(error: &tokio::task::JoinError) -> Self {

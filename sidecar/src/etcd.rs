@@ -119,18 +119,11 @@ impl EtcdFlags {
         } else {
             format!("http://{text}")
         };
-        let parsed = url::Url::parse(&url).ok();
-        if text.contains('@') {
+        if !proto::config::is_plain_address(&url) {
+            // It is not shown: it may have credentials in it.
             return Err(Error::invalid(
-                "an endpoint must not have credentials; give --user, and ETCDCTL_PASSWORD in the environment",
+                "an endpoint is not of the form http://host:port or https://host:port; credentials are given with --user, and ETCDCTL_PASSWORD in the environment",
             ));
-        }
-        if !parsed.is_some_and(|url| {
-            ["http", "https"].contains(&url.scheme()) && url.host_str().is_some_and(|host| !host.is_empty())
-        }) {
-            return Err(Error::invalid(format!(
-                "endpoint {text:?} is not of the form http://host:port or https://host:port"
-            )));
         }
         let endpoint = Endpoint::from_shared(url.clone())
             .map_err(|error| Error::invalid(format!("endpoint {text:?} is not a URL: {error}")))?
@@ -489,7 +482,9 @@ impl Etcd {
         let mut asked = deadline(self.timeout, auth_status(self.channel.clone(), self.token.clone())).await;
         if let Err(etcd_client::Error::GRpcStatus(status)) = &asked
             && self.credentials.is_some()
-            && matches!(status.code(), tonic::Code::Unauthenticated | tonic::Code::InvalidArgument)
+            && (matches!(status.code(), tonic::Code::Unauthenticated | tonic::Code::InvalidArgument)
+                // Without a token it is who the client certificate names, whom etcd need not know.
+                || self.token.is_none() && status.code() == tonic::Code::FailedPrecondition)
         {
             // Making a token costs etcd a password check and an entry in its log, so one is kept for as long as it is good.
             self.token = self.new_token().await?;

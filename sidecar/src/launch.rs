@@ -12,7 +12,7 @@ use tokio::process::{Child, Command};
 use tokio_util::sync::CancellationToken;
 
 use crate::client::{ApiFlags, failed, request_id};
-use crate::{Error, Result};
+use crate::{Error, Result, small_file};
 
 /// An etcd that fails within this has not come to serve for long.
 const SOON: Duration = Duration::from_secs(10);
@@ -150,13 +150,26 @@ fn not_yet(what: &str) -> impl Fn(tonic::Status) -> Error + '_ {
 /// Refuses to write over what somebody else wrote: a person, for what the sidecar gives is JSON, or the launcher of another
 /// member, whose etcd may be about to read it.
 fn may_write(path: &Path, yaml: Option<&str>) -> Result<()> {
-    let Ok(there) = std::fs::read(path) else { return Ok(()) };
+    let is_there = match path.symlink_metadata() {
+        Ok(metadata) if metadata.is_file() => true,
+        Ok(_) => {
+            let what = format!(
+                "{} is no file: say with --config where the configuration for etcd is to be written",
+                path.display()
+            );
+            return Err(Error::precondition(what));
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+        Err(error) => return Err(Error::io("look at", path.display())(error)),
+    };
+    let there =
+        if is_there { small_file::read(path).map_err(Error::io("read", path.display()))? } else { return Ok(()) };
     let place = "say with --config where the configuration for etcd is to be written";
     let data_dir = |json: &[u8]| {
         let parsed = serde_json::from_slice::<serde_json::Value>(json).ok()?;
         Some(parsed.get("data-dir")?.as_str()?.to_owned())
     };
-    if !there.trim_ascii().is_empty() && !there.trim_ascii_start().starts_with(b"{") {
+    if !there.trim_ascii().is_empty() && data_dir(&there).is_none() {
         return Err(Error::precondition(format!("{} is there and was not written by launch; {place}", path.display())));
     }
     match (data_dir(&there), yaml.and_then(|yaml| data_dir(yaml.as_bytes()))) {
@@ -188,13 +201,13 @@ async fn run_to_end(etcd: &mut Child, stop: &CancellationToken, insist: &Cancell
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
             }
             let ended = tokio::select! {
-                ended = tokio::time::timeout(STOP_DEADLINE, etcd.wait()) => ended.ok(),
-                () = insist.cancelled() => None,
+                ended = tokio::time::timeout(STOP_DEADLINE, etcd.wait()) => ended.map_err(|_| "etcd does not end in time and is killed"),
+                () = insist.cancelled() => Err("etcd is killed: we were asked to end once more"),
             };
-            if let Some(status) = ended {
+            if let Ok(status) = ended {
                 status.map_err(fail)?
             } else {
-                tracing::warn!("etcd does not end in time and is killed");
+                tracing::warn!("{}", ended.err().unwrap_or_default());
                 etcd.start_kill().map_err(Error::io("kill", "etcd"))?;
                 etcd.wait().await.map_err(fail)?
             }

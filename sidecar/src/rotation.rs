@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chrono::Utc;
 use rustls::pki_types::pem::PemObject;
@@ -81,8 +81,41 @@ pub(crate) fn private_key(pem: &[u8], path: &Path) -> Result<PrivateKeyDer<'stat
     })
 }
 
+/// Who calls often is not told the same more often than this.
+const SAID_PERIOD: Duration = Duration::from_secs(60);
+
 /// What was made of the files when they could be used last.
-pub(crate) struct Rotating<T>(Arc<Mutex<Option<(Pems, T)>>>);
+pub(crate) struct Rotating<T>(Arc<Mutex<Kept<T>>>);
+
+struct Kept<T> {
+    made: Option<(Pems, T)>,
+    /// The last trouble that was logged.
+    said: Option<(String, Instant)>,
+}
+
+impl<T> Default for Kept<T> {
+    fn default() -> Self {
+        Self { made: None, said: None }
+    }
+}
+
+impl<T> Kept<T> {
+    fn take(&mut self, what: &str, pems: Pems, made: T) {
+        self.said = None;
+        if pems.is_out_of_time() {
+            self.say(format!("the certificate {what} is not valid now: renew it, or set this machine's clock"));
+        }
+        self.made = Some((pems, made));
+    }
+
+    /// Logs it, unless that was just done: each connection asks, and anybody may open one.
+    fn say(&mut self, text: String) {
+        if self.said.as_ref().is_none_or(|(before, at)| *before != text || at.elapsed() >= SAID_PERIOD) {
+            tracing::error!("{text}");
+            self.said = Some((text, Instant::now()));
+        }
+    }
+}
 
 impl<T> Clone for Rotating<T> {
     fn clone(&self) -> Self {
@@ -114,35 +147,34 @@ impl<T: Clone> Rotating<T> {
     ) -> Result<T> {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let stay = "the ones before stay in use";
-        let pems = match (read(), &*kept) {
-            (Ok(pems), Some((before, made))) if pems == *before => return Ok(made.clone()),
-            (Ok(pems), Some((before, made))) if pems.is_out_of_time() && !before.is_out_of_time() => {
-                tracing::error!("the new certificate {what} is not valid now; {stay}");
-                return Ok(made.clone());
-            }
-            (Ok(pems), _) => pems,
-            (Err(error), Some((_, made))) => {
-                tracing::error!(%error, "the certificates {what} cannot be read; {stay}");
-                return Ok(made.clone());
-            }
-            (Err(error), None) => return Err(error),
+        let Some((before, made)) = kept.made.clone() else {
+            let pems = read()?;
+            let made = make(&pems)?;
+            kept.take(what, pems, made.clone());
+            return Ok(made);
         };
-        if pems.is_out_of_time() {
-            tracing::error!("the certificate {what} is not valid now: renew it, or set this machine's clock");
-        }
-        match (make(&pems), &*kept) {
-            (Ok(made), before) => {
-                if before.is_some() {
-                    tracing::info!("the certificates {what} have changed and are used from now on");
-                }
-                *kept = Some((pems, made.clone()));
+        let pems = match read() {
+            Ok(pems) if pems == before => return Ok(made),
+            Ok(pems) if pems.is_out_of_time() && !before.is_out_of_time() => {
+                kept.say(format!("the new certificate {what} is not valid now; {stay}"));
+                return Ok(made);
+            }
+            Ok(pems) => pems,
+            Err(error) => {
+                kept.say(format!("the certificates {what} cannot be read; {stay}: {error}"));
+                return Ok(made);
+            }
+        };
+        match make(&pems) {
+            Ok(made) => {
+                tracing::info!("the certificates {what} have changed and are used from now on");
+                kept.take(what, pems, made.clone());
                 Ok(made)
             }
-            (Err(error), Some((_, made))) => {
-                tracing::error!(%error, "the new certificates {what} cannot be used; {stay}");
-                Ok(made.clone())
+            Err(error) => {
+                kept.say(format!("the new certificates {what} cannot be used; {stay}: {error}"));
+                Ok(made)
             }
-            (Err(error), None) => Err(error),
         }
     }
 }

@@ -314,7 +314,7 @@ impl Supervisor {
         if let Some(exit) = self.observed.borrow().last_exit {
             tracing::info!(code = exit.code, ran_ms = exit.ran_ms, unix_ms = exit.unix_ms, "how the last etcd ended");
         }
-        let initialized = initialize(&self.settings.initialize, &self.stop, see).await;
+        let initialized = Error::caught(initialize(&self.settings.initialize, &self.stop, see)).await;
         clock.enter("end");
         if matches!(&initialized, Ok(Outcome { done: Decision::Restore | Decision::Join | Decision::Bootstrap, .. })) {
             self.settings.metrics.data_replaced();
@@ -617,7 +617,7 @@ impl Supervisor {
         *self.requests.lock().unwrap_or_else(PoisonError::into_inner) = Some(sender);
         let this = self.clone();
         self.tasks.spawn(async move {
-            let ended = snapshotter::run(&settings, &stop, &mut requests).await;
+            let ended = Error::caught(snapshotter::run(&settings, &stop, &mut requests)).await;
             drop(requests);
             drop(running);
             if ended.is_ok() {
@@ -625,9 +625,11 @@ impl Supervisor {
                 settings.metrics.leave_trouble();
             }
             if let Err(error) = ended {
-                tracing::error!(%error, "backing up ended; it is tried again");
+                // Before it is logged: who reads that may ask, or end us, at once.
+                let is_stopped = this.stop.is_cancelled();
                 settings.metrics.interrupted(&error);
-                if this.stop.is_cancelled() {
+                tracing::error!(%error, "backing up ended; it is tried again");
+                if is_stopped {
                     *this.unsaved.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
                     return;
                 }

@@ -1,5 +1,6 @@
 //! Damaged, missing and foreign objects, a full disk, wrong flags: a clear message, an exit code, and nothing left behind.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -157,8 +158,11 @@ async fn a_full_disk_is_said_and_nothing_is_left() -> Result<()> {
     let store = backup(dir.path()).await?;
     let small = dir.path().join("small");
     std::fs::create_dir(&small)?;
-    // Less than the database; and enough for that, but not for the log.
-    for (size, said) in [("32k", "make room"), ("64k", "No space left on device")] {
+    // Less than the full snapshot; and enough for that, but not for what follows it.
+    let whole = dir.path().join("whole");
+    restore(&store, &whole).run().await?.expect(0)?;
+    let database = std::fs::metadata(whole.join("member/snap/db"))?.len();
+    for (size, said) in [(32 << 10, "make room"), (database - 4096, "No space left on device")] {
         // A small file system of its own. It takes root, which CI and containers have; without it this cannot be shown.
         let options = ["-t", "tmpfs", "-o", &format!("size={size},mode=0777"), "tmpfs"];
         succeed(Command::new("mount").args(options).arg(&small)).await.context("mounting a small tmpfs needs root")?;
@@ -240,6 +244,39 @@ async fn places_that_are_none_are_refused() -> Result<()> {
     gcs.run().await?.expect(2)?.says("must be a URL")?;
     for url in ["file:x", "file:/x", "file://x"] {
         Sidecar::new(["list", "--store", url]).run().await?.expect(2)?.says("three slashes")?;
+    }
+    Ok(())
+}
+
+/// What `launch` has not written stays as it is, and so does what is no file.
+#[tokio::test(flavor = "multi_thread")]
+async fn launch_writes_over_nothing_that_is_not_its_own() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let at = |name: &str| dir.path().join(name);
+    std::fs::write(at("a.yaml"), "name: a")?;
+    std::fs::write(at("a.json"), "{\"important\": 1}")?;
+    std::fs::write(at("half.json"), "{ half")?;
+    std::os::unix::fs::symlink(at("a.yaml"), at("link"))?;
+    succeed(Command::new("mkfifo").arg(at("pipe"))).await?;
+    for (name, said) in [
+        ("a.yaml", "was not written by launch"),
+        ("a.json", "was not written by launch"),
+        ("half.json", "was not written by launch"),
+        ("link", "is no file"),
+        ("pipe", "is no file"),
+    ] {
+        let before = std::fs::symlink_metadata(at(name))?.ino();
+        let launch = Sidecar::new(["launch", "--sidecar", "http://127.0.0.1:1", "--config"]).arg(at(name));
+        launch.run().await?.expect(12)?.says(said)?.says("--config")?;
+        ensure!(std::fs::symlink_metadata(at(name))?.ino() == before, "{name} was replaced");
+    }
+    // Nor is waited for what can never be, or shown what may be a password.
+    for url in ["u:hidden@127.0.0.1", "ftp://x", "https://u:hidden@127.0.0.1:1", "https://127.0.0.1:1/?token=hidden"] {
+        let launch = Sidecar::new(["launch", "--sidecar", url, "--config"]).arg(at("etcd.conf.yaml"));
+        for call in [launch, Sidecar::new(["ctl", "--sidecar", url, "status"])] {
+            let refused = call.run().await?.expect(2)?;
+            ensure!(!refused.stderr.contains("hidden"), "{}", refused.stderr);
+        }
     }
     Ok(())
 }

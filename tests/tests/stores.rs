@@ -12,6 +12,7 @@ use tests::gcs::FakeGcs;
 use tests::google::Google;
 use tests::listing::{self, Listing};
 use tests::minio::Minio;
+use tests::program::Sidecar;
 use tests::proxy::{Fault, Message, Proxy, forward};
 use tests::state;
 use tests::store::Store;
@@ -654,8 +655,52 @@ async fn credentials_in_files_are_read_again() -> Result<()> {
     backup.logs("permission denied", Duration::from_secs(60)).await?;
     std::fs::write(secret.join("secretAccessKey"), &key)?;
     backup.logs("delta is in the store", Duration::from_secs(60)).await?;
-    backup.terminate().await?.expect(0)?;
+    // What no header can have is refused before it is put into one; what `echo` wrote is taken.
+    let id = std::fs::read_to_string(secret.join("accessKeyID"))?;
+    std::fs::write(secret.join("accessKeyID"), "hid\nden")?;
+    client.put("x", "2", None).await?;
+    backup.logs("accessKeyID has a line break", Duration::from_secs(60)).await?;
+    std::fs::write(secret.join("accessKeyID"), format!("{id}\n"))?;
+    backup.logs_times("delta is in the store", 2, Duration::from_secs(60)).await?;
+    let ended = backup.terminate().await?.expect(0)?;
+    ensure!(!ended.stderr.contains("panicked") && !ended.stderr.contains("hid"), "{}", ended.stderr);
     std::fs::remove_file(secret.join("accessKeyID"))?;
     store.command("list").run().await?.expect(2)?.says("has no accessKeyID")?;
+    Ok(())
+}
+
+/// Variables as `echo` makes them, and such as the libraries would panic on, or print; and a machine without any CA.
+#[tokio::test(flavor = "multi_thread")]
+async fn variables_that_no_request_can_have_are_refused() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let minio = Minio::start(&dir.path().join("minio"), "backups").await?;
+    let store = minio.store("backups/a");
+    let value = |name: &str| store.environment.iter().find(|(known, _)| known == name).map(|(_, value)| value.clone());
+    let mut list = store.command("list");
+    for name in ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL"] {
+        let value = value(name).context("no such variable")?;
+        list = list.env(name, format!(" {value}\n"));
+    }
+    list.env("SSL_CERT_FILE", "/nowhere").env("SSL_CERT_DIR", "/nowhere").run().await?.expect(0)?;
+    let pem = "-----BEGIN PRIVATE KEY-----\nhidden";
+    for (name, value) in [
+        ("AWS_ACCESS_KEY_ID", "hid\nden"),
+        ("AWS_SESSION_TOKEN", "hidden\u{e9}"),
+        ("AWS_REGION", "hidden here"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1/hidden here"),
+        ("AWS_CA_BUNDLE", pem),
+        ("AWS_APPLICATION_CREDENTIALS_JSON", "{\"secretAccessKey\": \"hidden\"}"),
+    ] {
+        let refused = store.command("list").env(name, value).run().await?.expect(2)?.says(name)?;
+        ensure!(!refused.stderr.contains("hid") && !refused.stderr.contains("panicked"), "{}", refused.stderr);
+    }
+    for (place, name, value) in [
+        ("az://c/p", "AZURE_STORAGE_TOKEN", "hid\nden"),
+        ("gs://b/p", "GOOGLE_SERVICE_ACCOUNT", "{\"private_key\": \"hidden\"}"),
+    ] {
+        let list = Sidecar::new(["list", "--store", place]).env(name, value);
+        let refused = list.run().await?.expect(2)?.says(name)?;
+        ensure!(!refused.stderr.contains("hid") && !refused.stderr.contains("panicked"), "{}", refused.stderr);
+    }
     Ok(())
 }

@@ -115,17 +115,6 @@ pub(super) fn check(config: &SidecarConfig) -> Result<()> {
     if config.etcd.endpoints.is_empty() {
         return Err(Error::invalid("etcd.endpoints names no endpoint"));
     }
-    for (field, endpoints) in
-        [("etcd.endpoints", &config.etcd.endpoints), ("etcd.clusterEndpoints", &config.etcd.cluster_endpoints)]
-    {
-        let is_one = |endpoint: &String| {
-            url::Url::parse(endpoint.trim())
-                .is_ok_and(|url| ["http", "https"].contains(&url.scheme()) && url.has_host())
-        };
-        if let Some(wrong) = endpoints.iter().find(|endpoint| !is_one(endpoint)) {
-            return Err(Error::invalid(format!("{field}: {wrong:?} is no URL such as https://127.0.0.1:2379")));
-        }
-    }
     config.store.as_ref().map_or(Ok(()), |store| Store::check_url(&store.url).map(drop))?;
     if config.compaction.as_ref().is_some_and(|compaction| compaction.deltas == 0) {
         return Err(Error::invalid("compaction.deltas is 0: nothing can be merged; leave the section out instead"));
@@ -168,7 +157,8 @@ pub(super) fn settings(config: &SidecarConfig, store: Option<Store>) -> Result<s
     let pod = std::env::var("POD_NAME").ok();
     let member = Member::read(&config.member.etcd_config, pod.as_deref())?;
     let password = config.etcd.password_file.as_deref().map(|path| {
-        let password = small_file::read_text(path).map_err(Error::io("read the password in", path.display()))?;
+        // Who gives the password itself must not read it in the error.
+        let password = small_file::read_text(path).map_err(Error::io("read", "the file of etcd.passwordFile"))?;
         Ok::<_, Error>(Secret::from(password.trim_end_matches(['\r', '\n']).to_owned()))
     });
     let etcd = EtcdFlags {

@@ -89,7 +89,7 @@ pub(super) fn parse_schedule(field: &str, text: &str) -> Result<Option<Cron>> {
     let cron = Cron::from_str(text)
         .map_err(|error| Error::invalid(format!("{field} {text:?} is not a cron schedule: {error}")))?;
     cron.find_next_occurrence(&chrono::Local::now(), false)
-        .map_err(|_| Error::invalid(format!("{field} {text:?} never comes; give '' for no schedule")))?;
+        .map_err(|_| Error::invalid(format!("{field} {text:?} never comes")))?;
     Ok(Some(cron))
 }
 

@@ -35,6 +35,8 @@ pub(super) fn begin(format: LogFormat) -> Result<Spans> {
     #[cfg(not(feature = "otlp"))]
     let spans = Spans::default();
     subscriber.init();
+    // A line of the log like any other, wherever that goes.
+    std::panic::set_hook(Box::new(|panic| tracing::error!("{panic}")));
     Ok(spans)
 }
 

@@ -11,10 +11,24 @@ use object_store::azure::{AzureAccessKey, AzureCredential};
 use object_store::gcp::{GcpCredential, GoogleCloudStorage, GoogleCloudStorageBuilder};
 use object_store::{CredentialProvider, Error as StoreError};
 
+use proto::config::is_content;
+
 use crate::{Class, Error, Result, small_file};
 
 /// Variables that lead to one kind of store: from a source or not, all or none.
 const FAMILIES: [&[&str]; 3] = [&["AWS_", "OPENSHIFT_", "ECS_"], &["AZURE_"], &["GOOGLE_", "STORAGE_"]];
+
+/// What variables that name files or directories end with.
+const PATHS: [&str; 7] =
+    ["_FILE", "_PATH", "_BUNDLE", "_CREDENTIALS", "_CREDENTIALS_JSON", "_SERVICE_ACCOUNT", "_PROFILE"];
+
+const NO_WORD: &str =
+    "has a line break, a space or another character that no key, name or address has; it is not repeated here";
+
+/// Whether it can be a part of a header or an address.
+fn is_word(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_graphic())
+}
 
 /// The variables that lead to a store.
 #[derive(Clone, Default)]
@@ -31,7 +45,9 @@ impl Environment {
     /// That of this process.
     pub fn of_process() -> Self {
         let text = |(name, value): (std::ffi::OsString, std::ffi::OsString)| {
-            Some((name.into_string().ok()?, value.into_string().ok().filter(|value| !value.is_empty())?))
+            // What `echo` made ends with a line break.
+            let value = value.into_string().ok()?.trim().to_owned();
+            Some((name.into_string().ok()?, Some(value).filter(|value| !value.is_empty())?))
         };
         Self(std::env::vars_os().filter_map(text).collect())
     }
@@ -52,6 +68,25 @@ impl Environment {
             }
         }
         self
+    }
+
+    /// Refuses what the libraries would panic on, or repeat in an error: a line break in a key, a key in place of its file.
+    pub(super) fn check(&self) -> Result<()> {
+        let is_of_store = |name: &str| FAMILIES.iter().any(|family| family.iter().any(|start| name.starts_with(start)));
+        for (name, value) in self.0.iter().filter(|(name, _)| is_of_store(name)) {
+            let is_path = PATHS.iter().any(|end| name.ends_with(end));
+            if is_path && is_content(value) {
+                return Err(Error::invalid(format!("{name} has the content of a file: give its path")));
+            }
+            if !is_word(value) && ["_ENDPOINT", "_HOST"].iter().any(|part| name.contains(part)) {
+                let what = "must be a URL such as https://host:port, without a space or a line break";
+                return Err(Error::invalid(format!("the store's endpoint, {name}, {what}")));
+            }
+            if !is_path && name != "GOOGLE_SERVICE_ACCOUNT_KEY" && !is_word(value) {
+                return Err(Error::invalid(format!("{name} {NO_WORD}")));
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn get(&self, name: &str) -> Option<&str> {
@@ -77,6 +112,10 @@ impl Environment {
     }
 }
 
+/// Fields of a secret that become a part of a header or an address.
+const WORDS: [&str; 8] =
+    ["accessKeyID", "secretAccessKey", "region", "endpoint", "roleARN", "storageAccount", "storageKey", "domain"];
+
 /// A mounted secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Secret {
@@ -88,6 +127,10 @@ impl Secret {
     /// All it has.
     pub(super) fn read(&self) -> Result<Fields> {
         let fields = if self.is_dir { self.read_dir()? } else { read_json(&self.path)? };
+        let is_bad = |name: &&str| fields.get(*name).is_some_and(|value| !is_word(value));
+        if let Some(name) = WORDS.into_iter().find(is_bad) {
+            return Err(Error::invalid(format!("the secret {}: {name} {NO_WORD}", self.path.display())));
+        }
         Ok(Fields { fields, path: self.path.clone(), is_dir: self.is_dir })
     }
 
@@ -120,7 +163,7 @@ fn read_json(path: &Path) -> Result<BTreeMap<String, String>> {
         Error::invalid(format!("the secret {} is not JSON (line {line}, column {column})", path.display()))
     })?;
     let fields = value.as_object().into_iter().flatten().map(|(name, value)| {
-        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        let text = value.as_str().map_or_else(|| value.to_string(), |text| text.trim().to_owned());
         (name.clone(), text)
     });
     Ok(fields.collect())
@@ -226,7 +269,14 @@ impl CredentialProvider for ServiceAccount {
                 _ => {
                     // The library signs; of this store nothing else is used.
                     let builder = GoogleCloudStorageBuilder::new().with_bucket_name("unused");
-                    let signer = Arc::new(builder.with_service_account_key(json.as_str()).build()?);
+                    let built = builder.with_service_account_key(json.as_str()).build().map_err(|_| {
+                        // What the library says may quote it.
+                        let path = self.path.display();
+                        unusable(Error::invalid(format!(
+                            "the secret {path} is not what Google gives a service account"
+                        )))
+                    });
+                    let signer = Arc::new(built?);
                     *current = Some((json, signer.clone()));
                     signer
                 }

@@ -1,7 +1,7 @@
 //! Where the URL of a store leads.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey, S3CopyIfNotExists};
@@ -33,6 +33,7 @@ impl Store {
     /// The same in another environment.
     pub fn open_in(environment: &Environment, url: &str, open: Open) -> Result<Self> {
         let parsed = Self::check_url(url)?;
+        environment.check()?;
         let place = Place { environment, parsed: &parsed, url: url.trim_end_matches('/').to_owned() };
         match parsed.scheme() {
             "file" => place.directory(open),
@@ -48,28 +49,21 @@ impl Store {
         let parsed = Url::parse(url)
             .map_err(|error| Error::invalid(format!("the store is not a URL ({error}); {SUPPORTED}")))?;
         // With another number of slashes what stands before an @ is read as a part of the path.
-        let first = parsed.path().trim_start_matches('/').split('/').next().unwrap_or_default();
-        let is_hidden = parsed.scheme() != "file" && parsed.host_str().is_none_or(str::is_empty) && first.contains('@');
-        if is_hidden
+        let is_known = ["file", "s3", "gs", "az"].contains(&parsed.scheme());
+        if is_known && !proto::config::is_plain_store(url)
             || parsed.query().is_some()
             || parsed.fragment().is_some()
             || !parsed.username().is_empty()
             || parsed.password().is_some()
         {
             return Err(Error::invalid(
-                "the store's URL must not have credentials, a query or a fragment; credentials come from the environment",
+                "the store's URL must have a bucket and a prefix, or three slashes and a directory, and no credentials, query or fragment: credentials come from the environment",
             ));
         }
-        match parsed.scheme() {
-            "file" if !url.starts_with("file:///") => {
-                Err(Error::invalid(format!("store {url} must have three slashes and a whole path: file:///directory")))
-            }
-            "s3" | "gs" | "az" if parsed.host_str().is_none_or(str::is_empty) => {
-                Err(Error::invalid(format!("store {url} names no bucket; {SUPPORTED}")))
-            }
-            "file" | "s3" | "gs" | "az" => Ok(parsed),
-            other => Err(Error::invalid(format!("the store's URL has scheme {other:?}; {SUPPORTED}"))),
+        if is_known {
+            return Ok(parsed);
         }
+        Err(Error::invalid(format!("the store's URL has scheme {:?}; {SUPPORTED}", parsed.scheme())))
     }
 }
 
@@ -198,7 +192,11 @@ impl Place<'_> {
                     let http = Patient::default().connect(&options).map_err(self.fail())?;
                     builder.with_credentials(Arc::new(Federation::new(path, http)?))
                 }
-                _ => builder.with_application_credentials(path),
+                "authorized_user" => builder.with_application_credentials(path),
+                _ => {
+                    let known = "service_account, external_account or authorized_user";
+                    return Err(Error::invalid(format!("the secret {path} is of no type that is supported: {known}")));
+                }
             };
         }
         if let Some(url) = &emulator {
@@ -280,8 +278,10 @@ impl Place<'_> {
     ) -> Result<ClientOptions> {
         // The library panics on what is not a URL.
         let parsed = endpoint.map(|endpoint| {
-            let parsed =
-                Url::parse(endpoint).ok().filter(|url| ["http", "https"].contains(&url.scheme()) && url.has_host());
+            let is_plain = endpoint.bytes().all(|byte| byte.is_ascii_graphic());
+            let parsed = Url::parse(endpoint)
+                .ok()
+                .filter(|url| is_plain && ["http", "https"].contains(&url.scheme()) && url.has_host());
             // It is not shown: it may have credentials in it.
             parsed.ok_or_else(|| {
                 let what =
@@ -316,9 +316,17 @@ impl Place<'_> {
                 options = options.with_root_certificate(certificate);
             }
         }
+        if !*SYSTEM_HAS_ROOTS {
+            for root in webpki_root_certs::TLS_SERVER_ROOT_CERTS {
+                options = options.with_root_certificate(Certificate::from_der(root).map_err(self.fail())?);
+            }
+        }
         Ok(options)
     }
 }
+
+/// An image that has the static program alone has none, and without any the library refuses to speak to whomever; Mozilla's stand in.
+static SYSTEM_HAS_ROOTS: LazyLock<bool> = LazyLock::new(|| !rustls_native_certs::load_native_certs().certs.is_empty());
 
 /// A switch, as the library reads them.
 fn is_on(value: Option<String>) -> bool {

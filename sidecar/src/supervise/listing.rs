@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
+use crate::Error;
 use crate::catalog::Catalog;
 use crate::store::Store;
 
@@ -66,7 +67,7 @@ impl Listing {
             state.is_running = true;
             let (this, store) = (self.clone(), store.clone());
             tokio::spawn(async move {
-                let listed = store.catalog().await.map(Arc::new).map_err(|error| error.to_string());
+                let listed = Error::caught(store.catalog()).await.map(Arc::new).map_err(|error| error.to_string());
                 let mut state = this.state.lock().unwrap_or_else(PoisonError::into_inner);
                 state.last = Some(Last { at: Instant::now(), generation, listed });
                 state.is_running = false;

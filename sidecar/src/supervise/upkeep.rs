@@ -219,7 +219,7 @@ impl Supervisor {
                     }
                 };
                 tokio::select! {
-                    done = work(this.clone()).instrument(tracing::info_span!("upkeep", what)) => match done {
+                    done = Error::caught(work(this.clone())).instrument(tracing::info_span!("upkeep", what)) => match done {
                         Ok(()) => backoff = Duration::ZERO,
                         Err(Error::Cancelled) => return,
                         Err(error) => {
@@ -282,12 +282,11 @@ impl Supervisor {
                 store.url()
             )
         });
-        if let Some(shared) = &shared
-            && self.observed.borrow().shared.is_none()
-        {
+        let is_new = self.observed.borrow().shared.is_none();
+        self.observed.send_modify(|observed| observed.shared.clone_from(&shared));
+        if let Some(shared) = shared.filter(|_| is_new) {
             tracing::error!("{shared}");
         }
-        self.observed.send_modify(|observed| observed.shared = shared);
         Ok(())
     }
 

@@ -81,12 +81,37 @@ impl Tasks {
     /// The next one that ends; never, when none runs.
     pub async fn next(&mut self) -> Result<Done> {
         let Some(done) = self.running.join_next().await else { return std::future::pending().await };
-        let done = done.map_err(|error| Error::task(&error))?;
+        let done = match done {
+            Ok(done) => done,
+            Err(error) => {
+                // Which of them it was is not known, and nobody waits for it any more.
+                self.running.shutdown().await;
+                (self.full, self.delta, self.ttls) = (false, false, false);
+                return Err(Error::task(&error));
+            }
+        };
         match done {
             Done::Delta(..) => self.delta = false,
             Done::Full(..) => self.full = false,
             Done::Ttls(_) => self.ttls = false,
         }
         Ok(done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_panics_is_an_error_and_nobody_waits_for_it() {
+        let mut tasks = Tasks::new();
+        (tasks.delta, tasks.full) = (true, true);
+        tasks.running.spawn(async { panic!("as a library might") });
+        tasks.running.spawn(std::future::pending());
+        assert!(tasks.next().await.is_err_and(|error| error.to_string().contains("as a library might")));
+        assert!(!tasks.delta && !tasks.full && tasks.running.is_empty());
+        let panicking = async { if tasks.ttls { Ok(()) } else { panic!("as a library might") } };
+        assert!(Error::caught(panicking).await.is_err_and(|error| error.class() == crate::Class::Bug));
     }
 }
