@@ -22,7 +22,7 @@ use etcd_format::datadir;
 use tokio_util::sync::CancellationToken;
 
 pub use decision::{Backups, Cause, Damaged, Data, Decision, Differs, Facts, Live, Part, Place, Sound, decide};
-pub use member::Member;
+pub use member::{DEFAULT_TOKEN, Member};
 pub use observe::look_into;
 
 use cluster::Serving;

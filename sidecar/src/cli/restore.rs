@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Output, parse_time, print};
 use crate::catalog::Timeline;
 use crate::human::{bytes, time};
+use crate::initialize::DEFAULT_TOKEN;
 use crate::restore::{
     Appended, AtTime, Choice, Far, Outcome, Plan, Progress, Proof, Source, Target, Upto, append, choose, execute,
 };
@@ -51,9 +52,10 @@ pub struct Args {
     /// Peer URLs of this member; by default those that --initial-cluster has.
     #[arg(long, value_name = "URL,…", conflicts_with = "all_members")]
     initial_advertise_peer_urls: Option<String>,
-    /// Token that tells the new cluster from others.
-    #[arg(long, default_value = "etcd-cluster", value_name = "TOKEN")]
-    initial_cluster_token: String,
+    /// Token that tells the new cluster from others. By default one of what is restored, the same wherever that is done: whoever
+    /// still runs on older data is then of another cluster. Of a snapshot file that is etcd-cluster, as etcdutl has it.
+    #[arg(long, value_name = "TOKEN")]
+    initial_cluster_token: Option<String>,
     /// Raise the revision by so much, so that it is above any that clients have seen. Needs --mark-compacted.
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(i64).range(0..1 << 60), requires = "mark_compacted")]
     bump_revision: i64,
@@ -105,7 +107,7 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
     if args.mark_compacted && args.bump_revision == 0 {
         return Err(Error::invalid("--mark-compacted needs --bump-revision above 0"));
     }
-    let (cluster, targets) = members(&args)?;
+    let (cluster, targets) = members(&args, DEFAULT_TOKEN)?;
     let minor = args.etcd_version.as_deref().map(Minor::parse).transpose().map_err(Error::format("--etcd-version"))?;
     let (source, store) = match (&args.snapshot_file, &args.store) {
         (Some(path), _) => (Source::File { path: path.clone(), skip_hash_check: args.skip_hash_check }, None),
@@ -125,6 +127,13 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
             (choose(&store, &catalog, &choice).await?, Some(store))
         }
         (None, None) => return Err(Error::invalid("give --store or --snapshot-file")),
+    };
+    let cluster = match &source {
+        Source::Chain { timeline, chain, upto, .. } => {
+            let revision = upto.unwrap_or(chain.last);
+            members(&args, &format!("{DEFAULT_TOKEN}-t{timeline:08}-{revision}"))?.0
+        }
+        Source::File { .. } => cluster,
     };
     let plan = Plan { source, targets, cluster, minor, bump_revision: args.bump_revision, replace: args.replace };
     let url = store.as_ref().map(|store| store.url().to_owned());
@@ -221,13 +230,14 @@ fn exactness(at: &AtTime) -> String {
     }
 }
 
-fn members(args: &Args) -> Result<(NewCluster, Vec<Target>)> {
+/// Who the members are; `token` is for when none is given.
+fn members(args: &Args, token: &str) -> Result<(NewCluster, Vec<Target>)> {
     let initial_cluster = args.initial_cluster.clone().unwrap_or_else(|| {
         let urls = args.initial_advertise_peer_urls.as_deref().unwrap_or("http://localhost:2380");
         urls.split(',').map(|url| format!("{}={url}", args.name)).collect::<Vec<_>>().join(",")
     });
-    let cluster =
-        NewCluster::parse(&initial_cluster, &args.initial_cluster_token).map_err(Error::format("--initial-cluster"))?;
+    let token = args.initial_cluster_token.as_deref().unwrap_or(token);
+    let cluster = NewCluster::parse(&initial_cluster, token).map_err(Error::format("--initial-cluster"))?;
     if let Some(dir) = &args.all_members {
         if args.initial_cluster.is_none() {
             return Err(Error::invalid("--all-members needs --initial-cluster, which names the members"));

@@ -354,6 +354,14 @@ fn decide_what(facts: &Facts) -> (Decision, String) {
     let is_alone = of_one && facts.live == Live::Nobody;
     match &facts.data {
         Data::Sound(sound) => with_data(sound, facts),
+        Data::Absent
+            if is_alone
+                && facts.is_existing
+                && matches!(facts.backups, Backups::Empty | Backups::Begun | Backups::NotConfigured) =>
+        {
+            let why = "there is neither data nor a backup, and the configuration says that the cluster exists: see to the volume and to store.url, or say initial-cluster-state: new to begin another";
+            (Decision::Refuse { may_pass: false }, why.to_owned())
+        }
         Data::Absent if is_alone => without_data("there is no data", facts, true),
         Data::Absent => one_of_several("there is no data", facts, true),
         Data::Damaged(damaged) => {

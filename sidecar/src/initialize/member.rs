@@ -7,8 +7,8 @@ use serde_json::{Map, Value};
 
 use crate::{Error, Result, small_file};
 
-/// Whom etcd's own default makes a cluster of.
-const DEFAULT_TOKEN: &str = "etcd-cluster";
+/// The token of a cluster that is given none, as etcd has it.
+pub const DEFAULT_TOKEN: &str = "etcd-cluster";
 
 /// A member, as the configuration of its etcd has it.
 #[derive(Debug, Clone, PartialEq)]
@@ -61,7 +61,10 @@ impl Member {
         for key in ["initial-advertise-peer-urls", "advertise-client-urls"] {
             if let Some(Value::Object(by_member)) = config.get(key) {
                 let urls = by_member.get(&name).and_then(Value::as_array);
-                let urls = urls.ok_or_else(|| format!("{key} has no list for member {name}"))?;
+                let urls = urls.ok_or_else(|| {
+                    let whence = if pod.is_some() { ", which POD_NAME says that this is" } else { "" };
+                    format!("{key} has no list for member {name}{whence}")
+                })?;
                 let urls: Vec<_> = urls.iter().filter_map(Value::as_str).collect();
                 let joined = urls.join(",");
                 config.insert(key.into(), joined.into());

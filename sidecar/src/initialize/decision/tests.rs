@@ -188,6 +188,10 @@ fn a_cluster_that_exists_is_not_begun_again() {
     check(&facts, Decision::Bootstrap);
     let begun = of_three(Data::Absent, Backups::Begun, Live::Nobody, 3);
     check(&Facts { is_existing: true, ..begun }, Decision::Wait);
+    for (backups, expected) in [(Backups::Empty, NEVER), (Backups::NotConfigured, NEVER), (upto(8), Decision::Restore)]
+    {
+        check(&Facts { is_existing: true, ..alone(Data::Absent, backups, true) }, expected);
+    }
     // One member is left in the configuration, and others serve still.
     let live = Live::Serves { cluster_id: OURS, us: Place::Started };
     check(&Facts { live, ..alone(damaged(), upto(8), false) }, Decision::Join);
