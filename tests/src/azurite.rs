@@ -37,7 +37,7 @@ impl Azurite {
             .spawn()
             .context("start azurite; it needs node")?;
         let azurite = Self { child, port };
-        eventually(Duration::from_secs(60), || azurite.create_container(container)).await?;
+        eventually(Duration::from_secs(180), || azurite.create_container(container)).await?;
         Ok(azurite)
     }
 

@@ -45,7 +45,7 @@ impl Garage {
             .spawn()?;
         let garage = Self { child, port };
         let store = garage.store(&format!("{bucket}/ready"));
-        eventually(Duration::from_secs(30), || async { store.list().await.map(drop) }).await?;
+        eventually(Duration::from_secs(180), || async { store.list().await.map(drop) }).await?;
         Ok(garage)
     }
 

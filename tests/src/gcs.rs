@@ -57,7 +57,7 @@ impl FakeGcs {
             ensure!([200, 409].contains(&answer.status()), "create bucket: {}", answer.line);
             Ok(())
         };
-        eventually(Duration::from_secs(30), create).await?;
+        eventually(Duration::from_secs(180), create).await?;
         Ok(started)
     }
 

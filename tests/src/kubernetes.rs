@@ -56,7 +56,7 @@ impl ApiServer {
         let http = reqwest::Client::builder().tls_certs_only([ca]).build()?;
         let server = Self { child, client: Client { http, url: format!("https://127.0.0.1:{port}") }, certificates };
         let ready = || async { server.client.send(reqwest::Method::GET, "/readyz", None).await };
-        eventually(Duration::from_secs(60), ready).await?;
+        eventually(Duration::from_secs(180), ready).await?;
         Ok(server)
     }
 

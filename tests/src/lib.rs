@@ -131,6 +131,12 @@ pub async fn copy(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
     succeed(tokio::process::Command::new("cp").arg("-r").arg(from).arg(to)).await.map(drop)
 }
 
+/// Puts each of two directories in the place of the other, with no moment in which one of them is not there.
+pub fn exchange(one: &std::path::Path, other: &std::path::Path) -> Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE).context("exchange two directories")
+}
+
 /// Flips a byte of each page of a member's database, but for its meta pages.
 pub fn damage(data_dir: &std::path::Path) -> Result<()> {
     let path = data_dir.join("member/snap/db");

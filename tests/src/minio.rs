@@ -78,7 +78,7 @@ impl Minio {
         let minio = Self { child, host: host.to_owned(), port, ca: tls.map(Certificates::ca) };
         let store = minio.store(&format!("{bucket}/ready"));
         let ready = || async { store.list().await.map(drop) };
-        eventually(Duration::from_secs(30), ready).await?;
+        eventually(Duration::from_secs(180), ready).await?;
         Ok(minio)
     }
 

@@ -140,10 +140,13 @@ impl Pod {
         let member = &self.member;
         let etcd = self.dir.join("etcd.yaml");
         let (name, client, peer) = (&member.name, member.client_url(), member.peer_url());
+        // Several on one disk must not hold an election because that was slow.
+        let is_alone = !member.initial_cluster.contains(',');
+        let election = if is_alone { "" } else { "heartbeat-interval: 100\nelection-timeout: 2000\n" };
         std::fs::write(
             &etcd,
             format!(
-                "name: {name}\ndata-dir: {}\nlisten-client-urls: {client}\nadvertise-client-urls: {client}\nlisten-peer-urls: {peer}\ninitial-advertise-peer-urls: {peer}\ninitial-cluster: {}\n{}",
+                "name: {name}\ndata-dir: {}\nlisten-client-urls: {client}\nadvertise-client-urls: {client}\nlisten-peer-urls: {peer}\ninitial-advertise-peer-urls: {peer}\ninitial-cluster: {}\n{election}{}",
                 member.data_dir.display(),
                 member.initial_cluster,
                 security("client", member.tls.as_ref()) + &security("peer", member.peer_tls.as_ref()) + &self.etcd_more

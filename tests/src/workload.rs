@@ -90,7 +90,7 @@ impl Workload {
         if !round.is_multiple_of(5) {
             return Ok(());
         }
-        let grants = [(base, 3600 + i64::from(round)), (base + 1, 600), (base + REVOKED, 60), (base + SHORT, 1)];
+        let grants = [(base, 3600 + i64::from(round)), (base + 1, 36_000), (base + REVOKED, 60), (base + SHORT, 1)];
         for (id, ttl) in grants {
             client.lease_grant(ttl, Some(LeaseGrantOptions::new().with_id(id))).await?;
             let options = || Some(PutOptions::new().with_lease(id));

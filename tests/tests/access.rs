@@ -107,7 +107,8 @@ async fn who_says_nothing_keeps_nobody_out() -> Result<()> {
         silent.push(tokio::net::TcpStream::connect(&address).await?);
     }
     let asked = std::time::Instant::now();
-    pod.ctl(["status"]).run().await?.expect(0)?;
+    // One may be turned away whose turn was too long in coming.
+    eventually(Duration::from_secs(8), || async { pod.ctl(["status"]).run().await?.expect(0).map(drop) }).await?;
     ensure!(pod.http()?.get(format!("{}/healthz", pod.url())).send().await?.status() == 200);
     // One that has shown a certificate stays, whoever comes.
     known.status(api::StatusRequest {}).await?;
@@ -165,7 +166,7 @@ async fn who_asks_again_joins_what_runs() -> Result<()> {
     let pod = &mut pods[0];
     // The others are waited for.
     pod.etcd_more = "initial-cluster-state: existing\n".into();
-    let serving = pod.start_serve().await?;
+    let mut serving = pod.start_serve().await?;
     let hears = async || {
         let mut told = pod.client(true).await?.initialize(api::InitializeRequest::default()).await?.into_inner();
         while let Some(progress) = told.message().await? {
@@ -179,6 +180,7 @@ async fn who_asks_again_joins_what_runs() -> Result<()> {
     ensure!(one == two && one.contains("the configuration says that the cluster exists"), "{one} and {two}");
     let now = pod.status().await?;
     ensure!(now.phase() == api::Phase::Initializing && now.reason == one, "{now:?}");
+    serving.logs("decided what becomes of the data", LONG).await?;
     let log = serving.log();
     ensure!(log.matches("decided what becomes of the data").count() == 1, "{log}");
     serving.terminate().await?.expect(0)?;

@@ -15,7 +15,7 @@ use tests::node::Node;
 use tests::{eventually, program};
 use tonic::transport::Endpoint;
 
-const LONG: Duration = Duration::from_secs(120);
+const LONG: Duration = Duration::from_secs(300);
 
 fn deploy(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../sidecar/deploy").join(path)

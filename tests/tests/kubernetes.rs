@@ -44,7 +44,9 @@ async fn leases_tell_of_member_and_backups() -> Result<()> {
     let store = Store::directory(&dir.path().join("store"));
     let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store))?;
     pod.more = "snapshots: {deltaPeriod: 2s}\nkubernetes: {heartbeatPeriod: 1s, fullSnapshotLease: e-full-snap, deltaSnapshotLease: e-delta-snap}\n".into();
-    let mut serving = pod.serve()?.env("KUBECONFIG", kubeconfig.display().to_string()).spawn()?;
+    // One of the schedule's would be taken for the one that is asked for.
+    let serve = pod.serve()?.args(["--set", "snapshots.fullSchedule="]);
+    let mut serving = serve.env("KUBECONFIG", kubeconfig.display().to_string()).spawn()?;
     let (launched, mut client) = pod.start_etcd().await?;
     // Leases that are not there yet are waited for: who watches them makes them.
     serving.logs("the lease cannot be renewed", LONG).await?;

@@ -41,8 +41,11 @@ async fn back_up_and_lose(store: &Store, members: &mut [Etcd]) -> Result<State> 
     workload::expire(&mut client).await?;
     Workload { seed: 3, rounds: 10, compact: true, large: false, defragment: false }.run(&mut client).await?;
     let ended = backup.terminate().await?.expect(0)?;
+    // A machine that stands still for some seconds makes it connect again, and say so.
+    let is_trouble =
+        |line: &&str| line.contains("ERROR") || line.contains("WARN") && !line.contains("backup is interrupted");
     ensure!(
-        !ended.stderr.contains("ERROR") && !ended.stderr.contains("WARN"),
+        !ended.stderr.lines().any(|line| is_trouble(&line)),
         "unexpected trouble on {}: {}",
         member.minor,
         ended.stderr

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use proto::sidecar::{Action, Cause};
@@ -126,7 +127,7 @@ async fn each_thing_that_is_found_has_a_name() -> Result<()> {
     etcd.stop()?;
 
     pod.more = "snapshots: {deltaPeriod: 1h}\n".into();
-    let serving = pod.start_serve().await?;
+    let mut serving = pod.start_serve().await?;
     for (what, from, harm, cause, action, said) in cases(&good, &old, &other) {
         copy(from, &data).await?;
         harm(&data)?;
@@ -137,7 +138,7 @@ async fn each_thing_that_is_found_has_a_name() -> Result<()> {
         );
         let status = pod.status().await?;
         ensure!(status.initialized.as_ref() == Some(&outcome), "{what}: {status:?}");
-        ensure!(serving.log().contains(said), "{what} is not logged: {}", serving.log());
+        serving.logs(said, Duration::from_secs(60)).await.with_context(|| format!("{what} is not logged"))?;
         if action != Action::Refuse {
             ensure!(state::of_directory(&data)?.0 == revision, "{what}: the revision is another");
             ensure!(state::of_directory(&data)?.1 == keys, "{what}: the keys are others");
@@ -246,7 +247,7 @@ async fn a_disk_that_cannot_be_written_is_told_of() -> Result<()> {
         tests::damage(&data)?;
         mount(&["-o", "remount,ro"]).await?;
         let mut launched = pod.start_launch()?;
-        launched.running()?.logs("Read-only file system", std::time::Duration::from_secs(60)).await?;
+        launched.running()?.logs("Read-only file system", Duration::from_secs(60)).await?;
         ensure!(!launched.log().contains("etcd is started"), "{}", launched.log());
         let _ = launched.terminate().await?;
         mount(&["-o", "remount,rw"]).await?;
@@ -273,14 +274,14 @@ async fn an_etcd_that_fails_on_its_data_ends() -> Result<()> {
         ensure!(http.contains("\"etcdcluster\":\"3.6"), "{http}");
         Ok(())
     };
-    tests::eventually(std::time::Duration::from_secs(30), version).await?;
+    tests::eventually(Duration::from_secs(30), version).await?;
     etcd.stop()?;
     let before = state::of_directory(&pod.member.data_dir)?;
     // An older minor does not take it.
     pod.member.minor = "3.5".into();
     let serving = pod.start_serve().await?;
     let mut launched = pod.start_launch()?;
-    launched.running()?.logs_times("etcd has ended", 3, std::time::Duration::from_secs(60)).await?;
+    launched.running()?.logs_times("etcd has ended", 3, Duration::from_secs(60)).await?;
     let ended = launched.wait().await?;
     ensure!(ended.code != 0 && ended.code != 12, "{}: {}", ended.code, ended.stderr);
     ensure!(ended.stderr.matches("etcd is started").count() == 3, "{}", ended.stderr);

@@ -47,7 +47,7 @@ async fn a_collector_gets_the_spans() -> Result<()> {
         ensure!(told()?.contains("Everything is ready"), "{}", told()?);
         Ok(())
     };
-    eventually(Duration::from_secs(30), ready).await?;
+    eventually(Duration::from_secs(180), ready).await?;
     full().run().await?.expect(0)?;
     let has = || async {
         let told = told()?;

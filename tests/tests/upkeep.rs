@@ -65,7 +65,7 @@ async fn a_full_cluster_gets_space_again() -> Result<()> {
     let mut pod = Pod::new(&dir.path().join("pod"), "3.6", Some(store))?;
     pod.etcd_more = "quota-backend-bytes: 8000000\n".into();
     pod.more = "defragmentation: {resolveNoSpace: true}\n".into();
-    let serving = pod.start_serve().await?;
+    let mut serving = pod.start_serve().await?;
     let (launched, mut client) = pod.start_etcd().await?;
     pod.back_up(Kind::Full).await?;
     let mut written = 0;
@@ -78,8 +78,8 @@ async fn a_full_cluster_gets_space_again() -> Result<()> {
         async move { Ok(client.put("after", "", None).await.map(drop)?) }
     };
     eventually(LONG, again).await.with_context(|| serving.log())?;
-    let log = serving.log();
-    ensure!(log.contains("NOSPACE") && log.contains("there is space again"), "{log}");
+    serving.logs("there is space again", LONG).await?;
+    ensure!(serving.log().contains("NOSPACE"), "{}", serving.log());
     let got = client.get("same", None).await?;
     ensure!(got.kvs()[0].value() == vec![written - 1; 400_000]);
     launched.terminate().await?;
@@ -148,7 +148,7 @@ async fn a_chain_that_cannot_be_restored_is_said() -> Result<()> {
     // A byte of the last delta changes in the store.
     let delta = tests::objects(&place)?
         .into_iter()
-        .find(|name| name.to_string_lossy().contains(".delta."))
+        .rfind(|name| name.to_string_lossy().contains(".delta."))
         .context("no delta")?;
     let mut bytes = std::fs::read(&delta)?;
     let middle = bytes.len() / 2;

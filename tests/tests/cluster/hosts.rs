@@ -33,30 +33,22 @@ async fn leadership_moves(dir: &std::path::Path, network: &Network) -> Result<()
         anyhow::Ok(written)
     });
     for round in 0..10 {
-        let leader = cluster.leader().await?;
-        if round % 2 == 1 {
-            // Without a word to its sidecar.
-            eventually(LONG, || async {
-                let mut client = cluster.client(cluster.leader().await?).await?;
+        let moved = || async {
+            let leader = cluster.leader().await?;
+            if round % 2 == 1 {
+                // Without a word to its sidecar.
+                let mut client = cluster.client(leader).await?;
                 let own = client.status().await?.leader();
                 let others = client.member_list().await?;
                 let other = others.members().iter().map(etcd_client::Member::id).find(|id| *id != own);
-                Ok(client.move_leader(other.context("no other")?).await?)
-            })
-            .await?;
-            eventually(LONG, || async {
-                ensure!(cluster.leader().await? != leader, "{leader} leads still");
-                Ok(())
-            })
-            .await?;
-            continue;
-        }
-        let prepared = || async {
-            let prepared = cluster.pods[leader].ctl(["prepare-shutdown"]).run().await?.expect(0)?.json()?;
-            ensure!(prepared["leaderId"].as_str().is_some_and(|id| !id.is_empty()), "{prepared}");
-            Ok(())
+                client.move_leader(other.context("no other")?).await?;
+            } else {
+                let prepared = cluster.pods[leader].ctl(["prepare-shutdown"]).run().await?.expect(0)?.json()?;
+                ensure!(prepared["leaderId"].as_str().is_some_and(|id| !id.is_empty()), "{prepared}");
+            }
+            Ok(leader)
         };
-        eventually(LONG, prepared).await?;
+        let leader = eventually(LONG, moved).await?;
         eventually(LONG, || async {
             ensure!(cluster.leader().await? != leader, "{leader} leads still");
             Ok(())
@@ -111,6 +103,7 @@ async fn cut_off(dir: &std::path::Path, network: &Network) -> Result<()> {
     }
 
     // Unless that one is not there.
+    let first = cluster.leader().await?;
     cluster.serving.remove(first).kill9().await?;
     let pod = &cluster.pods[(first + 1) % 3];
     let answer = pod.http()?.get(format!("{}/snapshot/full", pod.url())).send().await?;
@@ -120,6 +113,7 @@ async fn cut_off(dir: &std::path::Path, network: &Network) -> Result<()> {
     cluster.back_up().await?;
 
     // From the store: it goes on to lead, and what is written meanwhile comes home afterwards.
+    let first = cluster.leader().await?;
     network.cut(first, &STORE.to_string())?;
     let mut client = cluster.client(first).await?;
     let until = tokio::time::Instant::now() + Duration::from_secs(20);

@@ -9,7 +9,7 @@ async fn callers_show_a_certificate() -> Result<()> {
     let mut pod = Pod::new(&dir.path().join("pod"), "3.6", None)?;
     let place = dir.path().join("certificates");
     pod.tls = Some(Certificates::issue(&place)?);
-    let serving = pod.start_serve().await?;
+    let mut serving = pod.start_serve().await?;
     let refused = |answer: Result<tonic::Response<api::StatusResponse>, tonic::Status>| {
         answer.map_or_else(|status| status.code(), |_| tonic::Code::Ok)
     };
@@ -45,7 +45,7 @@ async fn callers_show_a_certificate() -> Result<()> {
     std::fs::copy(key, place.join("server.key"))?;
     std::fs::copy(cert, place.join("server.crt"))?;
     ensure!(refused(pod.client(true).await?.status(api::StatusRequest {}).await) == tonic::Code::Ok);
-    ensure!(serving.log().contains("the new certificate of the API is not valid now"), "{}", serving.log());
+    serving.logs("the new certificate of the API is not valid now", LONG).await?;
     std::fs::write(place.join("server.crt"), &old)?;
     std::fs::write(place.join("server.key"), &old_key)?;
     let mut stranger = pod.clone();
@@ -54,10 +54,8 @@ async fn callers_show_a_certificate() -> Result<()> {
     Certificates::issue(&place)?;
     ensure!(refused(pod.client(true).await?.status(api::StatusRequest {}).await) == tonic::Code::Ok);
     ensure!(refused(somebody.status(api::StatusRequest {}).await) == tonic::Code::Ok);
-    ensure!(
-        serving.log().contains("certificates of the API have changed")
-            && serving.log().contains("the ones before stay in use")
-    );
+    serving.logs("certificates of the API have changed", LONG).await?;
+    serving.logs("the ones before stay in use", LONG).await?;
     drop(silent);
     launched.terminate().await?.expect(STOPPED)?;
     serving.terminate().await?.expect(0)?;
