@@ -107,7 +107,12 @@ impl ObjectName {
         matches!(self, Self::Full { .. }) || matches!(self, Self::Gardener(name) if name.is_full())
     }
 
-    /// The same, marked as the last of its cluster's where a name tells that; ours have it in their metadata.
+    /// Whether its name marks it as the last of its cluster.
+    pub fn is_marked_final(&self) -> bool {
+        matches!(self, Self::Gardener(name) if name.is_final())
+    }
+
+    /// The same, marked as the last of its cluster where a name tells that; ours have it in their metadata.
     #[must_use]
     pub fn marked_final(self) -> Self {
         if let Self::Gardener(name) = self { Self::Gardener(name.marked_final()) } else { self }

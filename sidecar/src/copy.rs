@@ -70,18 +70,23 @@ pub async fn copy(from: &Store, to: &Store, selection: Selection, stop: &Cancell
     Ok(copied)
 }
 
-/// Fulls that are looked at for one that is marked as the last of its cluster; the schedule may have taken one since.
-const FULLS_FOR_FINAL: usize = 4;
-
-/// Waits until the source has a full snapshot that is marked as the last of its cluster, but no longer than that; whether it
-/// has. A store that is not there yet, or that fails for a while, is asked again.
-pub async fn wait_for_final(from: &Store, most: Duration, stop: &CancellationToken) -> Result<bool> {
-    let started = Instant::now();
+/// Waits until the newest full snapshot of the source is marked as the last of its cluster, but no longer than that; whether it
+/// is. Deltas may follow it: leases end even where nobody writes.
+pub async fn wait_for_final(
+    from: &Store,
+    timeline: Option<Timeline>,
+    most: Duration,
+    stop: &CancellationToken,
+) -> Result<bool> {
+    let (started, mut has_answered) = (Instant::now(), false);
     loop {
-        match has_final(from).await {
+        match has_final(from, timeline).await {
             Ok(true) => return Ok(true),
-            Ok(false) => tracing::info!("the source has no final snapshot yet"),
-            Err(error) if error.class().passes(true) => {
+            Ok(false) => {
+                has_answered = true;
+                tracing::info!("the source has no final snapshot yet");
+            }
+            Err(error) if error.class().passes(has_answered) => {
                 tracing::warn!(%error, "whether there is a final snapshot cannot be told");
             }
             Err(error) => return Err(error),
@@ -97,16 +102,24 @@ pub async fn wait_for_final(from: &Store, most: Duration, stop: &CancellationTok
     }
 }
 
-async fn has_final(from: &Store) -> Result<bool> {
+async fn has_final(from: &Store, timeline: Option<Timeline>) -> Result<bool> {
     let catalog = from.catalog().await?;
-    let Some((timeline, history)) = catalog.newest_restorable() else { return Ok(false) };
-    for full in history.fulls.iter().rev().take(FULLS_FOR_FINAL) {
+    let found = match timeline {
+        Some(timeline) => catalog.timelines.get(&timeline).map(|history| (timeline, history)),
+        None => catalog.newest_restorable(),
+    };
+    let Some((timeline, history)) = found else { return Ok(false) };
+    // The schedule may have taken one more of the same. One with more is of a cluster that went on, or came back.
+    let newest = history.fulls.last().map(|full| full.revision);
+    for full in history.fulls.iter().filter(|full| Some(full.revision) == newest) {
         let name = full.name(timeline);
-        let is_final = match name {
-            ObjectName::Gardener(name) => name.is_final(),
-            _ => from.meta(&name, full.size).await?.is_some_and(|meta| meta.is_final),
+        let meta = match from.meta(&name, full.size).await {
+            Ok(meta) => meta,
+            // It is not copied either.
+            Err(error) if error.class() == Class::Corrupt => None,
+            Err(error) => return Err(error),
         };
-        if is_final {
+        if name.is_marked_final() || meta.is_some_and(|meta| meta.is_final) {
             return Ok(true);
         }
     }
@@ -340,9 +353,12 @@ impl Job<'_> {
             () = self.stop.cancelled() => Err(Error::Cancelled),
         };
         let named = match streamed {
-            Ok(revision) => {
+            Ok((revision, is_final)) => {
                 let (target, unix_ms) = (self.target(), full.unix_ms);
-                let name = self.converted().map_or(name, |layout| layout.full(target, revision, unix_ms));
+                let name = self.converted().map_or(name, |layout| {
+                    let name = layout.full(target, revision, unix_ms);
+                    if is_final { name.marked_final() } else { name }
+                });
                 upload.finish(&name).await.map(|size| (name, size))
             }
             Err(error) => Err(error),
@@ -353,8 +369,8 @@ impl Job<'_> {
         named
     }
 
-    /// Returns the revision that it has.
-    async fn stream(&self, full: &Full, name: &ObjectName, upload: &mut Upload) -> Result<i64> {
+    /// Returns the revision that it has, and whether it is marked as the last of its cluster.
+    async fn stream(&self, full: &Full, name: &ObjectName, upload: &mut Upload) -> Result<(i64, bool)> {
         if full.size == 0 {
             return Err(Error::corrupt(format!("{}: object is empty", self.from.location(name))));
         }
@@ -362,6 +378,7 @@ impl Job<'_> {
             Some(meta) => Some((meta, self.from.frames(name, full.size).await?)),
             None => None,
         };
+        let is_final = name.is_marked_final() || ours.as_ref().is_some_and(|(meta, _)| meta.is_final);
         let (feeder, mut pieces) = fetch(self.from.clone(), vec![(*name, full.size)], self.stop.clone());
         let (location, stop, object) = (self.from.location(name), self.stop.clone(), *name);
         let Some(layout) = self.converted() else {
@@ -383,7 +400,7 @@ impl Job<'_> {
             drop(to_check);
             feeder.abort();
             checking.await.map_err(|error| Error::task(&error))??;
-            return Ok(full.revision);
+            return Ok((full.revision, is_final));
         };
         let (compressed, mut compressed_out) = mpsc::channel(2);
         let started_unix_ms = full.unix_ms;
@@ -391,14 +408,15 @@ impl Job<'_> {
         let converting = tokio::task::spawn_blocking(move || {
             let source = Stoppable::new(PieceReader::new(&mut pieces), &stop);
             let content = Content::open(&object, source, &location)?;
-            let meta = meta.unwrap_or_else(|| ObjectMeta { layout: LAYOUT, started_unix_ms, ..ObjectMeta::default() });
+            let theirs = || ObjectMeta { layout: LAYOUT, started_unix_ms, is_final, ..ObjectMeta::default() };
+            let meta = meta.unwrap_or_else(theirs);
             convert(content, layout, &meta, &object, &location, &compressed)
         });
         while let Some(bytes) = compressed_out.recv().await {
             upload.write(bytes).await?;
         }
         feeder.abort();
-        converting.await.map_err(|error| Error::task(&error))?
+        converting.await.map_err(|error| Error::task(&error))?.map(|revision| (revision, is_final))
     }
 }
 

@@ -30,8 +30,8 @@ pub struct Args {
     /// Write this layout, whatever the source has; one timeline at a time. From gardener-v2 to ours it becomes timeline 1.
     #[arg(long, value_enum)]
     layout: Option<Layout>,
-    /// Wait until the source has a full snapshot that was taken as the last of its cluster (`final`), but no longer than this.
-    /// What there is by then is copied all the same: exit code 11 where that one is missing.
+    /// Wait until the newest full snapshot of the source is one that was taken as the last of its cluster (`final`), but no longer
+    /// than this. What there is by then is copied all the same: exit code 11 where that one is missing.
     #[arg(long, value_name = "DURATION", value_parser = proto::config::parse_duration)]
     wait_for_final: Option<std::time::Duration>,
 }
@@ -41,7 +41,7 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
     let from = Store::open_in(&source, &args.store.store, Open::Existing)?;
     let to = Store::open(&args.to, Open::Create)?;
     let is_final_missing = match args.wait_for_final {
-        Some(most) => !wait_for_final(&from, most, &stop).await?,
+        Some(most) => !wait_for_final(&from, args.timeline, most, &stop).await?,
         None => false,
     };
     let selection = Selection { timeline: args.timeline, since_unix_ms: args.since, layout: args.layout };

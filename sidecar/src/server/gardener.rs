@@ -168,9 +168,9 @@ pub(super) struct Peers {
 }
 
 impl Peers {
-    /// Has the leader's sidecar take a snapshot; its name, when anything had changed. 405 where it cannot be asked; what it
+    /// Has the leader's sidecar take a snapshot; its name, and whether it is final, when anything had changed. 405 where it cannot be asked; what it
     /// fails with is told as if it were asked itself.
-    async fn take(&self, supervisor: &Supervisor, kind: Kind) -> Result<Option<ObjectName>, Answer> {
+    async fn take(&self, supervisor: &Supervisor, kind: Kind) -> Result<Option<(ObjectName, bool)>, Answer> {
         let sidecar = self.leader(supervisor).await.map_err(|error| not_allowed(&error))?;
         let answers = |(code, text): Answer| (code, format!("the leader's sidecar, at {sidecar}: {text}"));
         let api = ApiFlags { sidecar: sidecar.clone(), ..self.api.clone() };
@@ -192,7 +192,7 @@ impl Peers {
         let name = ObjectName::parse(&taken.name);
         let unknown =
             || Error::Unanswered { what: format!("it has taken {:?}, which is no name known here", taken.name) };
-        name.map(Some).ok_or_else(|| answers(refused(&unknown())))
+        name.map(|name| Some((name, taken.is_final))).ok_or_else(|| answers(refused(&unknown())))
     }
 
     /// Where the leader's sidecar is.
@@ -216,7 +216,7 @@ async fn take(supervisor: &Supervisor, peers: &Peers, kind: Kind) -> Answer {
         Ok(Taken::Deltas(deltas)) => json(&deltas.last().map(|delta| snapshot(&delta.name, "", false))),
         Ok(Taken::Nothing(_)) => json(&None::<Snapshot>),
         Err(_) if supervisor.follows() => match peers.take(supervisor, kind).await {
-            Ok(name) => json(&name.map(|name| snapshot(&name, "", kind == Kind::Final))),
+            Ok(taken) => json(&taken.map(|(name, is_final)| snapshot(&name, "", is_final))),
             Err(answer) => answer,
         },
         Err(error) => refused(&error),

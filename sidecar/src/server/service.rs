@@ -191,12 +191,16 @@ fn snapshot(name: &ObjectName, timeline: Timeline, bytes: u64) -> api::Snapshot 
     let (first_revision, last_revision) = name.revisions().unwrap_or_default();
     let kind = if name.is_full() { api::Kind::Full } else { api::Kind::Delta };
     let (kind, unix_ms) = (kind.into(), name.unix_ms());
-    api::Snapshot { name: name.to_string(), kind, timeline, first_revision, last_revision, unix_ms, bytes }
+    let is_final = name.is_marked_final();
+    api::Snapshot { name: name.to_string(), kind, timeline, first_revision, last_revision, unix_ms, bytes, is_final }
 }
 
 fn snapshots(taken: &Taken) -> Vec<api::Snapshot> {
     match taken {
-        Taken::Full(full) => vec![snapshot(&full.name, timeline_of(&full.name), full.size)],
+        Taken::Full(full) => {
+            let told = snapshot(&full.name, timeline_of(&full.name), full.size);
+            vec![api::Snapshot { is_final: full.is_final, ..told }]
+        }
         Taken::Deltas(deltas) => {
             deltas.iter().map(|delta| snapshot(&delta.name, timeline_of(&delta.name), delta.size)).collect()
         }

@@ -81,7 +81,12 @@ impl Asked {
         !self.fulls.is_empty()
     }
 
-    /// Says whether it is to be marked as the last.
+    /// Whether one that has not begun is to be marked as the last.
+    pub(super) fn wants_final(&self) -> bool {
+        self.wants_final
+    }
+
+    /// Says whether it is to be marked as the last. Should it fail, who asked is told, and the next one that is tried is not.
     pub(super) fn full_begins(&mut self) -> bool {
         self.full_under_way.append(&mut self.fulls);
         std::mem::take(&mut self.wants_final)

@@ -403,7 +403,11 @@ impl Session<'_> {
         }
         tasks.ttls = true;
         let etcd = self.etcd.clone();
-        tasks.running.spawn(async move { Done::Ttls(ttls_of(&etcd, unknown).await.0) });
+        tasks.running.spawn(async move {
+            let asked = Error::caught(async { Ok(ttls_of(&etcd, unknown).await.0) }).await;
+            // They are asked for again when the delta is closed.
+            Done::Ttls(asked.unwrap_or_default())
+        });
     }
 
     /// Notices that somebody emptied the store, or put another in its place: deltas that follow nothing are no backup.
@@ -528,13 +532,22 @@ impl Session<'_> {
         }
         let Some((why, _)) = self.due.filter(|(_, from)| *from <= Instant::now()) else { return };
         self.due = None;
+        // Asked for again while the same was taken, by who did not wait for that.
+        if why == Due::Asked
+            && self.asked.wants_final()
+            && let Ok(Some(taken)) = self.final_of_now().await
+        {
+            self.asked.full_begins();
+            self.asked.full_ended(&Ok(taken));
+            return;
+        }
         let is_final = self.asked.full_begins();
         tasks.full = true;
         tracing::info!(why = why.because(), "take a full snapshot");
         let (job, stop) = (self.full_job(is_final).await, tasks.stop_full.clone());
         let started = Instant::now();
         tasks.running.spawn(async move {
-            let taken = full::take(job, &stop).await;
+            let taken = Error::caught(full::take(job, &stop)).await;
             Done::Full(why, taken, started.elapsed())
         });
     }
@@ -546,7 +559,8 @@ impl Session<'_> {
         tasks.delta = true;
         let started = Instant::now();
         tasks.running.spawn(async move {
-            let (taken, known) = close_delta(job, known, stop).await;
+            let closed = Error::caught(async { Ok(close_delta(job, known, stop).await) }).await;
+            let (taken, known) = closed.unwrap_or_else(|error| (Err(error), Known::default()));
             Done::Delta(taken, Box::new(known), started.elapsed())
         });
         Ok(())
