@@ -171,8 +171,11 @@ async fn cancel_on_signal(stop: CancellationToken, insist: Option<CancellationTo
             _ = int.recv() => {}
         }
         // Some send it to a process and to its group, which are one wish.
-        if first.get_or_insert_with(std::time::Instant::now).elapsed() < LEAST_INSISTING && stop.is_cancelled() {
+        if first.is_some_and(|first| first.elapsed() < LEAST_INSISTING) {
             continue;
+        }
+        if !stop.is_cancelled() {
+            first = Some(std::time::Instant::now());
         }
         if let (true, Some(insist)) = (stop.is_cancelled(), &insist) {
             insist.cancel();

@@ -483,8 +483,9 @@ impl Etcd {
         if let Err(etcd_client::Error::GRpcStatus(status)) = &asked
             && self.credentials.is_some()
             && (matches!(status.code(), tonic::Code::Unauthenticated | tonic::Code::InvalidArgument)
-                // Without a token it is who the client certificate names, whom etcd need not know.
-                || self.token.is_none() && status.code() == tonic::Code::FailedPrecondition)
+                // Without a token it is who the client certificate names, whom etcd need not know, or let do this.
+                || self.token.is_none()
+                    && matches!(status.code(), tonic::Code::FailedPrecondition | tonic::Code::PermissionDenied))
         {
             // Making a token costs etcd a password check and an entry in its log, so one is kept for as long as it is good.
             self.token = self.new_token().await?;

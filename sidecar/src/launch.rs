@@ -201,15 +201,16 @@ async fn run_to_end(etcd: &mut Child, stop: &CancellationToken, insist: &Cancell
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
             }
             let ended = tokio::select! {
-                ended = tokio::time::timeout(STOP_DEADLINE, etcd.wait()) => ended.map_err(|_| "etcd does not end in time and is killed"),
-                () = insist.cancelled() => Err("etcd is killed: we were asked to end once more"),
+                ended = tokio::time::timeout(STOP_DEADLINE, etcd.wait()) => ended.map_err(|_| "it does not end in time"),
+                () = insist.cancelled() => Err("we were asked to end once more"),
             };
-            if let Ok(status) = ended {
-                status.map_err(fail)?
-            } else {
-                tracing::warn!("{}", ended.err().unwrap_or_default());
-                etcd.start_kill().map_err(Error::io("kill", "etcd"))?;
-                etcd.wait().await.map_err(fail)?
+            match ended {
+                Ok(status) => status.map_err(fail)?,
+                Err(why) => {
+                    tracing::warn!(why, "etcd is killed");
+                    etcd.start_kill().map_err(Error::io("kill", "etcd"))?;
+                    etcd.wait().await.map_err(fail)?
+                }
             }
         }
     };

@@ -682,6 +682,11 @@ async fn variables_that_no_request_can_have_are_refused() -> Result<()> {
         list = list.env(name, format!(" {value}\n"));
     }
     list.env("SSL_CERT_FILE", "/nowhere").env("SSL_CERT_DIR", "/nowhere").run().await?.expect(0)?;
+    // What is of no store is nobody's business.
+    let list =
+        store.command("list").env("AWS_SOMETHING_ELSE", "with a space").env("AZURE_STORAGE_TOKEN", "with a space");
+    let list = list.env("AWS_USER_AGENT", "with a space");
+    list.run().await?.expect(0)?;
     let pem = "-----BEGIN PRIVATE KEY-----\nhidden";
     for (name, value) in [
         ("AWS_ACCESS_KEY_ID", "hid\nden"),
@@ -697,6 +702,7 @@ async fn variables_that_no_request_can_have_are_refused() -> Result<()> {
     for (place, name, value) in [
         ("az://c/p", "AZURE_STORAGE_TOKEN", "hid\nden"),
         ("gs://b/p", "GOOGLE_SERVICE_ACCOUNT", "{\"private_key\": \"hidden\"}"),
+        ("gs://b/p", "GOOGLE_SERVICE_ACCOUNT_KEY", "{\"private_key\": [\"hidden\"]}"),
     ] {
         let list = Sidecar::new(["list", "--store", place]).env(name, value);
         let refused = list.run().await?.expect(2)?.says(name)?;

@@ -68,8 +68,9 @@ pub fn is_plain_store(url: &str) -> bool {
         Some((_, place)) => {
             let bucket = place.split('/').next().unwrap_or_default();
             let is_bucket = bucket.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._$".contains(&byte));
-            // Where these are, something follows that is no path.
-            !bucket.is_empty() && is_bucket && !place.contains([';', '&'])
+            // As if a query stood there.
+            let has_pair = place.split([';', '&']).skip(1).any(|part| part.contains('='));
+            !bucket.is_empty() && is_bucket && !has_pair
         }
         None => false,
     }
@@ -106,7 +107,7 @@ mod tests {
         ] {
             assert!(!is_plain_address(other), "{other}");
         }
-        for plain in ["s3://bucket", "s3://my.bucket_1/a/b@c/d e", "az://$root/x", "file:///a@b;c", "gs://b/"] {
+        for plain in ["s3://bucket", "s3://my.bucket_1/a/b@c/d e&f;g", "az://$root/x", "file:///a@b;c", "gs://b/"] {
             assert!(is_plain_store(plain), "{plain}");
         }
         for other in [

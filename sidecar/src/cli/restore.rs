@@ -52,8 +52,9 @@ pub struct Args {
     /// Peer URLs of this member; by default those that --initial-cluster has.
     #[arg(long, value_name = "URL,…", conflicts_with = "all_members")]
     initial_advertise_peer_urls: Option<String>,
-    /// Token that tells the new cluster from others. By default one of what is restored, the same wherever that is done: whoever
-    /// still runs on older data is then of another cluster. Of a snapshot file that is etcd-cluster, as etcdutl has it.
+    /// Token that tells the new cluster from others. By default one of what is restored, so that whoever still runs on older data
+    /// is of another cluster; where members are restored one by one, give all the same --timeline and --revision. Of a snapshot
+    /// file that is etcd-cluster, as etcdutl has it.
     #[arg(long, value_name = "TOKEN")]
     initial_cluster_token: Option<String>,
     /// Raise the revision by so much, so that it is above any that clients have seen. Needs --mark-compacted.
@@ -129,9 +130,13 @@ pub(super) async fn run(args: Args, output: Output, stop: CancellationToken) -> 
         (None, None) => return Err(Error::invalid("give --store or --snapshot-file")),
     };
     let cluster = match &source {
-        Source::Chain { timeline, chain, upto, .. } => {
+        Source::Chain { timeline, chain, upto, passed_over, .. } => {
+            // The same on each machine, and another one when the same is restored again beside what came of it.
             let revision = upto.unwrap_or(chain.last);
-            members(&args, &format!("{DEFAULT_TOKEN}-t{timeline:08}-{revision}"))?.0
+            let newest = passed_over.as_ref().map_or(*timeline, |(newest, _)| *newest);
+            // A full snapshot of the predecessor's may have more than its name says.
+            let full = if chain.deltas.is_empty() { chain.full.unix_ms } else { 0 };
+            members(&args, &format!("{DEFAULT_TOKEN}-t{timeline:08}-{revision}-{newest}-{full}"))?.0
         }
         Source::File { .. } => cluster,
     };

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use async_trait::async_trait;
-use object_store::aws::AwsCredential;
-use object_store::azure::{AzureAccessKey, AzureCredential};
-use object_store::gcp::{GcpCredential, GoogleCloudStorage, GoogleCloudStorageBuilder};
+use object_store::aws::{AmazonS3ConfigKey, AwsCredential};
+use object_store::azure::{AzureAccessKey, AzureConfigKey, AzureCredential};
+use object_store::gcp::{GcpCredential, GoogleCloudStorage, GoogleCloudStorageBuilder, GoogleConfigKey};
 use object_store::{CredentialProvider, Error as StoreError};
 
 use proto::config::is_content;
@@ -18,9 +18,23 @@ use crate::{Class, Error, Result, small_file};
 /// Variables that lead to one kind of store: from a source or not, all or none.
 const FAMILIES: [&[&str]; 3] = [&["AWS_", "OPENSHIFT_", "ECS_"], &["AZURE_"], &["GOOGLE_", "STORAGE_"]];
 
-/// What variables that name files or directories end with.
-const PATHS: [&str; 7] =
-    ["_FILE", "_PATH", "_BUNDLE", "_CREDENTIALS", "_CREDENTIALS_JSON", "_SERVICE_ACCOUNT", "_PROFILE"];
+/// What variables of files and directories end with.
+const PATHS: [&str; 6] = ["_FILE", "_PATH", "_BUNDLE", "_CREDENTIALS", "_CREDENTIALS_JSON", "_SERVICE_ACCOUNT"];
+/// What variables of endpoints end with.
+const ENDPOINTS: [&str; 4] = ["_ENDPOINT", "_ENDPOINT_URL", "_ENDPOINT_URL_S3", "_EMULATOR_HOST"];
+/// What variables end with that are no part of a header or an address.
+const SENT_IN_BODIES: [&str; 2] = ["_CLIENT_SECRET", "_SERVICE_ACCOUNT_KEY"];
+/// What variables end with that the library does not know.
+const OURS: [&str; 8] = [
+    "_APPLICATION_CREDENTIALS",
+    "_APPLICATION_CREDENTIALS_JSON",
+    "_CA_BUNDLE",
+    "_ENDPOINT",
+    "_ENDPOINT_URL_S3",
+    "_EMULATOR_HOST",
+    "ECS_ACCESS_KEY_ID",
+    "ECS_SECRET_ACCESS_KEY",
+];
 
 const NO_WORD: &str =
     "has a line break, a space or another character that no key, name or address has; it is not repeated here";
@@ -70,21 +84,37 @@ impl Environment {
         self
     }
 
-    /// Refuses what the libraries would panic on, or repeat in an error: a line break in a key, a key in place of its file.
-    pub(super) fn check(&self) -> Result<()> {
-        let is_of_store = |name: &str| FAMILIES.iter().any(|family| family.iter().any(|start| name.starts_with(start)));
-        for (name, value) in self.0.iter().filter(|(name, _)| is_of_store(name)) {
-            let is_path = PATHS.iter().any(|end| name.ends_with(end));
+    /// Refuses, of what a store of that scheme goes by, what the libraries would panic on, or repeat in an error: a line break in a
+    /// key, a key in place of its file.
+    pub(super) fn check(&self, scheme: &str) -> Result<()> {
+        let (family, is_key): (_, fn(&str) -> bool) = match scheme {
+            // Of how the library speaks HTTP nothing comes from the environment, and one value has a space as it is documented.
+            "s3" => (FAMILIES[0], |name| {
+                use AmazonS3ConfigKey::{Client, CopyIfNotExists};
+                name.parse().is_ok_and(|key| !matches!(key, Client(_) | CopyIfNotExists))
+            }),
+            "az" => (FAMILIES[1], |name| name.parse().is_ok_and(|key| !matches!(key, AzureConfigKey::Client(_)))),
+            "gs" => (FAMILIES[2], |name| name.parse().is_ok_and(|key| !matches!(key, GoogleConfigKey::Client(_)))),
+            _ => return Ok(()),
+        };
+        for (name, value) in self.0.iter().filter(|(name, _)| family.iter().any(|start| name.starts_with(start))) {
+            let ends_with = |ends: &[&str]| ends.iter().any(|end| name.ends_with(end));
+            if !is_key(&name.to_ascii_lowercase()) && !ends_with(&OURS) {
+                continue;
+            }
+            let (is_path, is_free) = (ends_with(&PATHS), ends_with(&SENT_IN_BODIES));
             if is_path && is_content(value) {
                 return Err(Error::invalid(format!("{name} has the content of a file: give its path")));
             }
-            if !is_word(value) && ["_ENDPOINT", "_HOST"].iter().any(|part| name.contains(part)) {
+            if is_path || is_free || is_word(value) {
+                continue;
+            }
+            return Err(Error::invalid(if ends_with(&ENDPOINTS) {
                 let what = "must be a URL such as https://host:port, without a space or a line break";
-                return Err(Error::invalid(format!("the store's endpoint, {name}, {what}")));
-            }
-            if !is_path && name != "GOOGLE_SERVICE_ACCOUNT_KEY" && !is_word(value) {
-                return Err(Error::invalid(format!("{name} {NO_WORD}")));
-            }
+                format!("the store's endpoint, {name}, {what}")
+            } else {
+                format!("{name} {NO_WORD}")
+            }));
         }
         Ok(())
     }

@@ -20,6 +20,8 @@ use super::patience::Patient;
 use super::{Open, Store};
 use crate::{Error, Result, small_file};
 
+/// The variable that every library of Google's knows.
+const CREDENTIALS: &str = "GOOGLE_APPLICATION_CREDENTIALS";
 const SUPPORTED: &str =
     "supported are file:///directory, s3://bucket/prefix, gs://bucket/prefix and az://container/prefix";
 
@@ -33,7 +35,7 @@ impl Store {
     /// The same in another environment.
     pub fn open_in(environment: &Environment, url: &str, open: Open) -> Result<Self> {
         let parsed = Self::check_url(url)?;
-        environment.check()?;
+        environment.check(parsed.scheme())?;
         let place = Place { environment, parsed: &parsed, url: url.trim_end_matches('/').to_owned() };
         match parsed.scheme() {
             "file" => place.directory(open),
@@ -185,7 +187,7 @@ impl Place<'_> {
         let ca = self.environment.first_of(&["GOOGLE_CA_BUNDLE", "SSL_CERT_FILE"]);
         let options = self.client_options(emulator.as_deref(), ca, None)?;
         builder = builder.with_client_options(options.clone());
-        if let Some(path) = self.environment.get("GOOGLE_APPLICATION_CREDENTIALS").filter(|_| emulator.is_none()) {
+        if let Some(path) = self.environment.get(CREDENTIALS).filter(|_| emulator.is_none()) {
             builder = match kind_of_account(path)?.as_str() {
                 "service_account" => builder.with_credentials(Arc::new(ServiceAccount::new(path))),
                 "external_account" => {
@@ -204,7 +206,14 @@ impl Place<'_> {
         }
         let is_signed = !is_on(builder.get_config_value(&GoogleConfigKey::SkipSignature));
         let base = builder.get_config_value(&GoogleConfigKey::BaseUrl);
-        let store = builder.build().map_err(self.fail())?;
+        // What the library says of a key may have it in.
+        let named =
+            ["GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH", "GOOGLE_SERVICE_ACCOUNT_KEY", CREDENTIALS];
+        let named = named.into_iter().find(|name| self.environment.get(name).is_some());
+        let store = builder.build().map_err(|error| match named {
+            Some(name) => Error::invalid(format!("open {}: {name} does not lead to what Google gives", self.url)),
+            None => self.fail()(error),
+        })?;
         let base = base.unwrap_or_else(|| "https://storage.googleapis.com".to_owned());
         let bucket = Url::parse(&format!("{}/storage/v1/b/{}/o", base.trim_end_matches('/'), self.bucket()?)).ok();
         let marks = bucket.filter(|_| is_signed).map(|bucket| marks::Place::Google { store: store.clone(), bucket });

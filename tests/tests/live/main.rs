@@ -248,7 +248,7 @@ async fn a_restored_cluster_has_an_id_of_its_own() -> Result<()> {
     store.once("delta", &member).run().await?.expect(0)?;
     etcd.kill9()?;
     let of = async |cluster: &str, flags: &[&str]| {
-        let restore = store.restore(&dir.path().join("restored")).args(["--dry-run", "-o", "json"]);
+        let restore = store.restore(dir.path().join("restored")).args(["--dry-run", "-o", "json"]);
         let plan =
             restore.args(["--initial-cluster", cluster]).args(flags.iter().copied()).run().await?.expect(0)?.json()?;
         anyhow::Ok(plan["clusterId"].as_str().context("no id")?.to_owned())

@@ -342,6 +342,7 @@ async fn without_a_sidecar_nothing_starts() -> Result<()> {
     launched.running()?.logs("etcd is started", LONG).await?;
     // Sent to the process and to its group, it is one wish, and etcd ends as it should.
     launched.running()?.signal(Signal::TERM)?;
+    tokio::time::sleep(Duration::from_millis(100)).await;
     launched.terminate().await?.expect(STOPPED)?;
     serving.terminate().await?.expect(0)?;
     Ok(())
@@ -608,6 +609,7 @@ async fn a_store_that_another_cluster_begins_to_use_is_told() -> Result<()> {
     backed_up(&pod).await?;
     let other = Pod::new(&dir.path().join("other"), "3.6", Some(store.clone()))?;
     let other_serving = other.start_serve().await?;
+    // Each looks every 30 s.
     let other_has_looked = tokio::time::Instant::now() + Duration::from_secs(33);
     let (other_launched, _) = other.start_etcd().await?;
     eventually(LONG, || async {
