@@ -283,6 +283,8 @@ fn etcd_class(error: &etcd_client::Error) -> Class {
             {
                 Class::Denied
             }
+            // And so where the client certificate has a name that is no user's.
+            tonic::Code::FailedPrecondition if status.message().contains("user name not found") => Class::Denied,
             // Auth changed while the request was under way.
             tonic::Code::InvalidArgument if status.message().contains("revision of auth store is old") => {
                 Class::Transient

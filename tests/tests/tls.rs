@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use tests::certificates::Certificates;
-use tests::etcd::{MINORS, Member};
+use tests::etcd::{MINORS, Member, ROOT};
 use tests::free_port;
 use tests::minio::Minio;
 use tests::program::Sidecar;
@@ -86,6 +86,29 @@ async fn a_backup_takes_up_new_certificates() -> Result<()> {
     }
     let log = backup.log();
     ensure!(log.contains("the ones before stay in use") && !log.contains("[80, 82, 73"), "{log}");
+    backup.terminate().await?.expect(0)?;
+    Ok(())
+}
+
+/// The name in the client certificate is no user of etcd's: changes of users are seen all the same, as the user that was given.
+#[tokio::test(flavor = "multi_thread")]
+async fn users_are_followed_whatever_the_certificate_is_called() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let tls = Certificates::issue(&dir.path().join("tls"))?;
+    let (member, url) = member("3.6", dir.path(), &tls)?;
+    let mut etcd = member.start().await?;
+    let store = Store::directory(&dir.path().join("store"));
+    let snapshot = store.command("snapshot").args(["--endpoints", &url, "--delta-period", "100ms", "--user", ROOT.0]);
+    let snapshot = snapshot.args(["--cacert".to_owned(), text(&tls.ca())]).args(client(&tls));
+    let limit = Duration::from_secs(60);
+    let mut backup = snapshot.env("ETCDCTL_PASSWORD", ROOT.1).spawn()?;
+    backup.logs("full snapshot is in the store", limit).await?;
+    let mut client = etcd.enable_auth().await?;
+    backup.logs("users, roles or auth have changed", limit).await?;
+    backup.logs_times("full snapshot is in the store", 2, limit).await?;
+    let had = backup.log().matches("users, roles or auth have changed").count();
+    client.user_add("another", "password", None).await?;
+    backup.logs_times("users, roles or auth have changed", had + 1, limit).await?;
     backup.terminate().await?.expect(0)?;
     Ok(())
 }
