@@ -2,6 +2,7 @@
 //! restores and the others join it.
 
 mod hosts;
+mod members;
 
 use std::time::Duration;
 
@@ -21,142 +22,10 @@ use tests::state;
 use tests::store::Store;
 use tests::workload::Workload;
 
+use self::members::Cluster;
+
 const LONG: Duration = Duration::from_secs(90);
 const STOPPED: i32 = 128 + 15;
-
-/// Three pods that run.
-struct Cluster {
-    pods: Vec<Pod>,
-    serving: Vec<Running>,
-    launched: Vec<Option<Launched>>,
-}
-
-impl Cluster {
-    async fn start(dir: &std::path::Path, minor: &str, store: Option<&Store>) -> Result<Self> {
-        Self::of(Pod::cluster(dir, minor, &["a", "b", "c"], store)?).await
-    }
-
-    /// Each on a host of its own, with certificates everywhere: of clients, of peers, of the API.
-    async fn on_hosts(dir: &std::path::Path, network: &Network, store: &Store) -> Result<Self> {
-        let mut pods = Pod::on_hosts(dir, "3.6", network, Some(store))?;
-        let hosts: Vec<_> = (0..3).map(|host| network.address(host)).collect();
-        let names: Vec<_> = hosts.iter().map(String::as_str).collect();
-        Pod::secure(&mut pods, &dir.join("certificates"), &names)?;
-        Self::of(pods).await
-    }
-
-    async fn of(mut pods: Vec<Pod>) -> Result<Self> {
-        for pod in &mut pods {
-            pod.more += "snapshots:\n  deltaPeriod: 1s\n";
-        }
-        let serving = try_join_all(pods.iter().map(Pod::start_serve)).await?;
-        let mut cluster = Self { pods, serving, launched: vec![None, None, None] };
-        cluster.launch_all().await?;
-        Ok(cluster)
-    }
-
-    async fn launch_all(&mut self) -> Result<()> {
-        for (launched, pod) in self.launched.iter_mut().zip(&self.pods) {
-            *launched = Some(pod.start_launch()?);
-        }
-        self.settled().await
-    }
-
-    fn log(&self, member: usize) -> String {
-        self.launched[member].as_ref().map(Launched::log).unwrap_or_default()
-    }
-
-    fn logs(&self) -> String {
-        (0..3).map(|member| self.log(member)).collect::<Vec<_>>().join("\n----\n")
-    }
-
-    /// How many members were started with that.
-    fn acted(&self, action: &str) -> usize {
-        (0..3).filter(|&member| self.log(member).contains(&format!("action={action}"))).count()
-    }
-
-    /// Waits until every member votes and serves.
-    async fn settled(&self) -> Result<()> {
-        let settled = || async {
-            for pod in &self.pods {
-                let mut client = pod.etcd().await?;
-                let listed = client.member_list().await?;
-                let voters =
-                    listed.members().iter().filter(|member| !member.is_learner() && !member.client_urls().is_empty());
-                ensure!(voters.count() == 3 && listed.members().len() == 3, "{listed:?}");
-            }
-            Ok(())
-        };
-        eventually(LONG, settled).await.with_context(|| self.logs())
-    }
-
-    fn serve_logs(&self) -> String {
-        self.serving.iter().map(Running::log).collect::<Vec<_>>().join("\n----\n")
-    }
-
-    async fn client(&self, member: usize) -> Result<Client> {
-        self.pods[member].etcd().await
-    }
-
-    async fn stop(&mut self, member: usize) -> Result<()> {
-        self.launched[member].take().context("it does not run")?.terminate().await?.expect(STOPPED)?;
-        Ok(())
-    }
-
-    async fn stop_all(&mut self) -> Result<()> {
-        let running: Vec<_> = self.launched.iter_mut().filter_map(Option::take).collect();
-        for ended in join_all(running.into_iter().map(Launched::terminate)).await {
-            ended?.expect(STOPPED)?;
-        }
-        Ok(())
-    }
-
-    /// `kill -9` of a member and its sidecar, and its disk is gone.
-    async fn lose(&mut self, member: usize) -> Result<()> {
-        self.serving.remove(member).kill9().await?;
-        self.launched[member].take().context("it does not run")?.kill_etcd().await?;
-        self.wipe(member)
-    }
-
-    fn wipe(&self, member: usize) -> Result<()> {
-        Ok(std::fs::remove_dir_all(self.pods[member].member.data_dir.join("member"))?)
-    }
-
-    fn start_one(&mut self, member: usize) -> Result<()> {
-        self.launched[member] = Some(self.pods[member].start_launch()?);
-        Ok(())
-    }
-
-    /// Starts a member, which gets what the others have from them.
-    async fn joins(&mut self, member: usize, has: &state::State) -> Result<()> {
-        self.start_one(member)?;
-        self.settled().await?;
-        ensure!(self.log(member).contains("action=Join"), "{}", self.log(member));
-        state::same(has, &state::read(&mut self.client(member).await?).await?)
-    }
-
-    async fn role(&self, member: usize) -> Result<api::Role> {
-        Ok(self.pods[member].status().await?.role())
-    }
-
-    async fn leader(&self) -> Result<usize> {
-        eventually(LONG, || async {
-            for member in 0..3 {
-                if self.role(member).await? == api::Role::Leader {
-                    return Ok(member);
-                }
-            }
-            anyhow::bail!("nobody leads")
-        })
-        .await
-    }
-
-    /// Has the leader's sidecar back everything up.
-    async fn back_up(&self) -> Result<()> {
-        let take = || async { self.pods[self.leader().await?].take(api::Kind::Delta, "").await.map(drop) };
-        eventually(LONG, take).await
-    }
-}
 
 async fn write(client: &mut Client, seed: u64) -> Result<()> {
     Workload::of(seed).run(client).await?;
